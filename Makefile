@@ -1,0 +1,36 @@
+# make quickstart   a whole small study, installed and run
+# make test         the checks and the tests
+# Both set up ./.venv first if it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: setup quickstart test lint schema lock
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: envs/requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/requirements.txt
+	touch $@
+
+quickstart: setup
+	snakemake --configfile config/quickstart.yaml --profile profiles/local
+	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
+
+test: setup lint
+	python -m pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	PYTHONPATH=workflow_scripts mypy
+	snakemake --lint --configfile config/quickstart.yaml
+
+# After a change of the config's sections: the schema that editors use.
+schema: setup
+	PYTHONPATH=workflow_scripts python -m lowrank.config schema > config/schema.json

@@ -1,0 +1,42 @@
+# rankwise: low-rank compression of language models, from calibration text to the tables of a paper.
+#
+#   snakemake --configfile config/quickstart.yaml --profile profiles/local     the quickstart, on a laptop
+#   snakemake --profile slurm all                                              a study, on a cluster
+#   snakemake data                                                             only what must be downloaded
+
+from snakemake.utils import min_version
+
+min_version("9.25")
+
+if not workflow.config_settings.configfiles:
+
+    configfile: "config/quickstart.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/data.smk"
+include: "rules/calibration.smk"
+include: "rules/factorization.smk"
+include: "rules/search.smk"
+include: "rules/compression.smk"
+include: "rules/post_training.smk"
+include: "rules/evaluation.smk"
+include: "rules/paper.smk"
+
+
+localrules:
+    all,
+    data,
+
+
+rule all:
+    default_target: True
+    input:
+        table_files(),
+        figure_files(),
+        RUN + "/report.html",
+
+
+rule data:
+    input:
+        data_files(),

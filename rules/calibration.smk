@@ -1,0 +1,73 @@
+# Needs a model and texts; makes calibration windows, the validation windows of the search, and type sensitivities.
+
+
+rule sample_calibration:
+    input:
+        unpack(
+            lambda wildcards: model_files(wildcards.model)
+            | corpus_files(STUDY.calibration[wildcards.calibration].corpus)
+        ),
+    output:
+        tokens=RUN + "/calibration/{model}/{calibration}.safetensors",
+    params:
+        settings=lambda wildcards: with_code(
+            "sample_calibration",
+            {
+                "calibration": STUDY.calibration[wildcards.calibration].plain(),
+                "model": wildcards.model,
+                "trust_remote_code": STUDY.models[wildcards.model].trust_remote_code,
+            },
+        ),
+    log:
+        LOGS + "/sample_calibration/{model}/{calibration}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    message:
+        "sampling calibration windows {wildcards.calibration} for {wildcards.model}"
+    script:
+        "../workflow_scripts/stages/sample_calibration.py"
+
+
+rule select_validation:
+    input:
+        unpack(validation_files),
+    output:
+        tokens=RUN + "/validation/{model}/{validation}.safetensors",
+        record=RUN + "/validation/{model}/{validation}.json",
+    params:
+        settings=lambda wildcards: with_code(
+            "select_validation",
+            model_settings(wildcards.model)
+            | {"validation": STUDY.validation[wildcards.validation].plain()},
+        ),
+    log:
+        LOGS + "/select_validation/{model}/{validation}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    message:
+        "selecting validation windows {wildcards.validation} for {wildcards.model}"
+    script:
+        "../workflow_scripts/stages/select_validation.py"
+
+
+rule measure_sensitivity:
+    input:
+        unpack(sensitivity_files),
+    output:
+        RUN + "/sensitivity/{sensitivity}.json",
+    params:
+        settings=lambda wildcards: with_code(
+            "measure_sensitivity",
+            model_settings(STUDY.sensitivity[wildcards.sensitivity].model)
+            | {"sensitivity": STUDY.sensitivity[wildcards.sensitivity].plain()},
+        ),
+    log:
+        LOGS + "/measure_sensitivity/{sensitivity}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    message:
+        "measuring the sensitivity of each type of matrix: {wildcards.sensitivity}"
+    script:
+        "../workflow_scripts/stages/measure_sensitivity.py"

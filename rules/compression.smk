@@ -1,0 +1,28 @@
+# Needs a model and what its method reads; makes a checkpoint that `from_pretrained` opens, and its manifest.
+
+
+rule compress_model:
+    input:
+        unpack(compression_files),
+    output:
+        checkpoint=directory(COMPRESSED + "/checkpoint"),
+        manifest=COMPRESSED + "/manifest.json",
+    params:
+        settings=lambda wildcards: with_code(
+            "compress_model",
+            model_settings(wildcards.model)
+            | {
+                "method": STUDY.method(wildcards.method).plain(),
+                "subject": subject(wildcards),
+            },
+            method_module(wildcards.method),
+        ),
+    log:
+        LOGS + "/compress_model/{model}/{method}/{ratio}/seed{seed}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 4
+    message:
+        "compressing {wildcards.model} by {wildcards.method}, {wildcards.ratio} %, seed {wildcards.seed}"
+    script:
+        "../workflow_scripts/stages/compress_model.py"

@@ -1,0 +1,35 @@
+# Needs a compressed checkpoint and instructions; makes a checkpoint with the trained scales merged into its factors.
+
+
+rule post_train:
+    input:
+        checkpoint=ancient(COMPRESSED + "/checkpoint"),
+        manifest=COMPRESSED + "/manifest.json",
+        instructions=lambda wildcards: (
+            f"{RUN}/instructions/{STUDY.tuning[wildcards.tuning].instructions}.jsonl"
+        ),
+        deepspeed=lambda wildcards: (
+            f"{CONFIG}/deepspeed/{STUDY.tuning[wildcards.tuning].deepspeed}.json"
+        ),
+    output:
+        checkpoint=directory(TUNED + "/checkpoint"),
+        manifest=TUNED + "/manifest.json",
+    params:
+        settings=lambda wildcards: with_code(
+            "post_train",
+            model_settings(wildcards.model)
+            | {
+                "tuning": STUDY.tuning[wildcards.tuning].plain(),
+                "subject": subject(wildcards),
+                "state": STATE,
+            },
+        ),
+    log:
+        LOGS + "/post_train/{model}/{method}/{ratio}/{tuning}/seed{seed}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    message:
+        "post-training {wildcards.model}, {wildcards.method}, {wildcards.ratio} %: {wildcards.tuning}, seed {wildcards.seed}"
+    script:
+        "../workflow_scripts/stages/post_train.py"

@@ -1,0 +1,293 @@
+"""A tiny study on files of its own: a random model with a tokenizer trained here, texts, instructions and tasks."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+WORDS = (
+    "river stone light house morning paper green window answer garden winter letter music bread city mountain "
+    "question table water silver engine island copper valley teacher number forest market people story"
+).split()
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"heads": 4, "kv_heads": 4, "tied": False},
+    "llama-gqa": {"heads": 4, "kv_heads": 2, "tied": True},
+    "mistral": {"heads": 4, "kv_heads": 2, "tied": False},
+    "qwen2": {"heads": 4, "kv_heads": 2, "tied": True},
+    "qwen3": {"heads": 4, "kv_heads": 2, "tied": True},
+    "opt": {"heads": 4, "kv_heads": 4, "tied": True},
+}
+HIDDEN, INTERMEDIATE, LAYERS, HEAD_DIM = 64, 160, 2, 16
+
+
+def text(seed: int, words: int) -> str:
+    """Sentences of random words; the same seed gives the same text."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + ("." if draw.random() < 0.1 else "") for _ in range(words))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with BOS and EOS, trained on the words above."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([text(seed, 200) for seed in range(5)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
+    """A random model of a family, with weights large enough that its layers matter."""
+    shape = SHAPES[kind]
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": shape["heads"],
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": shape["tied"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if kind == "opt":
+        config = transformers.OPTConfig(
+            **common, ffn_dim=INTERMEDIATE, word_embed_proj_dim=HIDDEN, dropout=0.0, init_std=0.1
+        )
+    else:
+        classes = {
+            "llama": transformers.LlamaConfig,
+            "llama-gqa": transformers.LlamaConfig,
+            "mistral": transformers.MistralConfig,
+            "qwen2": transformers.Qwen2Config,
+            "qwen3": transformers.Qwen3Config,
+        }
+        config = classes[kind](
+            **common,
+            intermediate_size=INTERMEDIATE,
+            num_key_value_heads=shape["kv_heads"],
+            head_dim=HEAD_DIM,
+            initializer_range=0.1,
+        )
+    made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return made
+
+
+def shape(kind: str, vocabulary: int = 400) -> dict[str, Any]:
+    """The config's `shape` of such a model."""
+    return {
+        "family": kind.split("-")[0],
+        "layers": LAYERS,
+        "hidden": HIDDEN,
+        "intermediate": INTERMEDIATE,
+        "heads": SHAPES[kind]["heads"],
+        "kv_heads": SHAPES[kind]["kv_heads"],
+        "head_dim": HEAD_DIM,
+        "vocabulary": vocabulary,
+        "tied_embeddings": SHAPES[kind]["tied"],
+    }
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_inputs(folder: Path) -> None:
+    """Model, texts, instructions and the rows of the seven tasks."""
+    checkpoint = folder / "model"
+    trained = tokenizer()
+    model("llama-gqa", len(trained)).save_pretrained(checkpoint)
+    trained.save_pretrained(checkpoint)
+    for offset, name in enumerate(("calibration", "validation", "test-a", "test-b", "test-c")):
+        write_lines(folder / f"{name}.jsonl", [{"text": text(100 * offset + index, 120)} for index in range(20)])
+    write_lines(
+        folder / "instructions.jsonl",
+        [{"instruction": text(index, 6), "input": "", "output": text(900 + index, 12)} for index in range(40)],
+    )
+    for name, rows in task_rows().items():
+        write_lines(folder / "tasks" / f"{name}.jsonl", rows)
+
+
+def task_rows() -> dict[str, list[dict[str, Any]]]:
+    """A few rows a task, in the layout that the harness reads."""
+    count = range(6)
+    arc = [
+        {
+            "id": str(i),
+            "question": text(i, 8) + "?",
+            "choices": {"text": [text(4 * i + k, 2) for k in range(4)], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i in count
+    ]
+    book = [{**{k: v for k, v in row.items() if k != "question"}, "question_stem": row["question"]} for row in arc]
+    return {
+        "boolq": [
+            {"question": text(i, 6), "passage": text(i + 50, 20), "idx": i, "label": i % 2} for i in count
+        ],
+        "piqa": [{"goal": text(i, 5), "sol1": text(i + 9, 5), "sol2": text(i + 20, 5), "label": i % 2} for i in count],
+        "hellaswag": [
+            {
+                "ind": i,
+                "activity_label": "Reading",
+                "ctx_a": text(i, 8) + ".",
+                "ctx_b": "then",
+                "ctx": text(i, 8) + ". then",
+                "endings": [text(7 * i + k, 4) for k in range(4)],
+                "source_id": str(i),
+                "split": "val",
+                "split_type": "indomain",
+                "label": str(i % 4),
+            }
+            for i in count
+        ],
+        "winogrande": [
+            {
+                "sentence": f"{text(i, 4)} _ {text(i + 3, 4)}.",
+                "option1": WORDS[i],
+                "option2": WORDS[i + 1],
+                "answer": str(1 + i % 2),
+            }
+            for i in count
+        ],
+        "arc_easy": arc,
+        "arc_challenge": arc,
+        "openbookqa": book,
+    }
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The quickstart's study, scaled to the tiny model and to files of this machine."""
+    names = ("calibration", "validation", "test-a", "test-b", "test-c")
+    metrics = {"boolq": "acc", "piqa": "acc", "hellaswag": "acc_norm", "winogrande": "acc", "arc_easy": "acc"}
+    metrics |= {"arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
+    row = {"model": "tiny", "ratio": 20}
+    rows = [
+        {"model": "tiny", "method": "dense"},
+        {**row, "method": "svd"},
+        {**row, "method": "lord"},
+        {**row, "method": "bolaco"},
+        {**row, "method": "bolaco", "tuning": "scales"},
+    ]
+    return {
+        "run": "tiny",
+        "smoke": True,
+        "models": {
+            "tiny": {
+                "source": {"path": str(folder / "model")},
+                "shape": shape("llama-gqa", len(tokenizer())),
+                "max_length": 256,
+            }
+        },
+        "corpora": {
+            name: {"source": {"path": str(folder / f"{name}.jsonl")}, "format": "jsonl"} for name in names
+        },
+        "instructions": {"tiny": {"source": {"path": str(folder / "instructions.jsonl")}, "format": "jsonl"}},
+        "tasks": {
+            name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in metrics
+        },
+        "calibration": {"c8": {"corpus": "calibration", "windows": 8, "length": 64}},
+        "covariance": {"pooled": {"estimator": "pooled", "groups": 4}, "naive": {"estimator": "naive"}},
+        "validation": {
+            "top3": {
+                "corpus": "validation",
+                "windows": 6,
+                "length": 64,
+                "select": {"keep": 3, "allocations": 3, "groups": 2, "calibration": "c8", "covariance": "pooled"},
+            }
+        },
+        "search": {"bo": {"evaluations": 6, "initial": 3}},
+        "sensitivity": {
+            "types": {
+                "model": "tiny",
+                "calibration": "c8",
+                "covariance": "pooled",
+                "corpus": "validation",
+                "windows": 2,
+                "length": 64,
+                "kept": [0.4, 0.8],
+            }
+        },
+        "methods": {
+            "dense": {"kind": "dense"},
+            "svd": {"kind": "svd"},
+            "lord": {"kind": "lord", "calibration": "c8", "covariance": "naive"},
+            "bolaco": {
+                "kind": "bolaco",
+                "calibration": "c8",
+                "covariance": "pooled",
+                "validation": "top3",
+                "search": "bo",
+            },
+        },
+        "tuning": {
+            "scales": {
+                "instructions": "tiny",
+                "rank": 4,
+                "steps": 3,
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "warmup_steps": 1,
+                "max_length": 48,
+                "validation_examples": 4,
+                "evaluate_every": 2,
+                "dtype": "float32",
+            }
+        },
+        "suites": {
+            "held-out": {"kind": "perplexity", "corpora": ["test-a", "test-b", "test-c"], "length": 64, "windows": 2},
+            "zero-shot": {"kind": "zero-shot", "limit": 3, "max_length": 128, "tasks": metrics},
+            "cost": {"kind": "cost", "prompt_tokens": 16, "new_tokens": 4, "repeats": 1},
+        },
+        "tables": {
+            "table_1": {
+                "kind": "accuracy",
+                "title": "Accuracy",
+                "suites": ["zero-shot", "held-out"],
+                "rows": [
+                    {**rows[0], "published": {"file": "table_1", "model": "llama-2-7b", "method": "dense", "ratio": 0}},
+                    *rows[1:],
+                ],
+            },
+            "table_7": {"kind": "statistics", "title": "Statistics", "suites": ["cost"], "rows": rows[:4]},
+            "table_8": {"kind": "allocations", "title": "Ranks", "rows": [rows[2], rows[3]]},
+            "times": {"kind": "times", "title": "Times", "suites": ["cost"], "rows": rows[3:]},
+        },
+        "figures": {
+            "figure_1": {"kind": "sensitivity", "title": "Sensitivity", "sensitivity": "types"},
+            "figure_3": {
+                "kind": "perplexity",
+                "title": "Perplexity",
+                "model": "tiny",
+                "suite": "held-out",
+                "methods": ["svd", "lord", "bolaco"],
+                "ratios": [20],
+            },
+        },
+    }
+
+
+def write_study(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """Write all inputs and the config into a folder; returns the config's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_inputs(folder)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config(folder) | (changes or {}), sort_keys=False), encoding="utf-8")
+    return path

@@ -1,0 +1,127 @@
+"""The hub: what is asked for, and one clear message for each way to fail."""
+
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import errors
+
+from lowrank.config.sections import HubSource
+from lowrank.errors import RankwiseError
+from lowrank.sources import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SOURCE = HubSource(hub="some-org/some-model", revision=COMMIT, split="train")
+
+
+def raising(error: BaseException, cause: BaseException | None = None) -> object:
+    def call(*_: object, **__: object) -> None:
+        raise error from cause
+
+    return call
+
+
+def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    return kind("Bearer hf_abcdefghijkl was refused", response=MagicMock(status_code=status))
+
+
+CASES = {
+    "gated": (http_error(errors.GatedRepoError, 403), None, r"Accept its licence.*hf auth login.*HF_TOKEN"),
+    "missing": (http_error(errors.RepositoryNotFoundError, 404), None, "no such repository, or it is private"),
+    "revision": (http_error(errors.RevisionNotFoundError, 404), None, "no such revision"),
+    "offline": (errors.OfflineModeIsEnabled("offline"), None, "cannot be reached.*`path:`"),
+    "not cached": (errors.LocalEntryNotFoundError("x"), None, "cannot be reached"),
+    "no network": (ConnectionError("Couldn't reach it"), OSError("refused"), "cannot be reached"),
+    "wrapped gated": (DatasetNotFoundError("x"), http_error(errors.GatedRepoError, 403), "Accept its licence"),
+    "wrapped revision": (DatasetNotFoundError("x"), http_error(errors.RevisionNotFoundError, 404), "no such revision"),
+    "data set missing": (DatasetNotFoundError("x"), None, "no such repository"),
+    "server": (http_error(errors.HfHubHTTPError, 500), None, "cannot be loaded .HfHubHTTPError"),
+    "split": (ValueError('Unknown split "train". Should be one of ["test"].'), None, "Unknown split"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["model", "data set"])
+def test_each_failure_names_repository_revision_and_cure(
+    case: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error, cause, expected = CASES[case]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error, cause))
+    monkeypatch.setattr("datasets.load_dataset", raising(error, cause))
+    with pytest.raises(RankwiseError, match=expected) as caught:
+        hub.fetch_snapshot(SOURCE, code=False) if kind == "model" else hub.load_rows(SOURCE)
+    message = str(caught.value)
+    assert "some-org/some-model" in message
+    assert COMMIT in message
+    assert "hf_abcdefghijkl" not in message
+
+
+def test_a_snapshot_asks_for_safetensors_and_never_for_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fnmatch import fnmatch
+
+    asked: dict[str, object] = {}
+
+    def snapshot(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert hub.fetch_snapshot(SOURCE, code=False) == [tmp_path / "config.json"]
+    assert asked["repo"] == "some-org/some-model"
+    assert asked["revision"] == COMMIT
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list)
+
+    def wanted(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    assert all(map(wanted, ("model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt")))
+    assert not any(map(wanted, ("pytorch_model.bin", "consolidated.00.pth", "x.pt", "modeling_x.py", "x.gguf")))
+    hub.fetch_snapshot(SOURCE, code=True)
+    assert "*.py" in asked["allow_patterns"]  # type: ignore[operator]
+
+
+def test_a_snapshot_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(RankwiseError, match=r"no file matches x\.gguf"):
+        hub.fetch_snapshot(SOURCE.model_copy(update={"file": "x.gguf"}), code=False)
+
+
+def test_rows_are_asked_for_with_subset_split_revision_and_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_dict({"text": ["a"]})
+    asked: dict[str, object] = {}
+
+    def load(repo: str, **options: object) -> Dataset:
+        asked.update(options, repo=repo)
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    source = HubSource(hub="o/d", revision=COMMIT, subset="en", split="train", file="en/part-0.json.gz")
+    assert hub.load_rows(source) is rows
+    assert asked == {
+        "repo": "o/d",
+        "name": "en",
+        "split": "train",
+        "revision": COMMIT,
+        "data_files": "en/part-0.json.gz",
+    }
+
+
+def test_a_data_set_without_a_chosen_split_lists_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_dict({"text": ["a"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: DatasetDict(train=rows, test=rows))
+    with pytest.raises(RankwiseError, match="choose a `split:`; there are: train, test"):
+        hub.load_rows(SOURCE)
+
+
+def test_a_local_folder_of_the_same_name_is_not_taken_for_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some-org" / "some-model").mkdir(parents=True)
+    with pytest.raises(RankwiseError, match="there is a folder of this name here"):
+        hub.load_rows(SOURCE)

@@ -1,0 +1,351 @@
+"""Models: checkpoints and GGUF files become checked folders, and anything else one clear message."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lowrank.config.sections import Model
+from lowrank.errors import RankwiseError
+from lowrank.files import sha256_file
+from lowrank.sources import hub
+from lowrank.sources.models import fetch_model
+
+VOCABULARY = 300
+SHAPE = {
+    "family": "llama",
+    "layers": 2,
+    "hidden": 32,
+    "intermediate": 48,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "vocabulary": VOCABULARY,
+    "tied_embeddings": True,
+}
+PARAMETERS = 300 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32) + 32  # embedding, blocks, last norm
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a model learns the language of the texts that it reads in the night"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with grouped-query attention and tied embeddings, in bfloat16."""
+    folder = tmp_path_factory.mktemp("original")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(original, tmp_path / "source"))
+
+
+def section(path: Path, **changes: Any) -> Model:
+    shape = {**SHAPE, **changes.pop("shape", {})}
+    return Model.model_validate({"source": {"path": str(path)}, "shape": shape, "max_length": 64, **changes})
+
+
+def fetch(path: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return fetch_model("tiny", section(path, **changes), tmp_path / "cache", tmp_path / "models" / "tiny")
+
+
+def refused(path: Path, tmp_path: Path, expected: str, **changes: Any) -> str:
+    """The message of a refusal that leaves nothing behind."""
+    with pytest.raises(RankwiseError, match=expected) as caught:
+        fetch(path, tmp_path, **changes)
+    assert str(caught.value).startswith("models.tiny: ")
+    models_folder = tmp_path / "models"
+    assert not models_folder.exists() or not list(models_folder.iterdir())
+    return str(caught.value)
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_checkpoint_folder_is_taken_over_and_described(folder: Path, tmp_path: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(b"a pickle")
+    (folder / "notes.py").write_text("raise SystemExit")
+    manifest = fetch(folder, tmp_path, license="CC0")
+    target = tmp_path / "models" / "tiny"
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in target.iterdir()} == names
+    assert manifest["files"] == {name: sha256_file(folder / name) for name in names}
+    assert manifest["parameters"] == PARAMETERS
+    assert manifest["shape"] == SHAPE
+    assert (manifest["model"], manifest["license"], manifest["source"]["path"]) == ("tiny", "CC0", str(folder))
+    ids = torch.tensor([[1, 5, 9]])
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (target, folder))
+    assert ours.dtype == torch.bfloat16  # the stored type is kept
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert AutoTokenizer.from_pretrained(target)("the texts").input_ids == make_tokenizer()("the texts").input_ids
+
+
+def test_shards_and_hub_snapshots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "shards")
+    # the hub's cache: symbolic links to blobs
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "shards").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    monkeypatch.setattr(hub, "fetch_snapshot", lambda source, code: sorted((tmp_path / "snapshot").iterdir()))
+    model = section(folder).plain() | {"source": {"hub": "o/tiny", "revision": "0" * 40}}
+    manifest = fetch_model("tiny", Model.model_validate(model), tmp_path / "cache", tmp_path / "models" / "tiny")
+    shards = [file for file in (tmp_path / "models" / "tiny").glob("*.safetensors") if not file.is_symlink()]
+    assert len(shards) > 1
+    assert manifest["parameters"] == PARAMETERS
+    shards_of_index = sorted((tmp_path / "shards").glob("*.safetensors"))
+    shards_of_index[0].unlink()
+    refused(tmp_path / "shards", tmp_path / "again", f"not there: {shards_of_index[0].name}")
+
+
+def test_opt_has_its_own_names(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    make_tokenizer().save_pretrained(tmp_path / "opt")
+    shape = {"family": "opt", "layers": 1, "kv_heads": 4}
+    assert fetch(tmp_path / "opt", tmp_path, shape=shape)["parameters"] > 0
+
+
+def test_weights_stored_without_the_prefix_of_the_base_model(folder: Path, tmp_path: Path) -> None:
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_weights(folder, strip)
+    assert fetch(folder, tmp_path)["parameters"] == PARAMETERS
+
+
+def test_every_wrong_number_is_listed(folder: Path, tmp_path: Path) -> None:
+    wrong = {"layers": 3, "kv_heads": 4, "vocabulary": 299, "tied_embeddings": False, "family": "mistral"}
+    message = refused(folder, tmp_path, "not the one that the config describes", shape=wrong, max_length=65)
+    for line in (
+        "models.tiny.shape.layers: the config says 3, the model has 2",
+        "models.tiny.shape.kv_heads: the config says 4, the model has 2",
+        "models.tiny.shape.vocabulary: the config says 299, the model has 300",
+        "models.tiny.shape.tied_embeddings: the config says False, the model has True",
+        "models.tiny.shape.family: the config says mistral, the model has llama",
+        "models.tiny.max_length: the config says 65, the model has 64",
+    ):
+        assert line in message
+    assert "shape.hidden" not in message
+
+
+def test_unknown_architectures_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text(GPT2Config().to_json_string())
+    refused(folder, tmp_path, "`model_type: gpt2`.*known families: llama, mistral, opt, qwen2, qwen3")
+
+
+def test_quantised_models_are_refused(folder: Path, tmp_path: Path) -> None:
+    change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    refused(folder, tmp_path, "quantised")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_the_model_is_not_run_unasked(folder: Path, tmp_path: Path, file: str) -> None:
+    (folder / "own.py").write_text("raise SystemExit('the code ran')")
+    change_json(folder / file, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.M"})
+    refused(folder, tmp_path, "models.tiny.trust_remote_code: true")
+
+
+def test_trusted_code_comes_along(folder: Path, tmp_path: Path) -> None:
+    (folder / "own.py").write_text("")
+    assert "own.py" in fetch(folder, tmp_path, trust_remote_code=True)["files"]
+
+
+def test_a_truncated_weight_file(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+    refused(folder, tmp_path, r"model\.safetensors: truncated or damaged")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(folder: Path, tmp_path: Path, value: float) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+    change_weights(folder, spoil)
+    refused(folder, tmp_path, r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite")
+
+
+def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.0.self_attn.q_proj.weight"]
+        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(4, 32)
+        tensors["model.layers.0.self_attn.v_proj.weight"] = torch.zeros(16, 32, dtype=torch.int8)
+
+    change_weights(folder, spoil)
+    message = refused(folder, tmp_path, "q_proj.weight is not stored")
+    assert "k_proj.weight is (4, 32), not (16, 32)" in message
+    assert "v_proj.weight holds torch.int8" in message
+
+
+def test_a_model_without_the_linear_layers_of_its_family(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowrank.sources import checks
+
+    skeleton = checks._skeleton
+
+    def odd(model: Model, config: Any) -> Any:
+        built: Any = skeleton(model, config)
+        built.model.layers[1].mlp.gate_proj = torch.nn.Identity()
+        built.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, device="meta")
+        return built
+
+    monkeypatch.setattr(checks, "_skeleton", odd)
+    message = refused(folder, tmp_path, r"layers\.1\.mlp\.gate_proj: no Linear layer, but Identity")
+    assert "layers.0.mlp.up_proj: (40, 32), and `shape` gives (48, 32)" in message
+
+
+def test_pickled_weights_are_never_loaded(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, tmp_path, r"only pickles \(pytorch_model\.bin\).*never loaded")
+
+
+def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").unlink()
+    refused(folder, tmp_path, "one `config.json`, and here are 0")
+
+
+def test_a_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused(folder, tmp_path, "its tokenizer cannot be loaded")
+
+
+def test_too_small_a_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 3})())
+    refused(folder, tmp_path, "the model needs .* larger disk")
+
+
+@pytest.fixture(scope="module")
+def gguf_file(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a float32 GGUF file, written by llama.cpp's own library."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    backend = json.loads((original / "tokenizer.json").read_text())["model"]
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, tensor in load_file(original / "model.safetensors").items():
+        writer.add_tensor(gguf_name(name), gguf_layout(name, tensor.float().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def gguf_name(name: str) -> str:
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    found = mapping.get_name(name, try_suffixes=(".weight",))
+    assert isinstance(found, str)
+    return found
+
+
+def gguf_layout(name: str, weight: np.ndarray) -> np.ndarray:
+    """llama.cpp interleaves the two rotary halves of each head's rows."""
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    if heads is None:
+        return weight
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def test_a_gguf_file_becomes_the_same_model(gguf_file: Path, original: Path, tmp_path: Path) -> None:
+    manifest = fetch(gguf_file, tmp_path, dtype="float32")
+    target = tmp_path / "models" / "tiny"
+    assert manifest["parameters"] == PARAMETERS
+    ours, theirs = load_file(target / "model.safetensors"), load_file(original / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32, name
+        assert torch.equal(tensor, theirs[name].float()), name
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer("the texts", add_special_tokens=False).input_ids == make_tokenizer()("the texts").input_ids
+
+
+def test_a_gguf_file_is_stored_in_the_configs_dtype(gguf_file: Path, tmp_path: Path) -> None:
+    fetch(gguf_file, tmp_path, dtype="bfloat16")
+    tensors = load_file(tmp_path / "models" / "tiny" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kept", [0, 10, 2000, -64])
+def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, kept: int) -> None:
+    (tmp_path / "half.gguf").write_bytes(gguf_file.read_bytes()[:kept])
+    refused(tmp_path / "half.gguf", tmp_path, r"half\.gguf: truncated, or no GGUF file.*Fetch it again")

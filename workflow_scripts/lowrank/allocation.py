@@ -1,0 +1,63 @@
+"""Allocations that need no search, and how an allocation becomes factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lowrank.bases import Bases
+from lowrank.budget import Budget, Ranks, rank_for
+from lowrank.errors import RankwiseError
+from lowrank.factors import LowRankFactors
+from lowrank.search_space import SearchSpace
+
+_NO_LOWER_BOUND = 1e-6
+
+
+def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> Ranks:
+    """The same kept ratio for every compressed matrix, rounded within the budget."""
+    space = SearchSpace(budget, ratio, groups=1, uncompressed=uncompressed, lower=_NO_LOWER_BOUND)
+    return space.ranks(space.uniform())
+
+
+def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
+    """LoRD's kept ratios by type: v dense, paid for by q and k, the same for all others.
+
+    Raises:
+        RankwiseError: q and k are too small to pay for v at this ratio.
+    """
+    removed = ratio / 100
+    size = {name: sum(m.parameters for m in budget.modules if m.type.name == name) for name in ("q", "k", "v")}
+    attention = 1 - removed * (1 + size["v"] / (size["q"] + size["k"]))
+    if attention <= 0:
+        raise RankwiseError(f"LoRD cannot remove {ratio} %: q and k would have to shrink to nothing to keep v dense")
+    types = {module.type.name for module in budget.modules}
+    return {name: {"q": attention, "k": attention, "v": 1.0}.get(name, 1 - removed) for name in types}
+
+
+def lord_ranks(budget: Budget, ratio: int, rounding: str) -> Ranks:
+    """LoRD's ranks.
+
+    Args:
+        budget: of the model.
+        ratio: percent removed.
+        rounding: `down` rounds as the paper's authors do, which removes a little more than `ratio`; `budget` gives
+            back what rounding frees, as for the methods it is compared with.
+    """
+    kept = lord_kept(budget, ratio)
+    if rounding == "down":
+        return {m.name: rank_for(kept[m.type.name], m.out_features, m.in_features) for m in budget.modules}
+    space = SearchSpace(budget, ratio, groups=1, uncompressed=("v",), lower=_NO_LOWER_BOUND)
+    by_variable = {module.type.tied: kept[module.type.name] for module in budget.modules}
+    return space.ranks(np.array([by_variable[name.split("/")[0]] for name in space.names]))
+
+
+def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> dict[str, LowRankFactors]:
+    """The factors of every layer that an allocation does not leave dense."""
+    factors: dict[str, LowRankFactors] = {}
+    for module in budget.modules:
+        rank = ranks.get(module.name)
+        if rank is not None:
+            factors[module.name] = bases.of(module.layer, module.type.name).factors(rank)
+    return factors

@@ -1,0 +1,182 @@
+"""Principal bases of the outputs of each linear layer (paper, Section 3.1).
+
+Eigenvectors are sorted by eigenvalue, so the factors of every rank are prefixes of what is stored here:
+for y = W x + b with mean mu and top eigenvectors U_r of Cov(y),
+
+    A = U_r' W,   B = U_r,   bias = mu - U_r (U_r' W mu_x),
+
+which maps x to mu + U_r U_r' (y - mu).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowrank.budget import largest_rank
+from lowrank.config.sections import Covariance
+from lowrank.errors import RankwiseError
+from lowrank.factors import LowRankFactors
+from lowrank.files import layer_files, load_tensors
+from lowrank.moments import Moments
+
+
+@dataclass(frozen=True)
+class PrincipalBasis:
+    """The basis of one linear layer, up to the largest rank k that saves parameters.
+
+    Attributes:
+        directions: U, m x k, orthonormal columns by decreasing variance.
+        projection: U' W, k x n.
+        mean: mu, m: the mean output (for an uncentred estimate: the layer's own bias).
+        projected_mean: U' W mu_x, k (zero for an uncentred estimate).
+        eigenvalues: all min(m, n) variances, decreasing.
+    """
+
+    directions: torch.Tensor
+    projection: torch.Tensor
+    mean: torch.Tensor
+    projected_mean: torch.Tensor
+    eigenvalues: torch.Tensor
+
+    def factors(self, rank: int) -> LowRankFactors:
+        """The low-rank pair of a rank.
+
+        Raises:
+            RankwiseError: the rank is beyond what is stored.
+        """
+        if not 1 <= rank <= self.directions.shape[1]:
+            raise RankwiseError(f"rank {rank} is not within 1 to {self.directions.shape[1]}, what the basis holds")
+        up = self.directions[:, :rank]
+        return LowRankFactors(self.projection[:rank], up, self.mean - up @ self.projected_mean[:rank])
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """As stored, in float32."""
+        return {
+            f"{name}.directions": self.directions.float(),
+            f"{name}.projection": self.projection.float(),
+            f"{name}.mean": self.mean.float(),
+            f"{name}.projected_mean": self.projected_mean.float(),
+            f"{name}.eigenvalues": self.eigenvalues.float(),
+        }
+
+
+def principal_basis(
+    weight: torch.Tensor, bias: torch.Tensor | None, covariance: torch.Tensor, mean: torch.Tensor, where: str
+) -> PrincipalBasis:
+    """Compute the basis of one layer in float64.
+
+    Args:
+        weight: W, m x n.
+        bias: b, m, or None.
+        covariance: Cov(x), n x n.
+        mean: mu_x, n.
+        where: the layer's name, for errors.
+
+    Raises:
+        RankwiseError: the decomposition fails or is not finite; the layer is named.
+    """
+    w = weight.double()
+    m, n = w.shape
+    cov, mu_x = covariance.double().to(w.device), mean.double().to(w.device)
+    try:
+        u, eigenvalues = _wide(w, cov) if m > n else _narrow(w, cov)
+    except torch.linalg.LinAlgError as error:
+        raise RankwiseError(f"{where}: the eigendecomposition of its output covariance failed: {error}") from error
+    k = largest_rank(m, n)
+    u = u[:, :k]
+    projection = u.T @ w
+    basis = PrincipalBasis(
+        directions=u,
+        projection=projection,
+        mean=w @ mu_x + (bias.double() if bias is not None else 0.0),
+        projected_mean=projection @ mu_x,
+        eigenvalues=eigenvalues.clamp(min=0)[: min(m, n)],
+    )
+    if not all(bool(tensor.isfinite().all()) for tensor in basis.tensors("").values()):
+        raise RankwiseError(f"{where}: its basis is not finite; its weights or its statistics are damaged")
+    return basis
+
+
+def _narrow(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors of the m x m covariance W C W'."""
+    output = w @ cov @ w.T
+    eigenvalues, vectors = torch.linalg.eigh((output + output.T) / 2)
+    return fix_signs(vectors.flip(1)), eigenvalues.flip(0)
+
+
+def _wide(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same when m > n, without the m x m matrix: with C = S S', those are the left vectors of W S.
+
+    The n x n eigenproblem S' W' W S = Q D Q' gives W S Q, whose columns are orthogonal but lose that where D is
+    tiny; a QR decomposition restores it and keeps the span of each prefix.
+    """
+    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    ws = w @ (vectors * values.clamp(min=0).sqrt())
+    gram = ws.T @ ws
+    eigenvalues, q = torch.linalg.eigh((gram + gram.T) / 2)
+    u, _ = torch.linalg.qr(ws @ q.flip(1))
+    return fix_signs(u), eigenvalues.flip(0)
+
+
+def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """Turn each column so that its largest entry is positive: one basis, whatever the solver's signs."""
+    rows = vectors.abs().argmax(dim=0, keepdim=True)
+    signs = vectors.gather(0, rows).sign()
+    return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def bases_of_block(
+    linears: dict[str, tuple[str, torch.Tensor, torch.Tensor | None]],
+    moments: dict[str, Moments],
+    settings: Covariance,
+    device: torch.device,
+    where: str,
+) -> dict[str, torch.Tensor]:
+    """The bases of all linear layers of a block, as tensors to store.
+
+    Args:
+        linears: type -> (input site, weight, bias).
+        moments: input site -> its moments.
+        settings: which estimate of the covariance.
+        device: where to compute.
+        where: the block's name, for errors.
+    """
+    estimates = {site: moment.estimate(settings) for site, moment in moments.items()}
+    stored: dict[str, torch.Tensor] = {}
+    for name, (site, weight, bias) in linears.items():
+        covariance, mean = estimates[site]
+        on_device = None if bias is None else bias.to(device)
+        basis = principal_basis(weight.to(device), on_device, covariance, mean, f"{where}, {name}")
+        stored |= basis.tensors(name)
+    return stored
+
+
+def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
+    """The basis of one type from a block's tensors."""
+    return PrincipalBasis(
+        **{
+            field: tensors[f"{name}.{field}"]
+            for field in ("directions", "projection", "mean", "projected_mean", "eigenvalues")
+        }
+    )
+
+
+class Bases:
+    """The bases of a model, read block by block when they are asked for.
+
+    Attributes:
+        files: one file per block, in order.
+    """
+
+    def __init__(self, folder: str | Path, layers: int) -> None:
+        self.files = layer_files(folder, layers)
+        self._loaded: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def of(self, layer: int, type_name: str) -> PrincipalBasis:
+        """The basis of a type of a block."""
+        if self._loaded is None or self._loaded[0] != layer:
+            self._loaded = layer, load_tensors(self.files[layer])
+        return load_basis(self._loaded[1], type_name)

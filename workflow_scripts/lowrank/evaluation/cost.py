@@ -1,0 +1,120 @@
+"""What a model costs: parameters and multiply-accumulates from its shapes, memory and speed measured.
+
+Conventions. A multiply-accumulate (MAC) is one multiplication and one addition, half of two "FLOPs". For T tokens:
+a dense layer of m x n weights T m n, a pair of rank r T r (m + n), attention 2 T^2 heads head_dim a block (scores and
+values; the causal half is not taken off), the head T V d. Norms, rotations, biases and activations are not counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank.config.sections import CostSuite, ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.families import LinearModule, linear_modules
+from lowrank.losses import head_of
+from lowrank.modeling.modeling_rankwise import LowRankLinear
+from lowrank.runtime import peak_memory_mib
+
+log = logging.getLogger(__name__)
+
+CONVENTION = "T m n a dense layer, T r (m + n) a pair of rank r, 2 T^2 heads head_dim a block, T V d the head"
+
+
+def count_macs(model: PreTrainedModel, shape: ModelShape, tokens: int) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass over `tokens` tokens, by the conventions above."""
+    linears = tokens * sum(_weights(_module(model, linear)) for linear in linear_modules(shape))
+    attention = shape.layers * 2 * tokens**2 * shape.heads * shape.head_dim
+    head = tokens * head_of(model).weight.numel()
+    return {"total": linears + attention + head, "linears": linears, "attention": attention, "head": head}
+
+
+def count_bytes(model: PreTrainedModel, folder: str | Path) -> dict[str, int]:
+    """ "weight_bytes": the parameters in memory; "disk_bytes": the safetensors files of the checkpoint."""
+    return {
+        "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "disk_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
+    }
+
+
+def measure_speed(model: PreTrainedModel, suite: CostSuite) -> dict[str, Any]:
+    """Time the model on random tokens: the prompt in one pass, then one token at a time with the KV cache.
+
+    One warm-up run comes first; medians over `repeats` runs, tokens counted over the whole batch.
+
+    Returns:
+        "prefill_tokens_per_second", "decode_tokens_per_second", "repeats" (their raw values), "peak_mib": of this
+        process from its start, loading included ("host"), and of the device during these runs ("cuda").
+    """
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    prompt = torch.randint(vocabulary, (suite.batch_size, suite.prompt_tokens), generator=generator).to(device)
+    runs = [_timed_run(model, prompt, suite.new_tokens) for _ in range(suite.repeats + 1)][1:]
+    prefill, decode = (list(values) for values in zip(*runs, strict=True))
+    log.info("prefill %.0f tokens/s, decode %.1f tokens/s", statistics.median(prefill), statistics.median(decode))
+    return {
+        "peak_mib": peak_memory_mib(device),
+        "prefill_tokens_per_second": statistics.median(prefill),
+        "decode_tokens_per_second": statistics.median(decode),
+        "repeats": {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode},
+    }
+
+
+@torch.inference_mode()
+def _timed_run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Tokens a second of the prompt and of greedy decoding after it."""
+
+    def step(ids: torch.Tensor, cache: Any) -> Any:
+        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def decode() -> None:
+        state = prefilled
+        for _ in range(new_tokens):
+            state = step(state.logits[:, -1:].argmax(dim=-1), state.past_key_values)
+
+    prefill_seconds, prefilled = _seconds(lambda: step(prompt, None), prompt.device)
+    decode_seconds, _ = _seconds(decode, prompt.device)
+    return prompt.numel() / prefill_seconds, len(prompt) * new_tokens / decode_seconds
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Wall time of a call, its device work included, and what it returned."""
+    _wait(device)
+    started = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _module(model: PreTrainedModel, linear: LinearModule) -> nn.Linear | LowRankLinear:
+    try:
+        module = model.get_submodule(linear.name)
+    except AttributeError as error:
+        raise RankwiseError(f"the model has no layer {linear.name}; does `shape` in the config describe it?") from error
+    if not isinstance(module, nn.Linear | LowRankLinear):
+        raise RankwiseError(f"{linear.name} is a {type(module).__name__}, whose cost is not known")
+    return module
+
+
+def _weights(module: nn.Linear | LowRankLinear) -> int:
+    """Weights of a layer without its bias: its multiply-accumulates for one token."""
+    if isinstance(module, LowRankLinear):
+        return int(module.down.weight.numel() + module.up.weight.numel())
+    return module.weight.numel()

@@ -1,0 +1,205 @@
+"""Zero-shot accuracy by the Language Model Evaluation Harness (lm-eval), in process, on local files.
+
+Prompts, scoring of answers and metrics are those of the installed lm-eval.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from lm_eval import evaluate as run_harness
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel
+
+from lowrank.config.sections import ZeroShotSuite
+from lowrank.corpora import default_bos
+from lowrank.errors import RankwiseError
+from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
+from lowrank.runtime import seed_everything
+
+log = logging.getLogger(__name__)
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+METRICS = ("acc", "acc_norm")
+
+
+class AnswerScorer(HFLM):  # type: ignore[misc]
+    """lm-eval's HFLM without the logits of the prompt.
+
+    HFLM takes logits and their softmax over the whole vocabulary at every position, then reads those of the answer,
+    the last few: hundreds of MB a batch for long prompts. It counts positions from the end of what `_model_call`
+    returns, so returning only the last positions gives the same numbers.
+    """
+
+    longest_answer: int
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
+        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
+        if not all(math.isfinite(loglikelihood) for loglikelihood, _ in answers):
+            raise RankwiseError(
+                "the model's log-likelihoods are not finite. Set `dtype: float32` for this model in the config, or "
+                "look at the checkpoint: its weights may be damaged."
+            )
+        return answers
+
+    def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Logits of the last positions of a batch: as many as the longest answer and the longest padding.
+
+        Padding is id 0 on the right; an input that ends in a real id 0 only makes more logits than needed.
+        """
+        positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+        shortest = int(((inps != 0) * positions).amax(dim=1).min())
+        keep = self.longest_answer + inps.shape[1] - shortest
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(inps, use_cache=False, logits_to_keep=keep).logits
+        return logits
+
+
+def evaluate_zero_shot(
+    model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, rows: Mapping[str, str | Path], longest: int
+) -> dict[str, Any]:
+    """Score a model on the tasks of a suite.
+
+    Args:
+        model: in evaluation mode, on the device that computes.
+        tokenizer: the model's.
+        suite: tasks with the metric of the average, limit, batch size, BOS, longest context, seed.
+        rows: task -> folder with its `test.jsonl` or `validation.jsonl`, rows as on the hub.
+        longest: the longest context of the model, tokens; the suite's `max_length` may be shorter.
+
+    Returns:
+        "tasks": task -> {"metric", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "of"} (no
+        `acc_norm` where the task has none); "average" over the tasks' metrics and "average_stderr", which takes
+        tasks as independent, `sqrt(sum_t se_t^2) / T`; "protocol": what else defines the numbers.
+
+    Raises:
+        RankwiseError: an unknown task or metric, a missing split, rows that do not fit; task and file are named.
+    """
+    scored = [find_rows(task, rows[task]) for task in suite.tasks]
+    scorer = _scorer(model, tokenizer, suite, longest)
+    _settle_libraries(suite.seed)
+    results: dict[str, dict[str, Any]] = {}
+    versions: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="rankwise-tasks-") as folder:
+        write_tasks(folder, scored)
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        for entry in scored:
+            started = time.monotonic()
+            raw = _run(scorer, manager, entry, suite)
+            results[entry.task] = _result(entry, suite.tasks[entry.task], raw)
+            versions[entry.task] = raw["versions"][entry.task]
+            _report(entry.task, results[entry.task], time.monotonic() - started)
+    protocol = {
+        "harness": f"lm-eval {version('lm_eval')}",
+        "task_versions": versions,
+        "splits": {entry.task: entry.split for entry in scored},
+        "shots": 0,
+        "chat_template": False,
+        "bos_token": default_bos(tokenizer) if suite.add_bos else None,
+        "context_tokens": scorer.max_length,
+    }
+    return {"tasks": results, **_average(results), "protocol": protocol}
+
+
+def _settle_libraries(seed: int) -> None:
+    """Seeds, no progress bars, and no leftovers of a launcher, which would make lm-eval return nothing."""
+    for variable in LAUNCHER_VARIABLES:
+        os.environ.pop(variable, None)
+    datasets.disable_progress_bars()
+    random.seed(seed)
+    seed_everything(seed)
+
+
+def _scorer(model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, longest: int) -> AnswerScorer:
+    return AnswerScorer(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=suite.batch_size,
+        max_length=min(suite.max_length, longest),
+        add_bos_token=suite.add_bos,
+        softmax_dtype="float32",
+    )
+
+
+def _run(scorer: AnswerScorer, manager: TaskManager, entry: ScoredRows, suite: ZeroShotSuite) -> dict[str, Any]:
+    """lm-eval's result for one task."""
+    try:
+        loaded = manager.load([entry.task])
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=suite.seed)
+    except (KeyError, IndexError, TypeError, ValueError, TemplateError, DatasetsError) as error:
+        raise _unusable(entry, error) from error
+    try:
+        raw: dict[str, Any] = run_harness(
+            scorer, loaded, limit=suite.limit, bootstrap_iters=1000, log_samples=False, cache_requests=False
+        )
+    except (KeyError, TemplateError) as error:
+        raise _unusable(entry, error) from error
+    except RankwiseError as error:
+        raise RankwiseError(f"task '{entry.task}': {error}") from error
+    return raw
+
+
+def _unusable(entry: ScoredRows, error: Exception) -> RankwiseError:
+    return RankwiseError(
+        f"task '{entry.task}': lm-eval cannot use {entry.file} ({type(error).__name__}: {error}); it needs rows as the "
+        "task reads them from the hub"
+    )
+
+
+def _result(entry: ScoredRows, metric: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    values = raw["results"][entry.task]
+    found = {name: values[f"{name},none"] for name in METRICS if f"{name},none" in values}
+    if metric not in found:
+        raise RankwiseError(
+            f"task '{entry.task}' has no metric '{metric}', only {', '.join(found) or 'others'}; "
+            f"change `tasks.{entry.task}` in the zero-shot suite"
+        )
+    result: dict[str, Any] = {"metric": metric}
+    for name, value in found.items():
+        result |= {name: value, f"{name}_stderr": values[f"{name}_stderr,none"]}
+    counts = raw["n-samples"][entry.task]
+    return result | {"documents": counts["effective"], "of": counts["original"]}
+
+
+def _average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    values = [result[result["metric"]] for result in results.values()]
+    errors = [result[f"{result['metric']}_stderr"] for result in results.values()]
+    return {
+        "average": math.fsum(values) / len(values),
+        "average_stderr": math.sqrt(math.fsum(error**2 for error in errors)) / len(errors),
+    }
+
+
+def _report(task: str, result: Mapping[str, Any], seconds: float) -> None:
+    metric = result["metric"]
+    log.info(
+        "%s: %s %.3f +- %.3f on %d of %d documents, %.1f s",
+        task,
+        metric,
+        result[metric],
+        result[f"{metric}_stderr"],
+        result["documents"],
+        result["of"],
+        seconds,
+    )

@@ -1,0 +1,35 @@
+"""Bolaco: principal bases of pooled covariances, with ranks found by Bayesian optimisation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from lowrank.config.sections import MethodSettings, Name
+
+if TYPE_CHECKING:
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+
+
+class Settings(MethodSettings):
+    """Bolaco reads bases, and the allocation that its search found on its validation windows."""
+
+    kind: Literal["bolaco"]
+    calibration: Name
+    covariance: Name
+    validation: Name
+    search: Name
+    groups: Annotated[int, Field(ge=1)] = Field(default=1, description="groups of layers: 5x1 has 1, 5x4 has 4")
+    uncompressed: tuple[str, ...] = Field(default=("v",), description="types that stay dense")
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Slice the bases at the ranks of the allocation."""
+    from lowrank.allocation import sliced_factors
+    from lowrank.errors import RankwiseError
+
+    if task.allocation is None:
+        raise RankwiseError("bolaco: no allocation was given; its preset needs `search` and `validation`")
+    return sliced_factors(task.required_bases(), task.budget, task.allocation)

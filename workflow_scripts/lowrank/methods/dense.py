@@ -1,0 +1,22 @@
+"""The model as it is, so that it stands in every table under the same protocol."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lowrank.config.sections import MethodSettings
+
+if TYPE_CHECKING:
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+
+
+class Settings(MethodSettings):
+    """The dense model has no settings."""
+
+    kind: Literal["dense"]
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Nothing becomes low rank."""
+    return {}

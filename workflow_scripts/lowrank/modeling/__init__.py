@@ -1,0 +1,1 @@
+"""The model code that travels inside each checkpoint."""

@@ -1,0 +1,1 @@
+"""Tables, figures, the report and the provenance of a study. Nothing here imports torch."""

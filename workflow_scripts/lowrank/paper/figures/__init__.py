@@ -1,0 +1,1 @@
+"""Figures of the study. They use matplotlib without a display."""

@@ -1,0 +1,98 @@
+"""What a run was made from: config, commit, versions and the checksum of each artefact. No timestamps."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import RankwiseError
+from lowrank.files import digest_of, sha256_file
+
+PROJECT = Path(__file__).resolve().parents[3]
+PACKAGES = (
+    "snakemake",
+    "pydantic",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "gpytorch",
+    "botorch",
+    "deepspeed",
+    "lm_eval",
+)
+
+
+def describe_run(
+    run: str, config: dict[str, Any], artefacts: Iterable[str | Path], relative_to: str | Path
+) -> dict[str, Any]:
+    """The content of `provenance.json`.
+
+    Args:
+        run: name of the run.
+        config: the whole config with all defaults filled in.
+        artefacts: files whose checksums are recorded.
+        relative_to: the folder from which the artefacts are named.
+
+    Raises:
+        RankwiseError: an artefact is missing.
+    """
+    return {
+        "run": run,
+        "config_digest": digest_of(config),
+        "git": git_state(PROJECT),
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "machine": {"system": sys.platform, "architecture": platform.machine()},
+        "artefacts": {
+            _relative(path, relative_to): _checksum(path) for path in sorted({Path(artefact) for artefact in artefacts})
+        },
+        "config": config,
+    }
+
+
+def git_state(project: Path) -> dict[str, Any]:
+    """Commit of the project's checkout and whether it has uncommitted changes; `unknown` and null without one."""
+    unknown = {"commit": "unknown", "dirty": None}
+    top = _git(project, "rev-parse", "--show-toplevel")
+    # A copy of the project that lies inside some other repository must not claim that repository's commit.
+    if top is None or Path(top).resolve() != project.resolve():
+        return unknown
+    commit, status = _git(project, "rev-parse", "--verify", "HEAD"), _git(project, "status", "--porcelain")
+    return unknown if commit is None or status is None else {"commit": commit, "dirty": bool(status)}
+
+
+def _git(project: Path, *arguments: str) -> str | None:
+    """What a git command prints; None without git, or where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(project), *arguments], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _relative(path: Path, folder: str | Path) -> str:
+    return Path(os.path.relpath(path.resolve(), Path(folder).resolve())).as_posix()
+
+
+def _checksum(path: Path) -> str:
+    if not path.is_file():
+        raise RankwiseError(f"{path}: missing, so its checksum cannot be recorded. Run the workflow again.")
+    return sha256_file(path)

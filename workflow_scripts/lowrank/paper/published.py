@@ -1,0 +1,128 @@
+"""Values that others printed, from `config/published/<file>.csv`: shown beside ours, never mixed with them.
+
+The first comment line of a file is `# source: ...`, the citation; further comment lines are notes for the reader.
+The columns `model`, `ratio` and `method` name a row; a table of ranks has one row a group of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lowrank.config.sections import PublishedRow, Table
+from lowrank.config.study import suggestion
+from lowrank.errors import RankwiseError
+
+KEY_COLUMNS = ("model", "ratio", "method")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one file prints for one row.
+
+    Attributes:
+        reference: the row that the config names.
+        citation: where the values were printed.
+        notes: what a reader has to know about the file.
+        values: one dict a line of the file: column -> value, None where the file says NA.
+    """
+
+    reference: PublishedRow
+    citation: str
+    notes: tuple[str, ...]
+    values: tuple[dict[str, float | None], ...]
+
+    @property
+    def title(self) -> str:
+        """How the row is marked in every table."""
+        return f"published: {self.reference.model}, {self.reference.method}"
+
+
+def find_published(folder: str | Path, reference: PublishedRow, place: str) -> Published:
+    """Look up one row of published values.
+
+    Args:
+        folder: the folder of the files, `config/published`.
+        reference: file, model, method and ratio.
+        place: YAML path of the reference, for messages.
+
+    Raises:
+        RankwiseError: no such file, or no such row in it; says what is there.
+    """
+    path = _file_of(Path(folder), reference, place)
+    citation, notes = read_comments(path)
+    frame = read_published(path)
+    for column in KEY_COLUMNS:
+        wanted = getattr(reference, column)
+        chosen = frame[frame[column] == wanted]
+        if chosen.empty:
+            known = [str(value) for value in dict.fromkeys(frame[column])]
+            raise RankwiseError(
+                f"{place}.{column}: '{wanted}' is not in {path}{_of_row(reference, column)}"
+                f"{suggestion(str(wanted), known)}"
+            )
+        frame = chosen
+    records = frame.drop(columns=list(KEY_COLUMNS)).to_dict(orient="records")
+    values = tuple(
+        {str(key): None if pd.isna(value) else float(value) for key, value in row.items()} for row in records
+    )
+    return Published(reference, citation, notes, values)
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """One file of published values.
+
+    Raises:
+        RankwiseError: a key column is missing, or a value is no number.
+    """
+    try:
+        frame = pd.read_csv(path, comment="#", dtype={"model": "str", "method": "str"})
+    except ValueError as error:
+        raise RankwiseError(f"{path}: no readable CSV file ({error}).") from error
+    if missing := [column for column in KEY_COLUMNS if column not in frame.columns]:
+        raise RankwiseError(f"{path}: the column{'s' * (len(missing) > 1)} {', '.join(missing)} must be there.")
+    for column in frame.columns.drop(["model", "method"]):
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise RankwiseError(f"{path}: column '{column}' holds something that is no number (write NA for none).")
+    return frame
+
+
+def read_comments(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Citation and notes of a file of published values.
+
+    Raises:
+        RankwiseError: the first line does not cite a source.
+    """
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    if not lines or not lines[0].startswith("source: "):
+        raise RankwiseError(f"{path}: the first line must cite where the values were printed: `# source: ...`.")
+    return lines[0].removeprefix("source: "), tuple(lines[1:])
+
+
+def published_problems(tables: dict[str, Table], folder: str | Path) -> list[str]:
+    """The message of every reference to published values that leads nowhere, for a check before anything runs."""
+    problems = []
+    for name, table in tables.items():
+        for index, row in enumerate(table.rows):
+            if row.published is not None:
+                try:
+                    find_published(folder, row.published, f"tables.{name}.rows[{index}].published")
+                except RankwiseError as error:
+                    problems.append(str(error))
+    return problems
+
+
+def _file_of(folder: Path, reference: PublishedRow, place: str) -> Path:
+    path = folder / f"{reference.file}.csv"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.csv"))
+        raise RankwiseError(f"{place}.file: there is no {path}{suggestion(reference.file, known)}")
+    return path
+
+
+def _of_row(reference: PublishedRow, column: str) -> str:
+    """What was already found when the look-up failed, so that the list of suggestions makes sense."""
+    found = KEY_COLUMNS[: KEY_COLUMNS.index(column)]
+    return " with " + ", ".join(f"{key} '{getattr(reference, key)}'" for key in found) if found else ""

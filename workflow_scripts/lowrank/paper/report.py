@@ -1,0 +1,159 @@
+"""One self-contained `report.html`: tables, figures, what was run, and where each number comes from."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from markupsafe import Markup
+
+from lowrank.errors import RankwiseError
+from lowrank.files import read_json
+from lowrank.paper.render import html_environment, safe_html
+from lowrank.paper.tables.data import MISSING, Json
+
+SUBJECT = {"model": "Model", "method": "Method", "ratio": "Removed (%)", "tuning": "Post-training", "seed": "Seed"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A file, as it is linked from the report."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class TableBlock:
+    """A table: its HTML fragment, its files, and for each row the files that its numbers come from."""
+
+    name: str
+    html: Markup
+    links: Sequence[Link]
+    evidence: Sequence[tuple[str, Sequence[Link]]]
+
+
+@dataclass(frozen=True)
+class FigureBlock:
+    """A figure: its PNG as a data address, and its files."""
+
+    name: str
+    title: str
+    image: str
+    links: Sequence[Link]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the list of all results: what it is about ("–" where that does not apply), and its file."""
+
+    subject: Mapping[str, str]
+    kind: str
+    device: str
+    seconds: float
+    link: Link
+
+
+def render_report(settings: Mapping[str, Any], provenance: Json, report: Path) -> str:
+    """The report's HTML.
+
+    Args:
+        settings: `run`, `smoke`, `seeds`, `models` (name -> source, license), `presets` (any nested dict), `tables`
+            (name -> title, html, csv), `figures` (name -> title, png, pdf, csv), `evidence` (paths of the JSONs of
+            evaluations, checkpoints and sensitivity).
+        provenance: the content of `provenance.json`.
+        report: where the report will lie; links are relative to its folder.
+
+    Raises:
+        RankwiseError: an input is missing or damaged.
+    """
+    folder = report.parent
+    results = [_result(Path(path), folder) for path in settings["evidence"]]
+    return (
+        html_environment()
+        .get_template("report.html.j2")
+        .render(
+            run=settings["run"],
+            smoke=settings["smoke"],
+            seeds=settings["seeds"],
+            models=[(name, _one_line(model)) for name, model in settings["models"].items()],
+            licenses={name: model.get("license") for name, model in settings["models"].items()},
+            presets={name: _as_yaml(section) for name, section in settings["presets"].items() if section},
+            tables=[_table(name, table, folder) for name, table in settings["tables"].items()],
+            figures=[_figure(name, figure, folder) for name, figure in settings["figures"].items()],
+            results=results,
+            subject=SUBJECT,
+            devices=sorted({result.device for result in results}),
+            provenance=provenance,
+        )
+    )
+
+
+def relative_link(path: Path, folder: Path, text: str | None = None) -> Link:
+    """A link that keeps working when the whole results folder is moved."""
+    href = Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    return Link(text or href, href)
+
+
+def row_evidence(csv: Path, folder: Path) -> list[tuple[str, list[Link]]]:
+    """For each line of ours in a table's CSV: what it is, and links to its files.
+
+    The CSV names the files relative to its own folder.
+    """
+    frame = pd.read_csv(csv, keep_default_na=False, dtype="str")
+    ours = frame[frame["source"] == "ours"]
+    found: dict[str, dict[str, Link]] = {}
+    for record in ours.to_dict(orient="records"):
+        name = f"{record['model']}, {record['label']}, {record['target_removed_percent']} % removed"
+        for path in str(record["evidence"]).split():
+            link = relative_link(csv.parent / path, folder)
+            found.setdefault(name, {})[link.href] = link
+    return [(name, list(links.values())) for name, links in found.items()]
+
+
+def _table(name: str, table: Json, folder: Path) -> TableBlock:
+    html, csv = Path(table["html"]), Path(table["csv"])
+    links = [relative_link(path, folder, text) for path, text in ((csv, "CSV"), (html, "HTML"))]
+    return TableBlock(name, safe_html(_read(html).decode("ascii")), links, row_evidence(csv, folder))
+
+
+def _figure(name: str, figure: Json, folder: Path) -> FigureBlock:
+    image = base64.b64encode(_read(Path(figure["png"]))).decode("ascii")
+    links = [relative_link(Path(figure[kind]), folder, kind.upper()) for kind in ("pdf", "png", "csv")]
+    return FigureBlock(name, figure["title"], f"data:image/png;base64,{image}", links)
+
+
+def _result(path: Path, folder: Path) -> Result:
+    content = read_json(path)
+    subject = {key: str(content["subject"].get(key, MISSING)) for key in SUBJECT}
+    return Result(
+        subject,
+        content.get("kind", "checkpoint"),
+        f"{content['environment']['device']}, {content['environment']['machine']}",
+        content["seconds"],
+        relative_link(path, folder, path.name),
+    )
+
+
+def _one_line(model: Json) -> str:
+    source = model["source"]
+    if not isinstance(source, dict):
+        return str(source)
+    return ", ".join(f"{key}: {value}" for key, value in source.items() if value not in (None, False))
+
+
+def _as_yaml(section: Any) -> str:
+    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RankwiseError(f"{path}: cannot be read ({error.strerror}). Run the workflow again.") from error

@@ -1,0 +1,62 @@
+"""The language-model loss of post-training, with a gradient and without the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.post_training.instructions import IGNORED
+
+CHUNK_TOKENS = 512
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a frozen head, some tokens at a time.
+
+    The gradient with respect to the hidden states is formed in the forward pass, chunk by chunk, so that
+    logits of more than `CHUNK_TOKENS` tokens never exist and no head product is done twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of -log p(target) over tokens. hidden: N x d; targets: N, int64; the sum is float32 or float64."""
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            chunk = hidden[part].detach().requires_grad_(gradient is not None)
+            with torch.set_grad_enabled(gradient is not None):
+                logits = head(chunk).to(total.dtype)
+                loss = nn.functional.cross_entropy(logits, targets[part], reduction="sum")
+            if gradient is not None:
+                gradient[part] = torch.autograd.grad(loss, chunk)[0]
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        """Scale the gradient that the forward pass formed."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+class InstructionLoss(nn.Module):
+    """Summed negative log-likelihood of the scored tokens of a batch: the module that DeepSpeed runs."""
+
+    def __init__(self, model: nn.Module, decoder: str) -> None:
+        """`decoder` is the path of the base model inside the causal language model (`Family.decoder`)."""
+        super().__init__()
+        self.model = model
+        self.decoder = decoder
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """tokens, labels: rows x length, labels `IGNORED` where nothing is scored. A scalar, not averaged."""
+        hidden = self.model.get_submodule(self.decoder)(input_ids=tokens, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        scored = targets != IGNORED  # only these positions reach the head, the largest product of a small model
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden[:, :-1][scored], head, targets[scored])  # type: ignore[no-untyped-call]
+        return loss

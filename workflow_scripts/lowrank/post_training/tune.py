@@ -1,0 +1,119 @@
+"""The whole post-training of one checkpoint: tokenise, train in worker processes, merge, write."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
+from lowrank.config.sections import Tuning
+from lowrank.errors import RankwiseError
+from lowrank.files import load_tensors, read_json, write_json
+from lowrank.post_training.instructions import read_rows, split, tokenise
+from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, vectors_file
+from lowrank.post_training.launch import launch, process_count
+from lowrank.post_training.schedule import engine_config, total_steps
+from lowrank.post_training.subspace import SubspaceVectors, merge_subspaces, unpack_vectors
+from lowrank.runtime import describe_environment, parse_dtype
+from lowrank.state import resumable_state
+
+log = logging.getLogger(__name__)
+
+
+def tune_checkpoint(
+    checkpoint: str | Path,
+    manifest: str | Path,
+    instructions: str | Path,
+    target: str | Path,
+    target_manifest: str | Path,
+    settings: dict[str, Any],
+    threads: int,
+) -> None:
+    """Post-train a compressed checkpoint and write it, merged, with its manifest.
+
+    Args:
+        checkpoint: folder of the compressed model.
+        manifest: its manifest.json.
+        instructions: jsonl of `instruction`, `input`, `output`.
+        target: folder of the tuned checkpoint.
+        target_manifest: its manifest.json.
+        settings: "tuning", "deepspeed", "subject" (with "seed"), "dtype", "state", "code", perhaps "processes".
+        threads: CPU threads of all training processes together.
+
+    Raises:
+        RankwiseError: bad settings or data, or a failed training process.
+    """
+    tuning = Tuning(**settings["tuning"])
+    processes = process_count(on_cpu=settings.get("processes") or 1)
+    engine_config(settings["deepspeed"], tuning, processes)  # its complaints come before any work
+    # A DeepSpeed checkpoint belongs to a number of processes: with another number, the job starts afresh.
+    key = {name: value for name, value in settings.items() if name != "state"} | {"processes": processes}
+    inputs = {"manifest": manifest, "instructions": instructions}
+    with resumable_state(settings["state"], "post_train", key, inputs) as folder:
+        _tokenise(instructions, checkpoint, tuning, folder)
+        seed = settings["subject"]["seed"]
+        launch(
+            TrainingJob(str(checkpoint), str(folder), settings["tuning"], settings["deepspeed"], seed),
+            processes,
+            threads,
+        )
+        progress = Progress.load(folder)
+        if progress.best is None:
+            raise RankwiseError(f"{folder}: the training ended without a result. Delete this folder and run again.")
+        _warn_if_worse(progress)
+        vectors = unpack_vectors(load_tensors(vectors_file(folder, progress.best)))
+        model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]))
+        merge_subspaces(model, vectors)
+        files = save_checkpoint(model, checkpoint, target)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        write_json(
+            target_manifest,
+            {
+                **read_json(manifest),
+                "subject": settings["subject"],
+                "files": files,
+                "tuning": settings["tuning"],
+                "training": describe_training(progress, vectors, total, processes),
+                "seconds": progress.seconds,
+                "environment": describe_environment(),
+            },
+        )
+
+
+def describe_training(
+    progress: Progress, vectors: dict[str, SubspaceVectors], parameters: int, processes: int
+) -> dict[str, Any]:
+    """The `training` part of a tuned checkpoint's manifest; losses are means over scored tokens, in nats."""
+    trainable = sum(learnt.inner.numel() + learnt.outer.numel() for learnt in vectors.values())
+    return {
+        "steps": progress.step,
+        "best_step": progress.best,
+        "trainable": trainable,
+        "trainable_share": trainable / parameters,
+        "loss": progress.loss,
+        "validation": progress.validation,
+        "processes": processes,
+        "seconds": progress.seconds,
+    }
+
+
+def _tokenise(instructions: str | Path, checkpoint: str | Path, tuning: Tuning, folder: Path) -> None:
+    """Leave the tokenised training and validation rows in the job's folder."""
+    rows = read_rows(instructions)
+    tokenizer = load_tokenizer(checkpoint)
+    training, validation = split(tokenise(rows, tokenizer, tuning.max_length, tuning.mask_prompt), tuning)
+    steps = total_steps(tuning, len(training))
+    log.info("%d rows to train on, %d to validate, %d steps", len(training), len(validation), steps)
+    training.save(folder / TRAIN_FILE)
+    validation.save(folder / VALIDATION_FILE)
+
+
+def _warn_if_worse(progress: Progress) -> None:
+    before = progress.validation[0][1]
+    if progress.best_loss >= before:
+        log.warning(
+            "post-training did not lower the validation loss (%.4f before, %.4f at best after it); "
+            "the tuned checkpoint holds the best of the trained vectors all the same",
+            *(before, progress.best_loss),
+        )

@@ -1,0 +1,81 @@
+"""What a job runs on: device, threads, seeds, versions."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "gpytorch",
+    "botorch",
+    "lm_eval",
+    "deepspeed",
+    "snakemake",
+    "numpy",
+)
+
+
+def pick_device() -> torch.device:
+    """CUDA if there is a device, else the CPU; the choice is logged."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        log.info("device: cuda (%s)", torch.cuda.get_device_name(device))
+    else:
+        log.info("device: cpu (no CUDA device is visible), %d threads", torch.get_num_threads())
+    return device
+
+
+def limit_threads(threads: int) -> None:
+    """Give torch as many threads as the rule was given, so that jobs side by side do not fight for cores."""
+    torch.set_num_threads(max(1, threads))
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a config's name (`float32`, `bfloat16`, `float16`)."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is no torch dtype")
+    return dtype
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """Seed torch's global generator and return a generator of one's own with the same seed (on the CPU)."""
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and hardware of this job, for provenance."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packages: dict[str, str] = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "absent"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": sys.version.split()[0],
+        "packages": packages,
+    }
+
+
+def peak_memory_mib(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process so far: resident set on the host, and allocated memory on a CUDA device."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return peak

@@ -1,0 +1,182 @@
+"""Is a checkpoint what the config says? Its configuration, its linear layers, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.config.sections import Model
+from lowrank.errors import RankwiseError
+from lowrank.families import FAMILIES, linear_modules
+from lowrank.files import read_json
+
+SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
+
+
+def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path]) -> int:
+    """Check a checkpoint folder against its section of the config.
+
+    Args:
+        name: the model's name in the config, for messages.
+        model: its section.
+        folder: the checkpoint.
+        weights: its safetensors files.
+
+    Returns:
+        The number of parameters; tied ones count once.
+
+    Raises:
+        RankwiseError: the first kind of problem found, with all its instances (twelve at most).
+    """
+    raw = read_json(folder / "config.json")
+    _check_architecture(raw)
+    _check_remote_code(name, model, folder, raw)
+    config = _load_config(model, folder)
+    _check_numbers(name, model, config)
+    skeleton = _skeleton(model, config)
+    _check_linears(model, skeleton)
+    _check_weights(skeleton, weights)
+    _check_tokenizer(name, model, folder)
+    return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def _check_architecture(raw: dict[str, Any]) -> None:
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise RankwiseError(
+            f"its architecture (`model_type: {kind}`) is unknown here; known families: {', '.join(sorted(FAMILIES))}."
+        )
+    if "quantization_config" in raw:
+        raise RankwiseError("its weights are quantised (`quantization_config`); take the unquantised model.")
+
+
+def _check_remote_code(name: str, model: Model, folder: Path, raw: dict[str, Any]) -> None:
+    tokenizer = folder / "tokenizer_config.json"
+    maps = [raw.get("auto_map"), read_json(tokenizer).get("auto_map") if tokenizer.is_file() else None]
+    if any(maps) and not model.trust_remote_code:
+        raise RankwiseError(
+            "it brings Python code of its own (`auto_map`), which is not run. If you have read it and trust it, set "
+            f"`models.{name}.trust_remote_code: true`."
+        )
+
+
+def _load_config(model: Model, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # whatever a strange value raises in the class of the architecture
+        raise RankwiseError(f"its config.json cannot be read by transformers ({error}).") from error
+
+
+def model_numbers(config: Any) -> dict[str, Any]:
+    """The numbers of a transformers configuration under the names of `models.<name>.shape`."""
+    heads = config.num_attention_heads
+    return {
+        "family": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "intermediate": getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None),
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocabulary": config.vocab_size,
+        "tied_embeddings": config.tie_word_embeddings,
+    }
+
+
+def _check_numbers(name: str, model: Model, config: Any) -> None:
+    found, stated = model_numbers(config), model.shape.plain()
+    problems = [
+        f"models.{name}.shape.{key}: the config says {stated[key]}, the model has {found[key]}"
+        for key in stated
+        if stated[key] != found[key]
+    ]
+    positions = config.max_position_embeddings
+    if model.max_length > positions:
+        problems.append(f"models.{name}.max_length: the config says {model.max_length}, the model has {positions}")
+    if problems:
+        raise RankwiseError(
+            _listing("the model is not the one that the config describes; correct one of them", problems)
+        )
+
+
+def _skeleton(model: Model, config: Any) -> torch.nn.Module:
+    """The model without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return skeleton
+
+
+def _check_linears(model: Model, skeleton: torch.nn.Module) -> None:
+    modules = dict(skeleton.named_modules())
+    problems = []
+    for expected in linear_modules(model.shape):
+        module, shape = modules.get(expected.name), (expected.out_features, expected.in_features)
+        if not isinstance(module, torch.nn.Linear):
+            problems.append(f"{expected.name}: no Linear layer, but {type(module).__name__}")
+        elif tuple(module.weight.shape) != shape:
+            problems.append(f"{expected.name}: {tuple(module.weight.shape)}, and `shape` gives {shape}")
+    if problems:
+        raise RankwiseError(_listing("the model lacks Linear layers that its family has", problems))
+
+
+def _check_weights(skeleton: torch.nn.Module, weights: list[Path]) -> None:
+    """Every parameter is stored, in its shape, as finite floating point numbers."""
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    missing, problems = dict(wanted), []
+    for file, name, tensor in _stored(weights):
+        known = name if name in wanted else prefix + name  # a base model is stored without the prefix
+        if known not in wanted:
+            continue
+        missing.pop(known, None)
+        if tuple(tensor.shape) != wanted[known]:
+            problems.append(f"{file.name}: {name} is {tuple(tensor.shape)}, not {wanted[known]}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{file.name}: {name} holds {tensor.dtype}; quantised weights are not supported")
+        elif not bool(tensor.isfinite().all()):
+            problems.append(f"{file.name}: {name} holds NaN or infinite values")
+    problems += [f"{name} is not stored" for name in missing]
+    if problems:
+        raise RankwiseError(_listing("the weights cannot be used; fetch or make the model again", problems))
+
+
+def _stored(weights: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """Each stored tensor, one at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - the handle cannot be iterated
+                    yield file, name, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise RankwiseError(
+                f"{file.name}: truncated or damaged, no readable safetensors file ({error}). Fetch it again."
+            ) from error
+
+
+def _check_tokenizer(name: str, model: Model, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # ValueError, OSError, KeyError, ... by what is missing
+        raise RankwiseError(f"its tokenizer cannot be loaded ({error}). Add the tokenizer's files.") from error
+    if len(tokenizer) > model.shape.vocabulary:
+        raise RankwiseError(
+            f"models.{name}.shape.vocabulary: the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{model.shape.vocabulary}. They do not belong together."
+        )
+
+
+def _listing(title: str, problems: list[str]) -> str:
+    more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    shown = problems[:SHOWN]
+    return "\n".join([f"{title}:", *(f"  {line}" for line in [*shown, *more])])

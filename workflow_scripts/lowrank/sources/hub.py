@@ -1,0 +1,114 @@
+"""Sources of the Hugging Face hub. The place of the downloads, the token and mirrors are the hub client's own settings.
+
+The clients keep what they fetch in their own cache (HF_HOME), so a model that is there already is not fetched again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowrank.config.sections import HubSource
+from lowrank.errors import RankwiseError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+# Weights as safetensors only (a pickle can run code), and only those that transformers would load.
+CHECKPOINT_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+def fetch_snapshot(source: HubSource, code: bool) -> list[Path]:
+    """The files of a model repository at its pinned revision: `source.file`, or a checkpoint and its tokenizer.
+
+    Args:
+        source: the repository.
+        code: fetch Python files too.
+
+    Raises:
+        RankwiseError: gated, missing, or not reachable; it names the repository, the revision and what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [source.file] if source.file else [*CHECKPOINT_FILES, *(["*.py"] if code else [])]
+    log.info("fetching the model %s at %s from the hub", source.hub, source.revision)
+    try:
+        folder = snapshot_download(
+            source.hub,
+            revision=source.revision,
+            allow_patterns=patterns,
+            ignore_patterns=None if source.file else ["*/*"],
+        )
+    except Exception as error:  # the client's own types and those of its HTTP library
+        raise RankwiseError(_message(source, error)) from error
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    if not files:
+        raise RankwiseError(f"hub: {source.hub} at {source.revision}: no file matches {', '.join(patterns)}.")
+    return files
+
+
+def load_rows(source: HubSource) -> Dataset:
+    """The rows of one split of a data set at its pinned revision.
+
+    Raises:
+        RankwiseError: gated, missing, not reachable, or no split is chosen; it names the repository, the revision
+            and what to do.
+    """
+    from datasets import Dataset, load_dataset
+
+    if Path(source.hub).exists():
+        raise RankwiseError(
+            f"hub: {source.hub}: there is a folder of this name here, and the data sets library would read it instead "
+            "of the hub. Rename it, or use `path:`."
+        )
+    log.info("loading the data set %s at %s from the hub", source.hub, source.revision)
+    try:
+        rows = load_dataset(
+            source.hub, name=source.subset, split=source.split, revision=source.revision, data_files=source.file
+        )
+    except Exception as error:  # the library raises a dozen types, from ValueError to the HTTP client's
+        raise RankwiseError(_message(source, error)) from error
+    if not isinstance(rows, Dataset):
+        raise RankwiseError(f"hub: {source.hub}: choose a `split:`; there are: {', '.join(map(str, rows))}.")
+    return rows
+
+
+def _message(source: HubSource, error: BaseException) -> str:
+    place = f"hub: {source.hub} at revision {source.revision}"
+    kinds = {type_.__name__ for cause in _causes(error) for type_ in type(cause).__mro__}
+    if "GatedRepoError" in kinds:
+        return (
+            f"{place}: access is restricted. Accept its licence on its page of the hub, then `hf auth login` "
+            "(or set HF_TOKEN) and run the workflow again."
+        )
+    if "RevisionNotFoundError" in kinds:
+        return f"{place}: the repository has no such revision. Take the commit's 40 digits from its page of the hub."
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return (
+            f"{place}: there is no such repository, or it is private. Check the spelling; for a private one "
+            "`hf auth login` (or set HF_TOKEN) first."
+        )
+    if kinds & {"OfflineModeIsEnabled", "ConnectionError", "LocalEntryNotFoundError", "TransportError", "Timeout"}:
+        return (
+            f"{place}: it is not in the hub's cache on this machine, and the hub cannot be reached. Go online "
+            "(and unset HF_HUB_OFFLINE), or point `path:` at a copy."
+        )
+    return f"{place}: cannot be loaded ({type(error).__name__}: {_without_tokens(str(error))})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and all that led to it; the libraries wrap the telling one."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _without_tokens(text: str) -> str:
+    """The text without access tokens."""
+    return re.sub(r"hf_[A-Za-z0-9]{6,}|(?<=Bearer )\S+", "***", text)

@@ -1,0 +1,129 @@
+"""Fetching a model: a checkpoint folder in the Hugging Face layout, checked against the config before any use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowrank.config.sections import HubSource, Model
+from lowrank.errors import RankwiseError
+from lowrank.files import atomic_path, read_json, sha256_file
+from lowrank.runtime import parse_dtype
+from lowrank.sources import checks, hub
+from lowrank.sources.disk import require_free
+from lowrank.sources.gguf import convert_gguf
+from lowrank.sources.resolve import placed, source_files
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (".json", ".txt", ".model", ".jinja")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str, Any]:
+    """Make the checkpoint folder of a dense model.
+
+    A GGUF file is converted to the config's dtype; other weights keep the dtype that they are stored in. Weight files
+    are hard links to the source where the file system allows it. The weights are checked tensor by tensor, so a model
+    larger than the memory passes.
+
+    Args:
+        name: the model's name in the config.
+        model: its section.
+        cache: folder of downloads.
+        target: the folder to make; it appears when everything in it is checked.
+
+    Returns:
+        The manifest: source, shape, licence, number of parameters, and the SHA-256 of each file.
+
+    Raises:
+        RankwiseError: the model cannot be had or read, or it is not what the config says; nothing is left behind.
+    """
+    with placed(f"models.{name}"), _files(model, cache) as files, atomic_path(target) as folder:
+        folder.mkdir()
+        if len(files) == 1 and files[0].suffix == ".gguf":
+            convert_gguf(files[0], folder, parse_dtype(model.dtype))
+        else:
+            copy_checkpoint(files, folder, model.trust_remote_code)
+        parameters = checks.check_checkpoint(name, model, folder, weight_files(folder))
+        manifest = {
+            "model": name,
+            "source": model.source.plain(),
+            "shape": model.shape.plain(),
+            "license": model.license,
+            "parameters": parameters,
+            "files": {file.name: sha256_file(file) for file in sorted(folder.iterdir())},
+        }
+    log.info("model %s: %.1f M parameters", name, parameters / 1e6)
+    return manifest
+
+
+@contextmanager
+def _files(model: Model, cache: Path) -> Iterator[list[Path]]:
+    if isinstance(model.source, HubSource):
+        yield hub.fetch_snapshot(model.source, model.trust_remote_code)
+        return
+    with source_files(model.source, cache) as files:
+        yield files
+
+
+def copy_checkpoint(files: list[Path], folder: Path, code: bool) -> None:
+    """Bring weights, configuration and tokenizer of a checkpoint into `folder`; nothing else.
+
+    Raises:
+        RankwiseError: no `config.json`, no safetensors weights, a missing shard, or a full disk.
+    """
+    configs = [file for file in files if file.name == "config.json"]
+    if len(configs) != 1:
+        found = ", ".join(sorted(file.name for file in files)[:8]) or "no file"
+        raise RankwiseError(
+            "a model is a GGUF file or a folder with one `config.json`, "
+            f"and here are {len(configs)} of those ({found})."
+        )
+    source = configs[0].parent
+    weights = weight_files(source)
+    require_free(folder, sum(file.stat().st_size for file in weights), "the model")
+    for file in weights:
+        _link_or_copy(file, folder / file.name)
+    for file in files:
+        wanted = file.suffix in COMPANIONS or (code and file.suffix == ".py")
+        if file.parent == source and wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
+            shutil.copyfile(file, folder / file.name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model of a folder: the shards of its index, or the one file.
+
+    Raises:
+        RankwiseError: there are none, or a shard of the index is missing.
+    """
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise RankwiseError(f"{folder / INDEX}: has no `weight_map`. Fetch the file again.")
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
+            raise RankwiseError(f"{folder}: the index lists files that are not there: {', '.join(missing)}. Add them.")
+        return files
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    only = f", only pickles ({', '.join(pickles)}), which can run code and are never loaded" if pickles else ""
+    raise RankwiseError(
+        f"{folder}: no `{WEIGHTS}` or `{INDEX}`{only}. Take a revision with safetensors weights, or save the model "
+        "once with transformers' `save_pretrained`."
+    )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # resolve: the hub's cache holds symbolic links
+    except OSError:
+        shutil.copyfile(source, target)  # another disk, or a file system without hard links

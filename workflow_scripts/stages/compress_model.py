@@ -1,0 +1,64 @@
+"""Compress a model by one method at one ratio, and write its checkpoint with an account of its parameters."""
+
+import time
+from typing import Any
+
+from lowrank.stage import run_stage
+from snakemake.iocontainers import Snakemake
+
+
+def work(job: Snakemake) -> None:
+    """Run the method; the dense model's files are linked, not copied."""
+    from lowrank.bases import Bases
+    from lowrank.budget import Budget
+    from lowrank.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
+    from lowrank.compression import compress_model, count_parameters
+    from lowrank.config.sections import ModelShape
+    from lowrank.files import read_json, write_json
+    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
+
+    started = time.monotonic()
+    settings = job.params.settings
+    method: dict[str, Any] = settings["method"]
+    limit_threads(job.threads)
+    seed = int(job.wildcards.seed)
+    seed_everything(seed)
+    shape = ModelShape.model_validate(settings["shape"])
+    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu", settings["trust_remote_code"])
+    allocation = read_json(job.input.allocation)["ranks"] if job.input.get("allocation") else None
+    ranks = compress_model(
+        method["kind"],
+        method,
+        {
+            "model": model,
+            "budget": Budget.of(shape),
+            "ratio": int(job.wildcards.ratio),
+            "seed": seed,
+            "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
+            "allocation": allocation,
+        },
+    )
+    unchanged = all(rank is None for rank in ranks.values())
+    target = job.output.checkpoint
+    files = link_checkpoint(job.input.model, target) if unchanged else save_checkpoint(model, job.input.model, target)
+    parameters = count_parameters(model, shape)
+    write_json(
+        job.output.manifest,
+        {
+            "subject": settings["subject"],
+            "method": method,
+            "ranks": ranks,
+            "parameters": parameters,
+            "kept": {
+                "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
+                "total": parameters["total"] / parameters["total_dense"],
+            },
+            "files": files,
+            "seconds": time.monotonic() - started,
+            "environment": describe_environment(),
+        },
+    )
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,49 @@
+"""Compute the principal bases of every linear layer from the statistics of its inputs."""
+
+from pathlib import Path
+
+from lowrank.stage import run_stage
+from snakemake.iocontainers import Snakemake
+
+
+def work(job: Snakemake) -> None:
+    """Block by block: estimate covariances, decompose, write."""
+    from lowrank.bases import bases_of_block
+    from lowrank.checkpoint import family_of, load_checkpoint
+    from lowrank.config.sections import Covariance
+    from lowrank.files import atomic_path, layer_files, save_tensors, sha256_file, write_json
+    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.stage import log
+    from lowrank.statistics import load_moments
+
+    settings = job.params.settings
+    limit_threads(job.threads)
+    device = pick_device()
+    covariance = Covariance.model_validate(settings["covariance"])
+    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu", settings["trust_remote_code"])
+    family = family_of(model)
+    blocks = model.get_submodule(family.blocks)
+    sources = layer_files(job.input.layers, len(blocks))
+    with atomic_path(job.output.layers) as folder:
+        folder.mkdir()
+        for layer, source in enumerate(sources):
+            modules = {linear: blocks[layer].get_submodule(linear.path) for linear in family.types}
+            linears = {linear.name: (linear.site, module.weight, module.bias) for linear, module in modules.items()}
+            moments = load_moments(source, family.sites)
+            bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}")
+            save_tensors(folder / source.name, bases)
+            log.info("bases: block %d of %d", layer + 1, len(blocks))
+    write_json(
+        job.output.manifest,
+        {
+            "model": job.wildcards.model,
+            "calibration": job.wildcards.calibration,
+            "covariance": settings["covariance"],
+            "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
+            "environment": describe_environment(device),
+        },
+    )
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,20 @@
+"""Fetch one corpus: its selected documents (or token ids), and its index."""
+
+from pathlib import Path
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.config.sections import Corpus
+from lowrank.sources.texts import fetch_corpus
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    settings = job.params.settings
+    corpus = Corpus.model_validate(settings["corpus"])
+    cache, index, data = Path(settings["cache"]), Path(job.output.index), Path(job.output.data)
+    fetch_corpus(settings["name"], corpus, cache, index, data)
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,19 @@
+"""Fetch one set of instructions for post-training."""
+
+from pathlib import Path
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.config.sections import Instructions
+from lowrank.sources.texts import fetch_instructions
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    settings = job.params.settings
+    instructions = Instructions.model_validate(settings["instructions"])
+    fetch_instructions(settings["name"], instructions, Path(settings["cache"]), Path(job.output.rows))
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,22 @@
+"""Fetch one model: a checked checkpoint folder, and its manifest."""
+
+from pathlib import Path
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.config.sections import Model
+from lowrank.files import write_json
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    from lowrank.sources.models import fetch_model
+
+    settings = job.params.settings
+    model = Model.model_validate(settings["model"])
+    manifest = fetch_model(settings["name"], model, Path(settings["cache"]), Path(job.output.checkpoint))
+    write_json(job.output.manifest, manifest)
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

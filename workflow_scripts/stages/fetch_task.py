@@ -1,0 +1,19 @@
+"""Fetch the scored documents of one zero-shot task, and their index."""
+
+from pathlib import Path
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.config.sections import TaskFile
+from lowrank.sources.tasks import fetch_task
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    settings = job.params.settings
+    task = TaskFile.model_validate(settings["task"])
+    fetch_task(settings["name"], task, Path(settings["cache"]), Path(job.output.index), Path(job.output.rows))
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,26 @@
+"""Post-train a compressed checkpoint with DeepSpeed and merge the result (paper, Equation 9)."""
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    """Write the tuned checkpoint and its manifest."""
+    from lowrank.post_training.tune import tune_checkpoint
+    from lowrank.runtime import limit_threads
+
+    limit_threads(job.threads)
+    tune_checkpoint(
+        checkpoint=job.input.checkpoint,
+        manifest=job.input.manifest,
+        instructions=job.input.instructions,
+        target=job.output.checkpoint,
+        target_manifest=job.output.manifest,
+        settings=job.params.settings,
+        threads=job.threads,
+    )
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

@@ -1,0 +1,18 @@
+"""Draw the calibration windows of one preset with one model's tokenizer."""
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.config.sections import Calibration
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    from lowrank.corpora import sample_calibration
+
+    settings = job.params.settings
+    calibration = Calibration.model_validate(settings["calibration"])
+    sample_calibration(settings["model"], calibration, job.input.model, job.input.corpus, job.output.tokens)
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

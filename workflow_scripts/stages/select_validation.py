@@ -1,0 +1,40 @@
+"""Choose the validation windows whose perplexity depends most on the allocation of ranks."""
+
+
+from lowrank.stage import run_stage
+from snakemake.iocontainers import Snakemake
+
+
+def work(job: Snakemake) -> None:
+    """Score the candidate windows under random feasible allocations and keep some."""
+    from lowrank.config.sections import Validation
+    from lowrank.corpora import load_documents, sample_windows
+    from lowrank.files import save_tensors, write_json
+    from lowrank.runtime import describe_environment
+    from lowrank.search_space import SearchSpace
+    from lowrank.sliced import open_sliced_model
+    from lowrank.validation import score_windows, select_windows, selection_record
+
+    settings = job.params.settings
+    validation = Validation.model_validate(settings["validation"])
+    choice = validation.select
+    opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
+    documents = load_documents(job.input.corpus)
+    windows = sample_windows(documents, opened.tokenizer, validation.windows, validation.length, validation.seed).long()
+    space = SearchSpace(opened.budget, choice.ratio, choice.groups, choice.uncompressed, choice.lower)
+    perplexities = score_windows(opened.sliced, windows, space, choice.allocations, validation.seed, opened.device)
+    kept = select_windows(perplexities, choice)
+    save_tensors(job.output.tokens, {"tokens": windows[kept].int()})
+    write_json(
+        job.output.record,
+        {
+            "validation": settings["validation"],
+            "model": job.wildcards.model,
+            **selection_record(perplexities, kept),
+            "environment": describe_environment(opened.device),
+        },
+    )
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)

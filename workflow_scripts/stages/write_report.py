@@ -1,0 +1,19 @@
+"""Write the report: one self-contained HTML page with tables, figures, settings and provenance."""
+
+from pathlib import Path
+
+from snakemake.iocontainers import Snakemake
+
+from lowrank.files import read_json, write_text
+from lowrank.paper.report import render_report
+from lowrank.stage import run_stage
+
+
+def work(job: Snakemake) -> None:
+    """Render the report from the files that the rule names."""
+    report = Path(job.output.report)
+    write_text(report, render_report(job.params.settings, read_json(job.input.provenance), report))
+
+
+snakemake: Snakemake  # Snakemake binds it when it runs this file
+run_stage(snakemake, work)
