@@ -33,6 +33,11 @@ from lowrank.fingerprint import fingerprint
 from lowrank.paper.published import published_problems
 
 
+def deepspeed_file(tuning):
+    """DeepSpeed's own configuration for a post-training preset."""
+    return f"{CONFIG}/deepspeed/{tuning.deepspeed}.json"
+
+
 def checked_study():
     """The config as a `Study`; its errors are shown without a traceback."""
     files = [
@@ -44,7 +49,13 @@ def checked_study():
         for path in files:
             read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
         study = check_study(config, ", ".join(files))
-        if problems := published_problems(study.tables, f"{CONFIG}/published"):
+        problems = published_problems(study.tables, f"{CONFIG}/published")
+        for name, tuning in study.tuning.items():
+            if not os.path.isfile(deepspeed_file(tuning)):
+                problems.append(
+                    f"tuning.{name}.deepspeed: there is no {deepspeed_file(tuning)}"
+                )
+        if problems:
             raise RankwiseError("\n".join(problems))
         return study
     except RankwiseError as error:

@@ -8,9 +8,6 @@ rule post_train:
         instructions=lambda wildcards: (
             f"{RUN}/instructions/{STUDY.tuning[wildcards.tuning].instructions}.jsonl"
         ),
-        deepspeed=lambda wildcards: (
-            f"{CONFIG}/deepspeed/{STUDY.tuning[wildcards.tuning].deepspeed}.json"
-        ),
     output:
         checkpoint=directory(TUNED + "/checkpoint"),
         manifest=TUNED + "/manifest.json",
@@ -20,6 +17,7 @@ rule post_train:
             model_settings(wildcards.model)
             | {
                 "tuning": STUDY.tuning[wildcards.tuning].plain(),
+                "deepspeed": read_json(deepspeed_file(STUDY.tuning[wildcards.tuning])),
                 "subject": subject(wildcards),
                 "state": STATE,
             },

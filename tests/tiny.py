@@ -178,7 +178,7 @@ def config(folder: Path) -> dict[str, Any]:
     names = ("calibration", "validation", "test-a", "test-b", "test-c")
     metrics = {"boolq": "acc", "piqa": "acc", "hellaswag": "acc_norm", "winogrande": "acc", "arc_easy": "acc"}
     metrics |= {"arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
-    row = {"model": "tiny", "ratio": 20}
+    row = {"model": "tiny", "ratio": 20, "tolerance": 4}  # a step of 8 is coarse in a model of this size
     rows = [
         {"model": "tiny", "method": "dense"},
         {**row, "method": "svd"},
@@ -245,7 +245,7 @@ def config(folder: Path) -> dict[str, Any]:
                 "batch_size": 4,
                 "micro_batch_size": 2,
                 "warmup_steps": 1,
-                "max_length": 48,
+                "max_length": 250,
                 "validation_examples": 4,
                 "evaluate_every": 2,
                 "dtype": "float32",

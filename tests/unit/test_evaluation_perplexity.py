@@ -39,13 +39,19 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_every_run() -> None:
+    torch.manual_seed(0)
+
+
 def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words `0` ... `39`, whose ids are the words; with `bos`, texts start with id 0."""
-    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="1"))
+    """A tokenizer of whole words `1` ... `39`, whose ids are the words; with `bos`, texts start with `<s>`, id 0."""
+    words = {"<s>": 0} | {str(number): number for number in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="0 $A", special_tokens=[("0", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="0")
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 def token_losses(model: LlamaForCausalLM, window: torch.Tensor) -> list[float]:

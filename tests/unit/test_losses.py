@@ -37,6 +37,11 @@ shapes = {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_every_run() -> None:
+    torch.manual_seed(0)
+
+
 def tiny_model(config: transformers.PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

@@ -78,9 +78,11 @@ def some_examples(rows: int) -> Examples:
 def test_split_is_disjoint_complete_and_always_the_same() -> None:
     tuning = Tuning(instructions="a", batch_size=4, micro_batch_size=4, validation_examples=5)
     training, validation = split(some_examples(20), tuning)
-    assert len(validation) == 5 and len(training) == 15
+    assert len(validation) == 5
+    assert len(training) == 15
     ids = [*training.tokens[:, 0].tolist(), *validation.tokens[:, 0].tolist()]
-    assert sorted(ids) == list(range(20)) and ids != list(range(20))
+    assert sorted(ids) == list(range(20))
+    assert ids != list(range(20))
     assert torch.equal(split(some_examples(20), tuning)[1].tokens, validation.tokens)
     with pytest.raises(RankwiseError, match=r"instructions 'a': 8 usable rows.*need 9"):
         split(some_examples(8), tuning)

@@ -82,7 +82,8 @@ def test_each_epoch_sees_every_row_once(rows: int, batch: int, seed: int) -> Non
 
 def test_epochs_and_seeds_have_their_own_order() -> None:
     first, second = (rows_of_step(step, 40, 40, seed=0) for step in (0, 1))
-    assert first != second and first != rows_of_step(0, 40, 40, seed=1)
+    assert first != second
+    assert first != rows_of_step(0, 40, 40, seed=1)
 
 
 def a_tuning(**changes: object) -> Tuning:
@@ -105,6 +106,7 @@ def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
 
 def test_a_deepspeed_file_may_not_repeat_the_tuning_preset() -> None:
     config = engine_config({"zero_optimization": {"stage": 2}}, a_tuning(), processes=1)
-    assert config["train_micro_batch_size_per_gpu"] == 2 and config["gradient_accumulation_steps"] == 4
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 4
     with pytest.raises(RankwiseError, match=r"config/deepspeed/zero2.json: bf16, train_batch_size follows"):
         engine_config({"train_batch_size": 4, "bf16": {"enabled": True}}, a_tuning(), processes=1)

@@ -59,7 +59,8 @@ def test_forward_is_equation_9_and_the_merge_is_exact(
     model = nn.Sequential(layer)
     merge_subspaces(model, {"0": SubspaceVectors(chosen, wrapper.inner.detach(), wrapper.outer.detach())})
     torch.testing.assert_close(model(x), unmerged, rtol=1e-12, atol=1e-12)
-    assert layer.rank == rank and layer.up.weight.shape == (m, rank)
+    assert layer.rank == rank
+    assert layer.up.weight.shape == (m, rank)
 
 
 def test_training_starts_at_the_compressed_model_and_both_vectors_can_move() -> None:
@@ -68,10 +69,13 @@ def test_training_starts_at_the_compressed_model_and_both_vectors_can_move() -> 
     wrapper = ScaledSubspaceLinear(layer, torch.tensor([1, 3]))
     x = torch.randn(2, 6)
     assert torch.equal(wrapper(x), layer(x))
-    assert wrapper.inner.tolist() == pytest.approx([0.1, 0.1]) and not wrapper.outer.any()
+    assert wrapper.inner.tolist() == pytest.approx([0.1, 0.1])
+    assert not wrapper.outer.any()
     wrapper(x).square().sum().backward()
-    assert wrapper.outer.grad is not None and wrapper.outer.grad.abs().min() > 0
-    assert layer.up.weight.grad is None and layer.down.weight.grad is None
+    assert wrapper.outer.grad is not None
+    assert wrapper.outer.grad.abs().min() > 0
+    assert layer.up.weight.grad is None
+    assert layer.down.weight.grad is None
 
 
 def test_vectors_are_float32_on_a_bfloat16_layer() -> None:
@@ -87,7 +91,8 @@ def test_choice_of_indices() -> None:
     assert choose_indices(6, 2, "bottom", generator).tolist() == [4, 5]
     assert choose_indices(3, 256, "bottom", generator).tolist() == [0, 1, 2]
     first = choose_indices(1000, 10, "random", torch.Generator().manual_seed(3))
-    assert first.tolist() == sorted(set(first.tolist())) and len(first) == 10
+    assert first.tolist() == sorted(set(first.tolist()))
+    assert len(first) == 10
     assert torch.equal(first, choose_indices(1000, 10, "random", torch.Generator().manual_seed(3)))
     assert not torch.equal(first, choose_indices(1000, 10, "random", torch.Generator().manual_seed(4)))
 
@@ -102,7 +107,7 @@ def test_attach_freezes_all_but_the_vectors() -> None:
 
 
 def test_a_dense_model_is_an_error() -> None:
-    with pytest.raises(RankwiseError, match="no low-rank layer.*tuning: none"):
+    with pytest.raises(RankwiseError, match=r"no low-rank layer.*tuning: none"):
         attach_subspaces(nn.Sequential(nn.Linear(2, 2)), 2, "top", seed=0)
 
 

@@ -1,8 +1,17 @@
-"""The DeepSpeed loop, in one process of gloo, against a plain PyTorch loop with full logits."""
+"""The DeepSpeed loop: in this process, against a plain PyTorch loop with full logits, and in real workers.
+
+All in one module, since DeepSpeed cannot be given a second process group after the first is gone.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +25,13 @@ from lowrank.config.sections import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.post_training.instructions import IGNORED
-from lowrank.post_training.job import Progress, vectors_file
+from lowrank.post_training.job import PROGRESS_FILE, Progress, TrainingJob, vectors_file
+from lowrank.post_training.launch import launch
 from lowrank.post_training.schedule import learning_rate, rows_of_step
 from lowrank.post_training.subspace import attach_subspaces
 from lowrank.post_training.train import Trainer, train
 
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 ENGINES = sorted(path.stem for path in (REPOSITORY / "config" / "deepspeed").glob("*.json"))
 
 
@@ -29,9 +40,12 @@ def one_process() -> Iterator[None]:
     """A process group of this process alone, without a port."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("LOCAL_RANK", "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    monkeypatch.undo()
     torch.set_num_threads(threads)
 
 
@@ -83,9 +97,11 @@ def test_vectors_move_the_loss_falls_and_the_rest_stays(checkpoint: Path, tmp_pa
     trainer.run()
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.engine.module.named_parameters() if n in frozen)
     losses = dict(trainer.progress.validation)
-    assert list(losses) == [0, 5, 10, 15, 20] and losses[20] < losses[0] - 0.1
+    assert list(losses) == [0, 5, 10, 15, 20]
+    assert losses[20] < losses[0] - 0.1
     for learnt in trainer.vectors().values():
-        assert (learnt.inner - 0.1).abs().max() > 1e-3 and learnt.outer.abs().max() > 1e-3
+        assert (learnt.inner - 0.1).abs().max() > 1e-3
+        assert learnt.outer.abs().max() > 1e-3
 
 
 def test_vectors_are_not_rounded_when_the_model_is_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
@@ -101,9 +117,7 @@ def test_vectors_are_not_rounded_when_the_model_is_bfloat16(checkpoint: Path, tm
 
 @pytest.mark.parametrize("micro", [1, 8])
 def test_the_size_of_micro_batches_does_not_matter(micro: int, checkpoint: Path, tmp_path: Path) -> None:
-    one, other = (
-        train(a_job(checkpoint, tmp_path / str(size), micro_batch_size=size, steps=3)) for size in (micro, 4)
-    )
+    one, other = (train(a_job(checkpoint, tmp_path / str(size), micro_batch_size=size, steps=3)) for size in (micro, 4))
     assert [loss for _, loss in one.loss] == pytest.approx([loss for _, loss in other.loss], rel=1e-5)
     assert [loss for _, loss in one.validation] == pytest.approx([loss for _, loss in other.validation], rel=1e-5)
 
@@ -112,9 +126,11 @@ def test_the_best_vectors_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     """With a learning rate that overshoots, the last vectors are not the best ones."""
     progress = train(a_job(checkpoint, tmp_path, steps=12, evaluate_every=2, learning_rate=3.0, warmup_steps=0))
     after = dict(progress.validation[1:])
-    assert progress.best == min(after, key=after.__getitem__) and progress.best_loss == min(after.values())
+    assert progress.best == min(after, key=after.__getitem__)
+    assert progress.best_loss == min(after.values())
     assert [path.name for path in tmp_path.glob("vectors*")] == [vectors_file(tmp_path, progress.best).name]
-    assert [path.name for path in (tmp_path / "deepspeed").iterdir()] == ["step12"]
+    assert progress.best != 12
+    assert [path.name for path in (tmp_path / "deepspeed").glob("step*")] == ["step12"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -130,9 +146,11 @@ def test_a_resumed_job_gives_the_same_bits(engine: str, checkpoint: Path, tmp_pa
     first.train_step(2)  # lost work, as after a kill
     resumed = train(job)
     assert resumed.loss == Progress.load(tmp_path / "whole").loss == whole.loss
-    assert resumed.validation == whole.validation and resumed.best == whole.best is not None
+    assert resumed.validation == whole.validation
+    assert resumed.best == whole.best is not None
     ours, theirs = (load_tensors(vectors_file(tmp_path / name, whole.best)) for name in ("cut", "whole"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(("layer", "what"), [("mlp.down_proj", "loss"), ("self_attn.q_proj", "(loss|gradient)")])
@@ -142,3 +160,79 @@ def test_numbers_that_are_not_finite_stop_the_job(layer: str, what: str, checkpo
         trainer.wrapped[f"model.layers.1.{layer}"].outer.fill_(math.nan)
     with pytest.raises(RankwiseError, match=f"the {what} of step 1 is not finite. Lower `learning_rate`"):
         trainer.train_step(0)
+
+
+def best_vectors(job: TrainingJob) -> dict[str, torch.Tensor]:
+    folder = Path(job.folder)
+    best = Progress.load(folder).best
+    assert best is not None
+    return load_tensors(vectors_file(folder, best))
+
+
+def stage_process(job: TrainingJob) -> subprocess.Popen[bytes]:
+    """A process that does what the stage does: launch the job and wait."""
+    arguments = [job.checkpoint, job.folder, job.tuning, job.deepspeed, job.seed]
+    code = (
+        "import json, sys; from lowrank.post_training.launch import launch; "
+        "from lowrank.post_training.job import TrainingJob; "
+        "launch(TrainingJob(*json.loads(sys.argv[1])), 1, 1)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "workflow_scripts")}
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(arguments)], env=environment)
+
+
+def processes_of(folder: str) -> list[int]:
+    """Ids of the processes that have this folder's job on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"{folder}/job.json" in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
+
+
+@ON_CPU
+def test_a_killed_job_leaves_no_process_and_goes_on_to_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    whole, cut = (a_job(checkpoint, tmp_path / name, steps=200, evaluate_every=4) for name in ("whole", "cut"))
+    train(whole)
+    stage = stage_process(cut)
+    wait_for((Path(cut.folder) / PROGRESS_FILE).exists)
+    assert processes_of(cut.folder)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    wait_for(lambda: not processes_of(cut.folder), seconds=20)
+    assert 0 < Progress.load(Path(cut.folder)).step < 200  # stopped on its way
+    train(cut)
+    ours, theirs = best_vectors(cut), best_vectors(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(whole.folder)).loss
+
+
+@ON_CPU
+def test_two_processes_train_as_one_and_nothing_is_compiled(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler or ninja within reach (and 6 validation rows, which two processes share unevenly)."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    jobs = [a_job(checkpoint, tmp_path / f"of{count}", micro_batch_size=2) for count in (1, 2)]
+    train(jobs[0])
+    launch(jobs[1], processes=2, threads=2)
+    one, two = (Progress.load(Path(job.folder)) for job in jobs)
+    for curve in ("loss", "validation"):
+        first, second = (dict(getattr(progress, curve)) for progress in (one, two))
+        assert second == pytest.approx(first, rel=1e-5)
+    first, second = map(best_vectors, jobs)
+    assert all(torch.allclose(first[name].double(), second[name].double(), atol=1e-5) for name in first)
+    assert not list((tmp_path / "extensions").rglob("*.so"))

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lowrank.bases import Bases
-from lowrank.budget import Budget, Ranks
+from lowrank.budget import Budget, Ranks, has_native_bias
 from lowrank.checkpoint import replace_linears
 from lowrank.config.sections import MethodSettings, ModelShape
 from lowrank.errors import RankwiseError
@@ -71,13 +71,11 @@ def count_parameters(model: PreTrainedModel, shape: ModelShape) -> dict[str, int
     compares with the weights of the dense layers, as the paper's budget does.
     """
     budget = Budget.of(shape)
-    kept, added, dense_biases = 0, 0, 0
+    kept, added = 0, 0
     for linear in budget.modules:
-        layer = model.get_submodule(linear.name)
-        total = sum(parameter.numel() for parameter in layer.parameters())
-        native = linear.out_features if budget.cost(linear, 0) == 0 else 0
+        total = sum(parameter.numel() for parameter in model.get_submodule(linear.name).parameters())
+        native = linear.out_features if has_native_bias(shape, linear) else 0
         kept += total - native
-        dense_biases += native
         added += total - native - linear.parameters
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     total = sum(unique.values())

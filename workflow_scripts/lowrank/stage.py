@@ -26,6 +26,8 @@ def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:
     set_up_logging(str(job.log[0]) if len(job.log) else None)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by transformers, would warn otherwise
     started = time.monotonic()
     try:
         work(job)

@@ -264,6 +264,8 @@ class Tuning(Section):
             raise ValueError(
                 f"`batch_size: {self.batch_size}` is no multiple of `micro_batch_size: {self.micro_batch_size}`"
             )
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"`warmup_steps: {self.warmup_steps}` leaves nothing of `steps: {self.steps}`")
         return self
 
 
@@ -291,7 +293,9 @@ class ZeroShotSuite(Section):
 
     kind: Literal["zero-shot"]
     tasks: dict[Name, Literal["acc", "acc_norm"]] = Field(min_length=1, description="task -> metric of the average")
-    limit: Positive | None = Field(default=None, description="documents a task; only in a config with `smoke: true`")
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="documents a task; only in a config with `smoke: true`"
+    )
     batch_size: Positive = 8
     add_bos: bool = True
     max_length: Positive = 2048
@@ -344,6 +348,9 @@ class Row(Section):
     method: Name
     ratio: Annotated[int, Field(ge=0, le=90)] = Field(default=0, description="percent removed; 0 for the dense model")
     tuning: Name = "none"
+    tolerance: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="percentage points by which the share truly removed may miss the ratio"
+    )
     label: str | None = None
     published: PublishedRow | None = None
 

@@ -25,13 +25,16 @@ class Settings(MethodSettings):
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Truncate every matrix at the rank that the uniform ratio buys.
 
+    With white inputs (Cov(x) = I, mean 0) the principal basis of W x is the left singular basis of W, so U_r U_r' W
+    is the truncated decomposition.
+
     Raises:
         RankwiseError: a decomposition fails; the layer is named.
     """
     import torch
 
     from lowrank.allocation import uniform_ranks
-    from lowrank.errors import RankwiseError
+    from lowrank.bases import principal_basis
     from lowrank.factors import LowRankFactors
 
     ranks = uniform_ranks(task.budget, task.ratio, task.settings.uncompressed)
@@ -40,11 +43,9 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         if rank is None:
             continue
         layer = task.model.get_submodule(name)
-        weight, bias = layer.weight.double(), layer.bias
-        try:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        except torch.linalg.LinAlgError as error:
-            raise RankwiseError(f"{name}: the singular value decomposition failed: {error}") from error
-        root = s[:rank].sqrt()
-        factors[name] = LowRankFactors(root[:, None] * vh[:rank], u[:, :rank] * root, bias)
+        weight, bias = layer.weight, layer.bias
+        n = weight.shape[1]
+        white = torch.eye(n, dtype=torch.double, device=weight.device)
+        basis = principal_basis(weight, None, white, torch.zeros(n, dtype=torch.double, device=weight.device), name)
+        factors[name] = LowRankFactors(basis.projection[:rank], basis.directions[:, :rank], bias)
     return factors

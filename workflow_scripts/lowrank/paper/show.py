@@ -21,6 +21,8 @@ from lowrank.paper.tables.data import MISSING, Context
 from lowrank.paper.tables.rows import number_text
 
 Record = dict[str, Any]
+METHOD_WIDTH = 14
+PIPE_WIDTH = 120  # of lines that go to a file or a pipe, which has no width of its own
 
 
 def show(folder: Path, console: Console) -> None:
@@ -72,7 +74,7 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
         shown.add_column("Model")
     shown.add_column("Removed", justify="right", no_wrap=True)
     shown.add_column("Kept", justify="right", no_wrap=True)
-    shown.add_column("Method", overflow="fold")
+    shown.add_column("Method", overflow="fold", min_width=METHOD_WIDTH)
     for measure in measures:
         shown.add_column(measure.title, justify="right", no_wrap=True)
     previous: tuple[Any, Any] | None = None
@@ -111,8 +113,11 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
     try:
-        show(Path(arguments[0]), Console())
+        show(Path(arguments[0]), console)
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import os.path
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,9 @@ def tokenise_row(row: Mapping[str, str], tokenizer: Any, max_length: int, mask_p
     ids: list[int] = tokenizer(prompt + row["output"])["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
-    shared = os.path.commonprefix([ids, tokenizer(prompt)["input_ids"]])  # works on any sequences
-    return ids[:max_length], max(1, len(shared)) if mask_prompt else 1
+    pairs = zip(ids, tokenizer(prompt)["input_ids"], strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ids[:max_length], max(1, shared) if mask_prompt else 1
 
 
 def tokenise(rows: Iterable[Mapping[str, str]], tokenizer: Any, max_length: int, mask_prompt: bool) -> Examples:

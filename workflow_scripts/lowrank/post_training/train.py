@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # type: ignore[import-untyped]
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -24,8 +23,8 @@ from lowrank.config.sections import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors
 from lowrank.post_training.instructions import Examples
-from lowrank.post_training.loss import InstructionLoss
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, vectors_file
+from lowrank.post_training.loss import InstructionLoss
 from lowrank.post_training.schedule import engine_config, learning_rate, rows_of_step, total_steps
 from lowrank.post_training.subspace import SubspaceVectors, attach_subspaces, pack_vectors
 from lowrank.runtime import parse_dtype, peak_memory_mib, pick_device
@@ -36,8 +35,8 @@ log = logging.getLogger(__name__)
 def train(job: TrainingJob) -> Progress:
     """Train to the end, from the last checkpoint in the job's folder if there is one.
 
-    `torch.distributed` must be initialised, also for one process. With one process a resumed job gives the
-    same bits as an uninterrupted one.
+    `torch.distributed` must be initialised, also for one process, and LOCAL_RANK set, which DeepSpeed reads.
+    With one process a resumed job gives the same bits as an uninterrupted one.
 
     Raises:
         RankwiseError: no low-rank layer, a batch that cannot be shared, a warm-up that is too long, or a loss
@@ -224,7 +223,6 @@ def _initialize(
     if device.type == "cpu":
         # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even where torch.distributed is set up already
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

@@ -14,7 +14,6 @@ from lowrank.errors import RankwiseError
 from lowrank.paper.published import Published, find_published
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
 
-RATIO_TOLERANCE = 0.5  # percentage points between the target and what was removed
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def kept_percent(results: RowResults) -> Estimate:
     """Percent of the decoder's linear weights that is kept, as stored, not as asked for.
 
     Raises:
-        RankwiseError: no manifest, or what was removed differs from the target by more than 0.5 points.
+        RankwiseError: no manifest, or what was removed misses the target by more than the row's tolerance.
     """
     if results.row.ratio == 0:
         return Estimate(100.0)
@@ -113,11 +112,11 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     """Kept percent over seeds, after a check against the row's target.
 
     Raises:
-        RankwiseError: what was removed differs from the target by more than 0.5 points.
+        RankwiseError: what was removed misses the target by more than the row's tolerance.
     """
     row = results.row
     for percent in kept:
-        if row.ratio and abs(100 - percent - row.ratio) > RATIO_TOLERANCE:
+        if row.ratio and abs(100 - percent - row.ratio) > row.tolerance:
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the method's allocation or the ratio."

@@ -1,0 +1,95 @@
+"""Writing is whole or not at all; reading says what is wrong."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank.errors import RankwiseError
+from lowrank.files import (
+    atomic_path,
+    digest_of,
+    layer_files,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    write_json(target, {"a": 1})
+
+    def fail() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert read_json(target) == {"a": 1}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_full_disk_is_named_with_the_cure(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "big.safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RankwiseError, match=r"big.safetensors: no space left on the disk .* finished results are intact"):
+        fail()
+
+
+def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match="not finite"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    with pytest.raises(RankwiseError, match="tensor 'w' holds values that are not finite"):
+        save_tensors(tmp_path / "a.safetensors", {"w": torch.tensor([1.0, float("inf")])})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "empty"), (b"{", "damaged, no valid JSON"), (b"\xff\xfe", "cannot be read")]
+)
+def test_damaged_json_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(RankwiseError, match=f"a.json: {message}"):
+        read_json(path)
+    path.unlink()
+    with pytest.raises(RankwiseError, match=r"a.json: missing. Run the workflow again"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40])
+def test_truncated_tensors_are_named(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"w": torch.arange(100.0)})
+    assert torch.equal(load_tensors(path)["w"], torch.arange(100.0))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RankwiseError, match=r"a.safetensors: damaged"):
+        load_tensors(path)
+
+
+def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "layer_000.safetensors").touch()
+    with pytest.raises(RankwiseError, match=r"layer_001.safetensors: missing. Delete"):
+        layer_files(tmp_path, 2)
+
+
+def test_digests_depend_on_content_and_not_on_order(tmp_path: Path) -> None:
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
+    assert digest_of({"a": 1, "b": 2}) != digest_of({"a": 2, "b": 1})
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -1,0 +1,33 @@
+"""Unfinished work is found again by those it belongs to, and by nobody else."""
+
+from pathlib import Path
+
+import pytest
+
+from lowrank.state import resumable_state
+
+
+def folder_of(root: Path, settings: object, file: Path) -> Path:
+    with pytest.raises(InterruptedError), resumable_state(root, "search", settings, {"in": file}) as folder:
+        raise InterruptedError
+    return folder
+
+
+def test_state_survives_a_failure_and_is_removed_on_success(tmp_path: Path) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    folder = folder_of(tmp_path, {"a": 1}, source)
+    assert folder.is_dir()
+    with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}) as again:
+        assert again == folder
+    assert not folder.exists()
+
+
+def test_other_settings_or_inputs_have_another_folder(tmp_path: Path) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    first = folder_of(tmp_path, {"a": 1, "b": 2}, source)
+    assert folder_of(tmp_path, {"b": 2, "a": 1}, source) == first
+    assert folder_of(tmp_path, {"a": 2, "b": 1}, source) != first
+    source.write_text("two")
+    assert folder_of(tmp_path, {"a": 1, "b": 2}, source) != first
