@@ -34,7 +34,7 @@ rule all:
     input:
         table_files(),
         figure_files(),
-        RUN + "/report.html",
+        f"{RUN}/report.html",
 
 
 rule data:

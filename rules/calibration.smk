@@ -8,7 +8,11 @@ rule sample_calibration:
             | corpus_files(STUDY.calibration[wildcards.calibration].corpus)
         ),
     output:
-        tokens=RUN + "/calibration/{model}/{calibration}.safetensors",
+        tokens=f"{RUN}/calibration/{{model}}/{{calibration}}.safetensors",
+    log:
+        f"{LOGS}/sample_calibration/{{model}}/{{calibration}}.log",
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "sample_calibration",
@@ -18,10 +22,6 @@ rule sample_calibration:
                 "trust_remote_code": STUDY.models[wildcards.model].trust_remote_code,
             },
         ),
-    log:
-        LOGS + "/sample_calibration/{model}/{calibration}.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "sampling calibration windows {wildcards.calibration} for {wildcards.model}"
     script:
@@ -32,19 +32,19 @@ rule select_validation:
     input:
         unpack(validation_files),
     output:
-        tokens=RUN + "/validation/{model}/{validation}.safetensors",
-        record=RUN + "/validation/{model}/{validation}.json",
+        tokens=f"{RUN}/validation/{{model}}/{{validation}}.safetensors",
+        record=f"{RUN}/validation/{{model}}/{{validation}}.json",
+    log:
+        f"{LOGS}/select_validation/{{model}}/{{validation}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
     params:
         settings=lambda wildcards: with_code(
             "select_validation",
             model_settings(wildcards.model)
             | {"validation": STUDY.validation[wildcards.validation].plain()},
         ),
-    log:
-        LOGS + "/select_validation/{model}/{validation}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 8
     message:
         "selecting validation windows {wildcards.validation} for {wildcards.model}"
     script:
@@ -55,18 +55,18 @@ rule measure_sensitivity:
     input:
         unpack(sensitivity_files),
     output:
-        RUN + "/sensitivity/{sensitivity}.json",
+        f"{RUN}/sensitivity/{{sensitivity}}.json",
+    log:
+        f"{LOGS}/measure_sensitivity/{{sensitivity}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
     params:
         settings=lambda wildcards: with_code(
             "measure_sensitivity",
             model_settings(STUDY.sensitivity[wildcards.sensitivity].model)
             | {"sensitivity": STUDY.sensitivity[wildcards.sensitivity].plain()},
         ),
-    log:
-        LOGS + "/measure_sensitivity/{sensitivity}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 8
     message:
         "measuring the sensitivity of each type of matrix: {wildcards.sensitivity}"
     script:

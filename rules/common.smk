@@ -12,11 +12,6 @@ from snakemake.exceptions import WorkflowError
 CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
-# Stages run in interpreters of their own and import the library of this checkout, wherever they start.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
-)
-
 from lowrank.config.load import check_study, read_yaml
 from lowrank.config.sections import (
     PerplexityFigure,
@@ -31,6 +26,9 @@ from lowrank.files import read_json
 from lowrank.files import sha256_file
 from lowrank.fingerprint import fingerprint
 from lowrank.paper.published import published_problems
+from lowrank.stage import share_library
+
+share_library(SCRIPTS)
 
 
 def deepspeed_file(tuning):
@@ -47,7 +45,9 @@ def checked_study():
     ]
     try:
         for path in files:
-            read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
+            read_yaml(
+                path
+            )  # duplicate keys are lost once Snakemake has merged the files
         study = check_study(config, ", ".join(files))
         problems = published_problems(study.tables, f"{CONFIG}/published")
         for name, tuning in study.tuning.items():
@@ -67,9 +67,11 @@ RUN = f"results/{STUDY.run}"
 STATE = f"{RUN}/.state"
 LOGS = f"{RUN}/logs"
 
-COMPRESSED = RUN + "/compressed/{model}/{method}/{ratio}/seed{seed}"
-TUNED = RUN + "/tuned/{model}/{method}/{ratio}/{tuning}/seed{seed}"
-EVALUATION = RUN + "/evaluation/{model}/{method}/{ratio}/{tuning}/seed{seed}/{suite}"
+COMPRESSED = f"{RUN}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
+TUNED = f"{RUN}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"
+EVALUATION = (
+    f"{RUN}/evaluation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}"
+)
 
 
 def one_of(names):
@@ -134,7 +136,10 @@ def corpus_data(corpus):
 
 
 def corpus_files(corpus):
-    return {"corpus": f"{RUN}/corpora/{corpus}.json", "corpus_data": corpus_data(corpus)}
+    return {
+        "corpus": f"{RUN}/corpora/{corpus}.json",
+        "corpus_data": corpus_data(corpus),
+    }
 
 
 def model_files(model):
@@ -160,7 +165,10 @@ def data_files():
 
 def bases_files(model, calibration, covariance):
     stem = f"{RUN}/bases/{model}/{calibration}/{covariance}"
-    return {"bases": ancient(f"{stem}/layers"), "bases_manifest": f"{stem}/manifest.json"}
+    return {
+        "bases": ancient(f"{stem}/layers"),
+        "bases_manifest": f"{stem}/manifest.json",
+    }
 
 
 def validation_files(wildcards):
@@ -369,7 +377,11 @@ def published_files(wildcards):
     """The published values that a table shows beside ours."""
     rows = STUDY.tables[wildcards.table].rows
     return sorted(
-        {f"{CONFIG}/published/{row.published.file}.csv" for row in rows if row.published}
+        {
+            f"{CONFIG}/published/{row.published.file}.csv"
+            for row in rows
+            if row.published
+        }
     )
 
 
@@ -427,7 +439,7 @@ def figure_settings(wildcards):
 
 def table_files():
     return expand(
-        RUN + "/tables/{table}.{format}",
+        f"{RUN}/tables/{{table}}.{{format}}",
         table=STUDY.tables,
         format=["csv", "md", "tex", "html"],
     )
@@ -435,7 +447,7 @@ def table_files():
 
 def figure_files():
     return expand(
-        RUN + "/figures/{figure}.{format}",
+        f"{RUN}/figures/{{figure}}.{{format}}",
         figure=STUDY.figures,
         format=["pdf", "png", "csv"],
     )

@@ -5,8 +5,13 @@ rule compress_model:
     input:
         unpack(compression_files),
     output:
-        checkpoint=directory(COMPRESSED + "/checkpoint"),
-        manifest=COMPRESSED + "/manifest.json",
+        checkpoint=directory(f"{COMPRESSED}/checkpoint"),
+        manifest=f"{COMPRESSED}/manifest.json",
+    log:
+        f"{LOGS}/compress_model/{{model}}/{{method}}/{{ratio}}/seed{{seed}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 4
     params:
         settings=lambda wildcards: with_code(
             "compress_model",
@@ -17,11 +22,6 @@ rule compress_model:
             },
             method_module(wildcards.method),
         ),
-    log:
-        LOGS + "/compress_model/{model}/{method}/{ratio}/seed{seed}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 4
     message:
         "compressing {wildcards.model} by {wildcards.method}, {wildcards.ratio} %, seed {wildcards.seed}"
     script:

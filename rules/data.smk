@@ -11,8 +11,13 @@ localrules:
 
 rule fetch_model:
     output:
-        checkpoint=directory(RUN + "/models/{model}"),
-        manifest=RUN + "/models/{model}.json",
+        checkpoint=directory(f"{RUN}/models/{{model}}"),
+        manifest=f"{RUN}/models/{{model}}.json",
+    log:
+        f"{LOGS}/fetch_model/{{model}}.log",
+    retries: 2
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "fetch_model",
@@ -22,21 +27,21 @@ rule fetch_model:
                 "cache": STUDY.cache,
             },
         ),
-    log:
-        LOGS + "/fetch_model/{model}.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "fetching model {wildcards.model}"
-    retries: 2
     script:
         "../workflow_scripts/stages/fetch_model.py"
 
 
 rule fetch_corpus:
     output:
-        index=RUN + "/corpora/{corpus}.json",
-        data=RUN + "/corpora/data/{corpus}.jsonl",
+        index=f"{RUN}/corpora/{{corpus}}.json",
+        data=f"{RUN}/corpora/data/{{corpus}}.jsonl",
+    log:
+        f"{LOGS}/fetch_corpus/{{corpus}}.log",
+    retries: 2
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "fetch_corpus",
@@ -46,28 +51,21 @@ rule fetch_corpus:
                 "cache": STUDY.cache,
             },
         ),
-    log:
-        LOGS + "/fetch_corpus/{corpus}.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "fetching corpus {wildcards.corpus}"
-    retries: 2
     script:
         "../workflow_scripts/stages/fetch_corpus.py"
 
 
 # The same stage for token ids that are used as they are.
 use rule fetch_corpus as fetch_token_corpus with:
+    output:
+        index=f"{RUN}/corpora/{{corpus}}.json",
+        data=f"{RUN}/corpora/data/{{corpus}}.safetensors",
     wildcard_constraints:
         corpus=one_of(
-            name
-            for name, corpus in STUDY.corpora.items()
-            if corpus.format == "tokens"
+            name for name, corpus in STUDY.corpora.items() if corpus.format == "tokens"
         ),
-    output:
-        index=RUN + "/corpora/{corpus}.json",
-        data=RUN + "/corpora/data/{corpus}.safetensors",
 
 
 ruleorder: fetch_token_corpus > fetch_corpus
@@ -75,7 +73,12 @@ ruleorder: fetch_token_corpus > fetch_corpus
 
 rule fetch_instructions:
     output:
-        rows=RUN + "/instructions/{instructions}.jsonl",
+        rows=f"{RUN}/instructions/{{instructions}}.jsonl",
+    log:
+        f"{LOGS}/fetch_instructions/{{instructions}}.log",
+    retries: 2
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "fetch_instructions",
@@ -85,21 +88,21 @@ rule fetch_instructions:
                 "cache": STUDY.cache,
             },
         ),
-    log:
-        LOGS + "/fetch_instructions/{instructions}.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "fetching instructions {wildcards.instructions}"
-    retries: 2
     script:
         "../workflow_scripts/stages/fetch_instructions.py"
 
 
 rule fetch_task:
     output:
-        index=RUN + "/tasks/{task}.json",
-        rows=directory(RUN + "/tasks/{task}"),
+        index=f"{RUN}/tasks/{{task}}.json",
+        rows=directory(f"{RUN}/tasks/{{task}}"),
+    log:
+        f"{LOGS}/fetch_task/{{task}}.log",
+    retries: 2
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "fetch_task",
@@ -109,12 +112,7 @@ rule fetch_task:
                 "cache": STUDY.cache,
             },
         ),
-    log:
-        LOGS + "/fetch_task/{task}.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "fetching task {wildcards.task}"
-    retries: 2
     script:
         "../workflow_scripts/stages/fetch_task.py"

@@ -2,20 +2,19 @@
 
 
 rule evaluate_perplexity:
-    wildcard_constraints:
-        suite=one_of(suites_of("perplexity")),
     input:
         unpack(perplexity_files),
     output:
-        EVALUATION + ".json",
-    params:
-        settings=lambda wildcards: evaluation_settings("evaluate_perplexity", wildcards),
+        f"{EVALUATION}.json",
     log:
-        LOGS
-        + "/evaluate_perplexity/{model}/{method}/{ratio}/{tuning}/seed{seed}/{suite}.log",
+        f"{LOGS}/evaluate_perplexity/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
+    wildcard_constraints:
+        suite=one_of(suites_of("perplexity")),
     conda:
         "../envs/rankwise.yaml"
     threads: 4
+    params:
+        settings=lambda wildcards: evaluation_settings("evaluate_perplexity", wildcards),
     message:
         "perplexity ({wildcards.suite}) of {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
     script:
@@ -23,20 +22,19 @@ rule evaluate_perplexity:
 
 
 rule evaluate_zero_shot:
-    wildcard_constraints:
-        suite=one_of(suites_of("zero-shot")),
     input:
         unpack(zero_shot_files),
     output:
-        EVALUATION + ".json",
-    params:
-        settings=lambda wildcards: evaluation_settings("evaluate_zero_shot", wildcards),
+        f"{EVALUATION}.json",
     log:
-        LOGS
-        + "/evaluate_zero_shot/{model}/{method}/{ratio}/{tuning}/seed{seed}/{suite}.log",
+        f"{LOGS}/evaluate_zero_shot/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
+    wildcard_constraints:
+        suite=one_of(suites_of("zero-shot")),
     conda:
         "../envs/rankwise.yaml"
     threads: 4
+    params:
+        settings=lambda wildcards: evaluation_settings("evaluate_zero_shot", wildcards),
     message:
         "zero-shot tasks ({wildcards.suite}) of {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
     script:
@@ -44,20 +42,19 @@ rule evaluate_zero_shot:
 
 
 rule evaluate_cost:
-    wildcard_constraints:
-        suite=one_of(suites_of("cost")),
     input:
         unpack(checkpoint_files),
     output:
-        EVALUATION + ".json",
-    params:
-        settings=lambda wildcards: evaluation_settings("evaluate_cost", wildcards),
+        f"{EVALUATION}.json",
     log:
-        LOGS
-        + "/evaluate_cost/{model}/{method}/{ratio}/{tuning}/seed{seed}/{suite}.log",
+        f"{LOGS}/evaluate_cost/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
+    wildcard_constraints:
+        suite=one_of(suites_of("cost")),
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    params:
+        settings=lambda wildcards: evaluation_settings("evaluate_cost", wildcards),
     message:
         "cost ({wildcards.suite}) of {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
     script:

@@ -4,23 +4,23 @@
 rule collect_statistics:
     input:
         unpack(lambda wildcards: model_files(wildcards.model)),
-        tokens=RUN + "/calibration/{model}/{calibration}.safetensors",
+        tokens=f"{RUN}/calibration/{{model}}/{{calibration}}.safetensors",
     output:
-        layers=directory(RUN + "/statistics/{model}/{calibration}/layers"),
-        manifest=RUN + "/statistics/{model}/{calibration}/manifest.json",
-    params:
-        settings=lambda wildcards: with_code(
-            "collect_statistics",
-            model_settings(wildcards.model) | {"state": STATE},
-        ),
+        layers=directory(f"{RUN}/statistics/{{model}}/{{calibration}}/layers"),
+        manifest=f"{RUN}/statistics/{{model}}/{{calibration}}/manifest.json",
     log:
-        LOGS + "/collect_statistics/{model}/{calibration}.log",
+        f"{LOGS}/collect_statistics/{{model}}/{{calibration}}.log",
     conda:
         "../envs/rankwise.yaml"
     threads: 8
     resources:
         # Blocks whose accumulators are held at once: memory against passes, never a different result.
         layers_per_pass=8,
+    params:
+        settings=lambda wildcards: with_code(
+            "collect_statistics",
+            model_settings(wildcards.model) | {"state": STATE},
+        ),
     message:
         "collecting statistics of {wildcards.model} on {wildcards.calibration}"
     script:
@@ -30,22 +30,22 @@ rule collect_statistics:
 rule compute_bases:
     input:
         unpack(lambda wildcards: model_files(wildcards.model)),
-        layers=ancient(RUN + "/statistics/{model}/{calibration}/layers"),
-        manifest=RUN + "/statistics/{model}/{calibration}/manifest.json",
+        layers=ancient(f"{RUN}/statistics/{{model}}/{{calibration}}/layers"),
+        manifest=f"{RUN}/statistics/{{model}}/{{calibration}}/manifest.json",
     output:
-        layers=directory(RUN + "/bases/{model}/{calibration}/{covariance}/layers"),
-        manifest=RUN + "/bases/{model}/{calibration}/{covariance}/manifest.json",
+        layers=directory(f"{RUN}/bases/{{model}}/{{calibration}}/{{covariance}}/layers"),
+        manifest=f"{RUN}/bases/{{model}}/{{calibration}}/{{covariance}}/manifest.json",
+    log:
+        f"{LOGS}/compute_bases/{{model}}/{{calibration}}/{{covariance}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
     params:
         settings=lambda wildcards: with_code(
             "compute_bases",
             model_settings(wildcards.model)
             | {"covariance": STUDY.covariance[wildcards.covariance].plain()},
         ),
-    log:
-        LOGS + "/compute_bases/{model}/{calibration}/{covariance}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 8
     message:
         "computing bases of {wildcards.model}: {wildcards.calibration}, {wildcards.covariance}"
     script:

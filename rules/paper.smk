@@ -13,16 +13,16 @@ rule make_table:
         results=table_inputs,
         published=published_files,
     output:
-        csv=RUN + "/tables/{table}.csv",
-        md=RUN + "/tables/{table}.md",
-        tex=RUN + "/tables/{table}.tex",
-        html=RUN + "/tables/{table}.html",
-    params:
-        settings=table_settings,
+        csv=f"{RUN}/tables/{{table}}.csv",
+        md=f"{RUN}/tables/{{table}}.md",
+        tex=f"{RUN}/tables/{{table}}.tex",
+        html=f"{RUN}/tables/{{table}}.html",
     log:
-        LOGS + "/make_table/{table}.log",
+        f"{LOGS}/make_table/{{table}}.log",
     conda:
         "../envs/rankwise.yaml"
+    params:
+        settings=table_settings,
     message:
         "making {wildcards.table}"
     script:
@@ -33,15 +33,15 @@ rule draw_figure:
     input:
         results=figure_inputs,
     output:
-        pdf=RUN + "/figures/{figure}.pdf",
-        png=RUN + "/figures/{figure}.png",
-        csv=RUN + "/figures/{figure}.csv",
-    params:
-        settings=figure_settings,
+        pdf=f"{RUN}/figures/{{figure}}.pdf",
+        png=f"{RUN}/figures/{{figure}}.png",
+        csv=f"{RUN}/figures/{{figure}}.csv",
     log:
-        LOGS + "/draw_figure/{figure}.log",
+        f"{LOGS}/draw_figure/{{figure}}.log",
     conda:
         "../envs/rankwise.yaml"
+    params:
+        settings=figure_settings,
     message:
         "drawing {wildcards.figure}"
     script:
@@ -52,7 +52,11 @@ rule write_provenance:
     input:
         evidence_files(),
     output:
-        RUN + "/provenance.json",
+        f"{RUN}/provenance.json",
+    log:
+        f"{LOGS}/write_provenance.log",
+    conda:
+        "../envs/rankwise.yaml"
     params:
         settings=lambda wildcards: with_code(
             "write_provenance",
@@ -62,10 +66,6 @@ rule write_provenance:
                 "artefacts": evidence_files(),
             },
         ),
-    log:
-        LOGS + "/write_provenance.log",
-    conda:
-        "../envs/rankwise.yaml"
     message:
         "recording what made the results"
     script:
@@ -76,15 +76,15 @@ rule write_report:
     input:
         tables=table_files(),
         figures=figure_files(),
-        provenance=RUN + "/provenance.json",
+        provenance=f"{RUN}/provenance.json",
     output:
-        report=RUN + "/report.html",
-    params:
-        settings=report_settings,
+        report=f"{RUN}/report.html",
     log:
-        LOGS + "/write_report.log",
+        f"{LOGS}/write_report.log",
     conda:
         "../envs/rankwise.yaml"
+    params:
+        settings=report_settings,
     message:
         "writing the report"
     script:

@@ -3,14 +3,19 @@
 
 rule post_train:
     input:
-        checkpoint=ancient(COMPRESSED + "/checkpoint"),
-        manifest=COMPRESSED + "/manifest.json",
+        checkpoint=ancient(f"{COMPRESSED}/checkpoint"),
+        manifest=f"{COMPRESSED}/manifest.json",
         instructions=lambda wildcards: (
             f"{RUN}/instructions/{STUDY.tuning[wildcards.tuning].instructions}.jsonl"
         ),
     output:
-        checkpoint=directory(TUNED + "/checkpoint"),
-        manifest=TUNED + "/manifest.json",
+        checkpoint=directory(f"{TUNED}/checkpoint"),
+        manifest=f"{TUNED}/manifest.json",
+    log:
+        f"{LOGS}/post_train/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
     params:
         settings=lambda wildcards: with_code(
             "post_train",
@@ -22,11 +27,6 @@ rule post_train:
                 "state": STATE,
             },
         ),
-    log:
-        LOGS + "/post_train/{model}/{method}/{ratio}/{tuning}/seed{seed}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 8
     message:
         "post-training {wildcards.model}, {wildcards.method}, {wildcards.ratio} %: {wildcards.tuning}, seed {wildcards.seed}"
     script:

@@ -2,13 +2,18 @@
 
 
 rule search_allocation:
-    wildcard_constraints:
-        method=one_of(searching_methods()),
     input:
         unpack(search_files),
     output:
-        allocation=RUN + "/allocation/{model}/{method}/{ratio}/seed{seed}/allocation.json",
-        trials=RUN + "/allocation/{model}/{method}/{ratio}/seed{seed}/trials.csv",
+        allocation=f"{RUN}/allocation/{{model}}/{{method}}/{{ratio}}/seed{{seed}}/allocation.json",
+        trials=f"{RUN}/allocation/{{model}}/{{method}}/{{ratio}}/seed{{seed}}/trials.csv",
+    log:
+        f"{LOGS}/search_allocation/{{model}}/{{method}}/{{ratio}}/seed{{seed}}.log",
+    wildcard_constraints:
+        method=one_of(searching_methods()),
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
     params:
         settings=lambda wildcards: with_code(
             "search_allocation",
@@ -19,11 +24,6 @@ rule search_allocation:
                 "state": STATE,
             },
         ),
-    log:
-        LOGS + "/search_allocation/{model}/{method}/{ratio}/seed{seed}.log",
-    conda:
-        "../envs/rankwise.yaml"
-    threads: 8
     message:
         "searching ranks: {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, seed {wildcards.seed}"
     script:

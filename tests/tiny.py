@@ -13,10 +13,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = (
-    "river stone light house morning paper green window answer garden winter letter music bread city mountain "
-    "question table water silver engine island copper valley teacher number forest market people story"
-).split()
+WORDS = [
+    *("river", "stone", "light", "house", "morning", "paper", "green", "window", "answer", "garden", "winter"),
+    *("letter", "music", "bread", "city", "mountain", "question", "table", "water", "silver", "engine", "island"),
+    *("copper", "valley", "teacher", "number", "forest", "market", "people", "story"),
+]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"heads": 4, "kv_heads": 4, "tied": False},
@@ -139,9 +140,7 @@ def task_rows() -> dict[str, list[dict[str, Any]]]:
     ]
     book = [{**{k: v for k, v in row.items() if k != "question"}, "question_stem": row["question"]} for row in arc]
     return {
-        "boolq": [
-            {"question": text(i, 6), "passage": text(i + 50, 20), "idx": i, "label": i % 2} for i in count
-        ],
+        "boolq": [{"question": text(i, 6), "passage": text(i + 50, 20), "idx": i, "label": i % 2} for i in count],
         "piqa": [{"goal": text(i, 5), "sol1": text(i + 9, 5), "sol2": text(i + 20, 5), "label": i % 2} for i in count],
         "hellaswag": [
             {
@@ -196,9 +195,7 @@ def config(folder: Path) -> dict[str, Any]:
                 "max_length": 256,
             }
         },
-        "corpora": {
-            name: {"source": {"path": str(folder / f"{name}.jsonl")}, "format": "jsonl"} for name in names
-        },
+        "corpora": {name: {"source": {"path": str(folder / f"{name}.jsonl")}, "format": "jsonl"} for name in names},
         "instructions": {"tiny": {"source": {"path": str(folder / "instructions.jsonl")}, "format": "jsonl"}},
         "tasks": {
             name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in metrics

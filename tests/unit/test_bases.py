@@ -15,7 +15,9 @@ def random_layer(m: int, n: int, tokens: int, seed: int) -> tuple[torch.Tensor, 
     """Weight, bias, and inputs (n x tokens) with a mean and correlated features."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, generator=g, dtype=torch.double)
-    x = mix @ torch.randn(n, tokens, generator=g, dtype=torch.double) + torch.randn(n, 1, generator=g, dtype=torch.double)
+    x = mix @ torch.randn(n, tokens, generator=g, dtype=torch.double) + torch.randn(
+        n, 1, generator=g, dtype=torch.double
+    )
     w = torch.randn(m, n, generator=g, dtype=torch.double)
     return w, torch.randn(m, generator=g, dtype=torch.double), x
 
@@ -106,5 +108,5 @@ def test_a_rank_beyond_the_stored_one_is_refused() -> None:
 
 def test_a_damaged_covariance_names_the_layer() -> None:
     w, b, _ = random_layer(8, 8, 20, 8)
-    with pytest.raises(RankwiseError, match="layers.3, gate"):
+    with pytest.raises(RankwiseError, match=r"layers\.3, gate"):
         principal_basis(w, b, torch.full((8, 8), float("nan")), torch.zeros(8), "layers.3, gate")

@@ -20,7 +20,9 @@ LLAMA_7B = ModelShape(
     vocabulary=32000,
     tied_embeddings=False,
 )
-LLAMA_13B = LLAMA_7B.model_copy(update={"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "kv_heads": 40})
+LLAMA_13B = LLAMA_7B.model_copy(
+    update={"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "kv_heads": 40}
+)
 # Not linear layers of the decoder: embeddings, head, norms.
 OTHER_7B = 2 * 32000 * 4096 + 65 * 4096
 OTHER_13B = 2 * 32000 * 5120 + 81 * 5120

@@ -50,7 +50,9 @@ def compressed(kind: str, rank: int = 8, bias: bool = True) -> tuple[torch.nn.Mo
             if linear.name != "v":
                 name = f"{family.blocks}.{layer}.{linear.path}"
                 m, n = model.get_submodule(name).weight.shape
-                pair = LowRankFactors(torch.randn(rank, n) / 8, torch.randn(m, rank) / 8, torch.randn(m) if bias else None)
+                pair = LowRankFactors(
+                    torch.randn(rank, n) / 8, torch.randn(m, rank) / 8, torch.randn(m) if bias else None
+                )
                 factors[name] = pair
     replace_linears(model, factors)
     return model, factors
@@ -114,7 +116,7 @@ def test_parameters_are_counted_as_stored(kind: str) -> None:
     counts = count_parameters(dense, shape)
     assert counts["total"] == counts["total_dense"] == dense.num_parameters()
     assert counts["decoder_linears"] == counts["decoder_linears_dense"]
-    model, factors = compressed(kind)
+    model, _ = compressed(kind)
     counts = count_parameters(model, shape)
     assert counts["total"] == model.num_parameters()
     assert counts["total_dense"] == dense.num_parameters()

@@ -40,7 +40,9 @@ def test_a_full_disk_is_named_with_the_cure(tmp_path: Path) -> None:
         with atomic_path(tmp_path / "big.safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RankwiseError, match=r"big.safetensors: no space left on the disk .* finished results are intact"):
+    with pytest.raises(
+        RankwiseError, match=r"big.safetensors: no space left on the disk .* finished results are intact"
+    ):
         fail()
 
 

@@ -9,7 +9,9 @@ from lowrank.fingerprint import fingerprint
 FILES = {
     "stages/search.py": "from lowrank.search import run\n\n\ndef work():\n    run(1)\n",
     "lowrank/__init__.py": "",
-    "lowrank/search.py": '"""Search."""\n\n\ndef run(x):\n    """Run."""\n    from lowrank import late\n    return late.f(x)\n',
+    "lowrank/search.py": (
+        '"""Search."""\n\n\ndef run(x):\n    """Run."""\n    from lowrank import late\n    return late.f(x)\n'
+    ),
     "lowrank/late.py": "def f(x):\n    return x\n",
     "lowrank/other.py": "y = 1\n",
     "lowrank/method.py": "z = 1\n",

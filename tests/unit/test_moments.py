@@ -32,9 +32,15 @@ def direct_pooled(data: np.ndarray, groups: int) -> np.ndarray:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    windows=st.integers(2, 9), length=st.integers(2, 6), batch=st.integers(1, 4), seed=st.integers(0, 99), data=st.data()
+    windows=st.integers(2, 9),
+    length=st.integers(2, 6),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    data=st.data(),
 )
-def test_every_estimate_equals_its_definition(windows: int, length: int, batch: int, seed: int, data: st.DataObject) -> None:
+def test_every_estimate_equals_its_definition(
+    windows: int, length: int, batch: int, seed: int, data: st.DataObject
+) -> None:
     groups = data.draw(st.integers(1, windows))
     rng = np.random.default_rng(seed)
     # A mean far from zero and drifting between windows, in float32 values so that both sides see the same numbers.
@@ -80,7 +86,7 @@ def test_storing_and_reading_back_keeps_everything() -> None:
 
 def test_values_that_are_not_finite_name_the_layer() -> None:
     accumulator = MomentAccumulator(3)
-    with pytest.raises(RankwiseError, match="layers.7.mlp.down_proj: inputs are not finite"):
+    with pytest.raises(RankwiseError, match=r"layers\.7\.mlp\.down_proj: inputs are not finite"):
         accumulator.update(torch.full((1, 2, 3), float("inf")), "layers.7.mlp.down_proj")
 
 

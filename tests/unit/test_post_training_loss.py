@@ -94,8 +94,8 @@ def a_tuning(**changes: object) -> Tuning:
 def test_steps_follow_from_epochs_or_are_given() -> None:
     assert total_steps(a_tuning(epochs=1.5), rows=100) == 18  # 150 rows / 8
     assert total_steps(a_tuning(steps=5), rows=100) == 5
-    with pytest.raises(RankwiseError, match=r"`warmup_steps: 5` leaves nothing of the 5 steps"):
-        total_steps(a_tuning(steps=5, warmup_steps=5), rows=100)
+    with pytest.raises(RankwiseError, match=r"`warmup_steps: 20` leaves nothing of the 18 steps"):
+        total_steps(a_tuning(epochs=1.5, warmup_steps=20), rows=100)
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all() -> None:

@@ -43,7 +43,9 @@ def tiny_bases(kind: str, folder: Path) -> Bases:
     (folder / "bases").mkdir()
     for layer, file in enumerate(collect_statistics(model, tokens, 2, folder, CPU)):
         block = model.get_submodule(f"{family.blocks}.{layer}")
-        linears = {t.name: (t.site, block.get_submodule(t.path).weight, block.get_submodule(t.path).bias) for t in family.types}
+        linears = {
+            t.name: (t.site, block.get_submodule(t.path).weight, block.get_submodule(t.path).bias) for t in family.types
+        }
         moments = load_moments(file, family.sites)
         stored = bases_of_block(linears, moments, Covariance(estimator="pooled", groups=3), CPU, "block")
         save_tensors(folder / "bases" / layer_name(layer), stored)
@@ -129,7 +131,7 @@ def test_a_killed_search_makes_the_same_choices_as_one_that_was_not(tmp_path: Pa
 
 
 def test_seeds_decide(tmp_path: Path) -> None:
-    one, same, other = (run(tmp_path / f"{name}.csv", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, _, other = (run(tmp_path / f"{name}.csv", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     assert not np.array_equal([trial.x for trial in one], [trial.x for trial in other])
 

@@ -49,7 +49,9 @@ def test_statistics_equal_those_of_a_plain_forward_pass(kind: str, layers_per_pa
             assert torch.allclose(mean, inputs.mean(0), atol=1e-6)
 
 
-def test_a_pass_that_was_stopped_goes_on_and_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_was_stopped_goes_on_and_gives_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.model("llama-gqa")
     tokens = torch.randint(2, 400, (4, 16), generator=torch.Generator().manual_seed(2))
     whole = collect_statistics(model, tokens, 1, tmp_path / "whole", torch.device("cpu"))

@@ -83,7 +83,7 @@ def principal_basis(
     cov, mu_x = covariance.double().to(w.device), mean.double().to(w.device)
     try:
         u, eigenvalues = _wide(w, cov) if m > n else _narrow(w, cov)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise RankwiseError(f"{where}: the eigendecomposition of its output covariance failed: {error}") from error
     k = largest_rank(m, n)
     u = u[:, :k]

@@ -118,7 +118,7 @@ def replace_linears(model: PreTrainedModel, factors: dict[str, LowRankFactors]) 
     for name, pair in factors.items():
         parent, _, child = name.rpartition(".")
         dense = model.get_submodule(name)
-        layer = pair.as_module(dense.weight.dtype, dense.weight.device)  # type: ignore[arg-type]
+        layer = pair.as_module(dense.weight.dtype, dense.weight.device)
         for parameter in layer.parameters():
             if not bool(parameter.isfinite().all()):
                 raise RankwiseError(
@@ -176,7 +176,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
     for pattern in patterns:
         for path in source.glob(pattern):
-            if path.is_file() and not path.suffix == ".py":
+            if path.is_file() and path.suffix != ".py":
                 shutil.copyfile(path, target / path.name)
 
 

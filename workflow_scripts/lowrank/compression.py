@@ -61,7 +61,9 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     task = CompressionTask(settings=typed, **task_without_settings)
     factors: dict[str, LowRankFactors] = module.compress(task)
     replace_linears(task.model, factors)
-    return {linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules}
+    return {
+        linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
+    }
 
 
 def count_parameters(model: PreTrainedModel, shape: ModelShape) -> dict[str, int]:
@@ -85,5 +87,3 @@ def count_parameters(model: PreTrainedModel, shape: ModelShape) -> dict[str, int
         "decoder_linears": kept,
         "decoder_linears_dense": budget.dense_parameters,
     }
-
-

@@ -104,7 +104,9 @@ class Moments:
             return covariance + torch.outer(mean, mean), torch.zeros_like(mean)
         groups = settings.groups or 1
         if groups > means.shape[0]:
-            raise RankwiseError(f"a covariance pooled over {groups} groups needs as many windows; there are {len(means)}")
+            raise RankwiseError(
+                f"a covariance pooled over {groups} groups needs as many windows; there are {len(means)}"
+            )
         if self.tokens <= groups:
             raise RankwiseError(f"{self.tokens} tokens are too few for a covariance within {groups} groups")
         scatter = covariance * self.tokens

@@ -75,7 +75,9 @@ class Objective:
         perplexity = float(torch.tensor(loss / count, dtype=torch.float64).exp())
         score = Score(perplexity, divergence / count, perplexity + self.kl_weight * divergence / count)
         if not torch.tensor([score.objective]).isfinite().all():
-            raise RankwiseError(f"the loss of an allocation is not finite (mean NLL {loss / count}); ranks: {dict(ranks)}")
+            raise RankwiseError(
+                f"the loss of an allocation is not finite (mean NLL {loss / count}); ranks: {dict(ranks)}"
+            )
         return score
 
 

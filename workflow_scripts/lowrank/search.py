@@ -174,7 +174,8 @@ def propose(space: SearchSpace, trials: list[Trial], seed: int) -> np.ndarray:
             )
         except (RuntimeError, ValueError) as error:
             raise RankwiseError(f"search: proposing evaluation {len(trials) + 1} failed: {error}") from error
-    return np.clip(candidate.squeeze(0).numpy(), space.lower, 1.0)
+    point: np.ndarray = np.clip(candidate.squeeze(0).numpy(), space.lower, 1.0)
+    return point
 
 
 def fit_model(x: torch.Tensor, y: torch.Tensor, bounds: torch.Tensor) -> SingleTaskGP:

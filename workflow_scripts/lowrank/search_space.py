@@ -112,7 +112,8 @@ class SearchSpace:
             n_burnin=_BURN_IN,
             n_thinning=_THINNING,
         )
-        return np.clip(samples.numpy(), self.lower, _UPPER)
+        points: np.ndarray = np.clip(samples.numpy(), self.lower, _UPPER)
+        return points
 
     def bounds(self) -> torch.Tensor:
         """2 x d, lower and upper bounds."""
@@ -140,9 +141,7 @@ class SearchSpace:
             if spent + extra <= allowed:
                 choice[index] = raised
                 spent += extra
-        return {
-            module.name: rank for unit, rank in zip(self.units, choice, strict=True) for module in unit.modules
-        }
+        return {module.name: rank for unit, rank in zip(self.units, choice, strict=True) for module in unit.modules}
 
     def _shrink_to(self, allowed: float, choice: list[int | None]) -> None:
         """Take steps of 8 from the largest ranks while the budget is exceeded (ranks are never below 8)."""
@@ -151,8 +150,8 @@ class SearchSpace:
             rank = choice[largest] or 0
             if rank <= ALIGNMENT:
                 raise RankwiseError(
-                    f"removing {self.ratio} % is impossible with ranks in steps of {ALIGNMENT}: even the smallest exceed "
-                    "the budget. Compress more types, or remove less."
+                    f"removing {self.ratio} % is impossible with ranks in steps of {ALIGNMENT}: even the smallest "
+                    "exceed the budget. Compress more types, or remove less."
                 )
             choice[largest] = rank - ALIGNMENT
 

@@ -48,7 +48,8 @@ class SlicedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         if self.rank is None:
-            return self.dense(x)
+            dense: torch.Tensor = self.dense(x)
+            return dense
         hidden = functional.linear(x, self.projection[: self.rank])
         return functional.linear(hidden, self.directions[:, : self.rank], self._bias)
 
@@ -65,7 +66,7 @@ class SlicedModel:
         self.layers: dict[str, SlicedLinear] = {}
         for module in budget.modules:
             parent, _, child = module.name.rpartition(".")
-            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.name))  # type: ignore[arg-type]
+            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.name))
             setattr(model.get_submodule(parent), child, layer)
             self.layers[module.name] = layer
 
@@ -99,4 +100,9 @@ def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads
     trusted = settings["trust_remote_code"]
     model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device, trusted)
     budget = Budget.of(ModelShape.model_validate(settings["shape"]))
-    return OpenedModel(SlicedModel(model, budget, Bases(bases, budget.dimensions.layers)), load_tokenizer(folder, trusted), budget, device)
+    return OpenedModel(
+        SlicedModel(model, budget, Bases(bases, budget.dimensions.layers)),
+        load_tokenizer(folder, trusted),
+        budget,
+        device,
+    )

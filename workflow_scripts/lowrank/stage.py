@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank.errors import RankwiseError
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import Snakemake
 
 log = logging.getLogger("rankwise")
+
+
+def share_library(scripts: Path) -> None:
+    """Let stages, which run in interpreters of their own, import the library of this checkout, wherever they start."""
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(scripts), *(path for path in others if path not in ("", str(scripts)))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:

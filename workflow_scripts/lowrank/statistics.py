@@ -115,11 +115,12 @@ def _resume(state: Path, files: list[Path], layers_per_pass: int) -> tuple[list[
 def _accumulators(
     family: Family, blocks: nn.ModuleList, layers: range, device: torch.device
 ) -> dict[tuple[int, str], MomentAccumulator]:
-    return {
-        (layer, site): MomentAccumulator(blocks[layer].get_submodule(linear.path).in_features, device)  # type: ignore[arg-type]
-        for layer in layers
-        for site, linear in family.sites.items()
-    }
+    accumulators = {}
+    for layer in layers:
+        for site, linear in family.sites.items():
+            module: Any = blocks[layer].get_submodule(linear.path)
+            accumulators[layer, site] = MomentAccumulator(module.in_features, device)
+    return accumulators
 
 
 def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> BlockInputs:
@@ -130,14 +131,14 @@ def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         caught.append((hidden, {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-        if len(caught) == len(blocks):  # type: ignore[arg-type]
+        if len(caught) == len(blocks):
             raise _Reached
         return None
 
-    originals = [block.forward for block in blocks]  # type: ignore[union-attr]
-    handles = [block.register_forward_pre_hook(skip, with_kwargs=True) for block in blocks]  # type: ignore[union-attr]
-    for block in blocks:  # type: ignore[union-attr]
-        block.forward = _pass_through  # type: ignore[method-assign]
+    originals = [block.forward for block in blocks]
+    handles = [block.register_forward_pre_hook(skip, with_kwargs=True) for block in blocks]
+    for block in blocks:
+        block.forward = _pass_through
     try:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     except _Reached:
@@ -145,8 +146,8 @@ def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
-        for block, original in zip(blocks, originals, strict=True):  # type: ignore[arg-type]
-            block.forward = original  # type: ignore[method-assign]
+        for block, original in zip(blocks, originals, strict=True):
+            block.forward = original
     return BlockInputs(caught[0][0], [arguments for _, arguments in caught])
 
 
@@ -191,5 +192,3 @@ def _store(files: list[Path], accumulators: dict[tuple[int, str], MomentAccumula
             if owner == layer:
                 tensors |= accumulator.result().tensors(site)
         save_tensors(files[layer], tensors)
-
-

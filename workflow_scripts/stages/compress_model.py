@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
-from lowrank.stage import run_stage
 from snakemake.iocontainers import Snakemake
+
+from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lowrank.stage import run_stage
 from snakemake.iocontainers import Snakemake
+
+from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

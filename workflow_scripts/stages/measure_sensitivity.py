@@ -2,8 +2,9 @@
 
 import time
 
-from lowrank.stage import run_stage
 from snakemake.iocontainers import Snakemake
+
+from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

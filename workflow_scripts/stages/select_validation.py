@@ -1,8 +1,8 @@
 """Choose the validation windows whose perplexity depends most on the allocation of ranks."""
 
+from snakemake.iocontainers import Snakemake
 
 from lowrank.stage import run_stage
-from snakemake.iocontainers import Snakemake
 
 
 def work(job: Snakemake) -> None:

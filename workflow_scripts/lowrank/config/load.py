@@ -110,15 +110,11 @@ def _yaml_path(raw: Any, location: tuple[int | str, ...]) -> str:
     path, value = "", raw
     for position, step in enumerate(location):
         last = position == len(location) - 1
-        if isinstance(value, dict) and step in value:
+        if (isinstance(value, dict) and step in value) or (
+            isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value)
+        ):
             value = value[step]
-        elif isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
-            value = value[step]
-        elif not last:
-            continue
-        elif step == "[key]":
-            continue
-        elif not isinstance(value, (dict, list)):
+        elif not last or step == "[key]" or not isinstance(value, (dict, list)):
             continue
         path += f"[{step}]" if isinstance(step, int) else (f".{step}" if path else str(step))
     return path or "the config"

@@ -46,7 +46,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return self.up(self.down(x))
+        y: torch.Tensor = self.up(self.down(x))
+        return y
 
 
 def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: str = "") -> None:
@@ -60,7 +61,7 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
         parent_name, _, child = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)
-            linear = parent.get_submodule(child)
+            linear: Any = parent.get_submodule(child)
         except AttributeError as error:
             raise ValueError(f"the recipe names {full_name}, which this model does not have") from error
         if entry["kind"] != "low_rank":
@@ -71,7 +72,7 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
 def _base_model(base: type, config_class: type) -> Any:
     """The base model (without head) with the recipe applied; its module names lack the head's `model.` prefix."""
 
-    class Model(base):  # type: ignore[misc, valid-type]
+    class Model(base):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             apply_recipe(self, config.recipe or {}, prefix="model.")
@@ -83,7 +84,7 @@ def _base_model(base: type, config_class: type) -> Any:
 def _causal_model(base: type, model_class: type, config_class: type) -> Any:
     """The causal language model around a base model with the recipe applied."""
 
-    class Model(base):  # type: ignore[misc, valid-type]
+    class Model(base):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.model = model_class(config)
@@ -97,7 +98,7 @@ class RankwiseLlamaConfig(LlamaConfig):
     """Llama with a recipe."""
 
     model_type = "rankwise_llama"
-    recipe: dict | None = None
+    recipe: dict[str, Any] | None = None
     base_model_tp_plan = None
 
 
@@ -105,7 +106,7 @@ class RankwiseMistralConfig(MistralConfig):
     """Mistral with a recipe."""
 
     model_type = "rankwise_mistral"
-    recipe: dict | None = None
+    recipe: dict[str, Any] | None = None
     base_model_tp_plan = None
 
 
@@ -113,7 +114,7 @@ class RankwiseQwen2Config(Qwen2Config):
     """Qwen2 with a recipe."""
 
     model_type = "rankwise_qwen2"
-    recipe: dict | None = None
+    recipe: dict[str, Any] | None = None
     base_model_tp_plan = None
 
 
@@ -121,7 +122,7 @@ class RankwiseQwen3Config(Qwen3Config):
     """Qwen3 with a recipe."""
 
     model_type = "rankwise_qwen3"
-    recipe: dict | None = None
+    recipe: dict[str, Any] | None = None
     base_model_tp_plan = None
 
 
@@ -129,7 +130,7 @@ class RankwiseOPTConfig(OPTConfig):
     """OPT with a recipe."""
 
     model_type = "rankwise_opt"
-    recipe: dict | None = None
+    recipe: dict[str, Any] | None = None
     base_model_tp_plan = None
 
 
@@ -173,7 +174,7 @@ class RankwiseOPTForCausalLM(_causal_model(OPTForCausalLM, RankwiseOPTModel, Ran
     """OPT with the recipe applied."""
 
 
-CONFIGS = {
+CONFIGS: dict[str, tuple[Any, Any, Any]] = {
     "llama": (RankwiseLlamaConfig, RankwiseLlamaModel, RankwiseLlamaForCausalLM),
     "mistral": (RankwiseMistralConfig, RankwiseMistralModel, RankwiseMistralForCausalLM),
     "qwen2": (RankwiseQwen2Config, RankwiseQwen2Model, RankwiseQwen2ForCausalLM),

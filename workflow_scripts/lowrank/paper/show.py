@@ -18,7 +18,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json
 from lowrank.paper.tables.accuracy import Measure, measures_of
 from lowrank.paper.tables.data import MISSING, Context
-from lowrank.paper.tables.rows import number_text
+from lowrank.paper.tables.rows import estimate_text
 
 Record = dict[str, Any]
 METHOD_WIDTH = 14
@@ -101,11 +101,8 @@ def _value(record: Record, measure: Measure) -> str:
     value, stderr = record.get(measure.key), record.get(f"{measure.key}_stderr")
     if value is None or pd.isna(value):
         return MISSING
-    text = number_text(value, measure.digits)
     with_error = measure.key.endswith("average") or measure.lower_is_better
-    if not with_error or stderr is None or pd.isna(stderr):
-        return text
-    return f"{text} ± {stderr:.{len(text.partition('.')[2])}f}"
+    return estimate_text(value, stderr if with_error and stderr is not None else None, measure.digits)
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from lowrank.paper.figures.style import (
     logarithmic_axis,
     perplexity_label,
     series_style,
+    standard_errors,
     style,
     write_title,
 )
@@ -81,7 +82,7 @@ def _draw_panel(axes: Axes, frame: pd.DataFrame) -> None:
         axes.errorbar(
             points["removed_percent"],
             points["perplexity"],
-            yerr=points["stderr"],
+            yerr=standard_errors(points["perplexity"], points["stderr"]),
             label=str(name),
             **series_style(index),
         )

@@ -12,6 +12,7 @@ from lowrank.paper.figures.style import (
     logarithmic_axis,
     perplexity_label,
     series_style,
+    standard_errors,
     style,
     write_title,
 )
@@ -50,7 +51,11 @@ def draw_sensitivity(frame: pd.DataFrame, title: str, smoke: bool = False) -> Fi
         series = frame[frame["type"] != DENSE_TYPE].groupby("type", sort=False)
         for index, (name, points) in enumerate(series):
             axes.errorbar(
-                points["kept"], points["perplexity"], yerr=points["stderr"], label=str(name), **series_style(index)
+                points["kept"],
+                points["perplexity"],
+                yerr=standard_errors(points["perplexity"], points["stderr"]),
+                label=str(name),
+                **series_style(index),
             )
         axes.set_xlabel("kept ratio of the compressed type")
         axes.set_ylabel(perplexity_label(wide))

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.typing import RcKeyType
+from numpy.typing import ArrayLike
 
 from lowrank.files import atomic_path, write_text
 
@@ -106,11 +108,22 @@ def perplexity_label(logarithmic: bool) -> str:
     return f"perplexity ± standard error{' (log scale)' if logarithmic else ''}"
 
 
+def standard_errors(perplexity: ArrayLike, stderr: ArrayLike) -> np.ndarray:
+    """Lengths of the error bars below and above, 2 x n.
+
+    The error belongs to the mean log-likelihood, and the perplexity is its exponential: so the bars are equally long
+    on a logarithmic axis, and never reach zero.
+    """
+    values, relative = np.asarray(perplexity), np.nan_to_num(np.asarray(stderr) / np.asarray(perplexity))
+    return np.stack([values * (1 - np.exp(-relative)), values * np.expm1(relative)])
+
+
 def draw_dense(axes: Axes, perplexity: float, stderr: float | None, label: str) -> None:
     """The dense model: a dotted line with a band of one standard error."""
     axes.axhline(perplexity, label=label, color="black", linewidth=1.0, linestyle=(0, (1, 3)), zorder=1)
     if stderr is not None and stderr > 0:
-        axes.axhspan(perplexity - stderr, perplexity + stderr, color="black", alpha=0.08, linewidth=0)
+        below, above = standard_errors([perplexity], [stderr])[:, 0]
+        axes.axhspan(perplexity - below, perplexity + above, color="black", alpha=0.08, linewidth=0)
 
 
 def write_title(figure: Figure, title: str, smoke: bool) -> None:

@@ -70,7 +70,11 @@ def build_accuracy(title: str, rows: Sequence[RowResults], context: Context) -> 
     for index, (results, starts_block) in enumerate(shared.block_starts(rows)):
         texts = [*shared.leading_texts(rows, results), f"{kept[index].value:.1f}"]
         cells = [
-            Cell(shared.estimate_text(estimates[index][m.key], m.digits), best=(index, m.key) in best) for m in measures
+            Cell(
+                shared.estimate_text(estimates[index][m.key].value, estimates[index][m.key].stderr, m.digits),
+                best=(index, m.key) in best,
+            )
+            for m in measures
         ]
         lines.append(Line((*map(Cell, texts), *cells), starts_block=starts_block))
         records.append(_record(results, kept[index], measures, estimates[index]))

@@ -14,6 +14,7 @@ from lowrank.errors import RankwiseError
 from lowrank.paper.published import Published, find_published
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
 
+SCIENTIFIC = 1e5  # from here on with an exponent
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,9 @@ def frame_of(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def number_text(value: float, digits: int) -> str:
     """A rounded number; large ones lose digits that say nothing."""
+    if abs(value) >= SCIENTIFIC:
+        exponent = math.floor(math.log10(abs(value)))
+        return f"{value / 10**exponent:.1f}e{exponent}"
     if abs(value) >= 1000:
         digits = 0
     elif abs(value) >= 100:
@@ -262,10 +266,12 @@ def number_text(value: float, digits: int) -> str:
     return f"{value:.{digits}f}"
 
 
-def estimate_text(estimate: Estimate, digits: int) -> str:
-    """`62.1 ± 1.3`: a value and its standard error with as many digits."""
-    text = number_text(estimate.value, digits)
-    if estimate.stderr is None or not math.isfinite(estimate.stderr):
+def estimate_text(value: float, stderr: float | None, digits: int) -> str:
+    """`62.1 ± 1.3`: a value and its standard error with as many digits; `(7.9 ± 3.6)e6` where it is very large."""
+    text = number_text(value, digits)
+    if stderr is None or not math.isfinite(stderr):
         return text
-    digits_shown = len(text.partition(".")[2])
-    return f"{text} ± {estimate.stderr:.{digits_shown}f}"
+    mantissa, mark, exponent = text.partition("e")
+    if mark:
+        return f"({mantissa} ± {stderr / 10 ** int(exponent):.1f})e{exponent}"
+    return f"{text} ± {stderr:.{len(text.partition('.')[2])}f}"
