@@ -10,7 +10,7 @@ min_version("9.25")
 
 if not workflow.config_settings.configfiles:
 
-    configfile: "config/quickstart.yaml"
+    configfile: f"{workflow.basedir}/config/quickstart.yaml"
 
 
 include: "rules/common.smk"
@@ -32,11 +32,11 @@ localrules:
 rule all:
     default_target: True
     input:
-        table_files(),
-        figure_files(),
+        LAYOUT.tables(),
+        LAYOUT.figures(),
         f"{RUN}/report.html",
 
 
 rule data:
     input:
-        data_files(),
+        LAYOUT.fetched(),

@@ -3,10 +3,7 @@
 
 rule sample_calibration:
     input:
-        unpack(
-            lambda wildcards: model_files(wildcards.model)
-            | corpus_files(STUDY.calibration[wildcards.calibration].corpus)
-        ),
+        unpack(calibration_files),
     output:
         tokens=f"{RUN}/calibration/{{model}}/{{calibration}}.safetensors",
     log:
@@ -42,8 +39,7 @@ rule select_validation:
     params:
         settings=lambda wildcards: with_code(
             "select_validation",
-            model_settings(wildcards.model)
-            | {"validation": STUDY.validation[wildcards.validation].plain()},
+            model_settings(wildcards.model) | {"validation": STUDY.validation[wildcards.validation].plain()},
         ),
     message:
         "selecting validation windows {wildcards.validation} for {wildcards.model}"

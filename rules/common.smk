@@ -13,18 +13,10 @@ CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 from lowrank.config.load import check_study, read_yaml
-from lowrank.config.sections import (
-    PerplexityFigure,
-    PerplexitySuite,
-    SensitivityFigure,
-    TokensSource,
-    ZeroShotSuite,
-    CostSuite,
-)
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json
-from lowrank.files import sha256_file
+from lowrank.files import read_json, sha256_file
 from lowrank.fingerprint import fingerprint
+from lowrank.layout import Layout
 from lowrank.paper.published import published_problems
 from lowrank.stage import share_library
 
@@ -40,21 +32,16 @@ def checked_study():
     """The config as a `Study`; its errors are shown without a traceback."""
     files = [
         str(path)
-        for path in workflow.config_settings.configfiles
-        or [Path(workflow.basedir) / "config/quickstart.yaml"]
+        for path in workflow.config_settings.configfiles or [Path(workflow.basedir) / "config/quickstart.yaml"]
     ]
     try:
         for path in files:
-            read_yaml(
-                path
-            )  # duplicate keys are lost once Snakemake has merged the files
+            read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
         study = check_study(config, ", ".join(files))
         problems = published_problems(study.tables, f"{CONFIG}/published")
         for name, tuning in study.tuning.items():
             if not os.path.isfile(deepspeed_file(tuning)):
-                problems.append(
-                    f"tuning.{name}.deepspeed: there is no {deepspeed_file(tuning)}"
-                )
+                problems.append(f"tuning.{name}.deepspeed: there is no {deepspeed_file(tuning)}")
         if problems:
             raise RankwiseError("\n".join(problems))
         return study
@@ -63,15 +50,9 @@ def checked_study():
 
 
 STUDY = checked_study()
-RUN = f"results/{STUDY.run}"
-STATE = f"{RUN}/.state"
-LOGS = f"{RUN}/logs"
-
-COMPRESSED = f"{RUN}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
-TUNED = f"{RUN}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"
-EVALUATION = (
-    f"{RUN}/evaluation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}"
-)
+LAYOUT = Layout(STUDY)
+RUN, LOGS = LAYOUT.run, LAYOUT.logs
+COMPRESSED, TUNED, EVALUATION = LAYOUT.compressed, LAYOUT.tuned, LAYOUT.evaluation
 
 
 def one_of(names):
@@ -102,17 +83,23 @@ wildcard_constraints:
     figure=one_of(STUDY.figures),
 
 
+# --- settings of stages: one plain dict each, since Snakemake compares params by their text, without their names ---
+
+
 def with_code(stage, settings, *modules):
-    """A stage's settings and the fingerprint of its code, as one plain dict: Snakemake compares params by value."""
-    return dict(
-        sorted((settings | {"code": fingerprint(SCRIPTS, stage, *modules)}).items())
-    )
+    """A stage's settings with the fingerprint of its code."""
+    return dict(sorted((settings | {"code": fingerprint(SCRIPTS, stage, *modules)}).items()))
 
 
 def templates(pattern):
     """Digests of the templates that a stage fills in: they are code too."""
     folder = SCRIPTS / "lowrank/paper/templates"
     return {path.name: sha256_file(path)[:16] for path in sorted(folder.glob(pattern))}
+
+
+def method_module(method):
+    """Module of a preset's method, for the fingerprint of the stage that runs it."""
+    return f"lowrank.methods.{STUDY.method(method).kind.replace('-', '_')}"
 
 
 def model_settings(name):
@@ -126,59 +113,140 @@ def model_settings(name):
     }
 
 
-# --- data ---
+def subject(wildcards):
+    """What a result is about."""
+    return {
+        "model": wildcards.model,
+        "method": wildcards.method,
+        "ratio": int(wildcards.ratio),
+        "tuning": wildcards.get("tuning", "none"),
+        "seed": int(wildcards.seed),
+    }
 
 
-def corpus_data(corpus):
-    """Where a corpus's documents or token ids lie."""
-    tokens = isinstance(STUDY.corpora[corpus].source, TokensSource)
-    return f"{RUN}/corpora/data/{corpus}.{'safetensors' if tokens else 'jsonl'}"
+def search_settings(wildcards):
+    method = STUDY.method(wildcards.method)
+    return with_code(
+        "search_allocation",
+        model_settings(wildcards.model)
+        | {
+            "method": method.plain(),
+            "search": STUDY.search[method.search].plain(),
+            "subject": subject(wildcards),
+            "state": LAYOUT.state,
+        },
+    )
+
+
+def post_training_settings(wildcards):
+    tuning = STUDY.tuning[wildcards.tuning]
+    return with_code(
+        "post_train",
+        model_settings(wildcards.model)
+        | {
+            "tuning": tuning.plain(),
+            "deepspeed": read_json(deepspeed_file(tuning)),
+            "subject": subject(wildcards),
+            "state": LAYOUT.state,
+        },
+    )
+
+
+def evaluation_settings(stage, wildcards):
+    return with_code(
+        stage,
+        model_settings(wildcards.model)
+        | {
+            "suite": STUDY.suites[wildcards.suite].plain(),
+            "subject": subject(wildcards),
+            "max_length": STUDY.models[wildcards.model].max_length,
+        },
+    )
+
+
+def table_settings(wildcards):
+    table = STUDY.tables[wildcards.table]
+    return with_code(
+        "make_table",
+        {
+            "name": wildcards.table,
+            "templates": templates("table.*"),
+            "table": table.plain(),
+            "suites": {name: STUDY.suites[name].plain() for name in table.suites},
+            "rows": LAYOUT.table_rows(wildcards.table),
+            "shape": {row.model: STUDY.models[row.model].shape.plain() for row in table.rows},
+            "smoke": STUDY.smoke,
+            "published_folder": f"{CONFIG}/published",
+        },
+    )
+
+
+def figure_settings(wildcards):
+    return with_code(
+        "draw_figure",
+        {
+            "name": wildcards.figure,
+            "figure": STUDY.figures[wildcards.figure].plain(),
+            "results": LAYOUT.figure_results(wildcards.figure),
+            "smoke": STUDY.smoke,
+        },
+    )
+
+
+def report_settings(wildcards):
+    plain = STUDY.plain()
+    sections = ("calibration", "covariance", "validation", "search", "sensitivity", "methods", "tuning", "suites")
+    return with_code(
+        "write_report",
+        {
+            "run": STUDY.run,
+            "templates": templates("report.*"),
+            "smoke": STUDY.smoke,
+            "seeds": list(STUDY.seeds),
+            "models": {
+                name: {key: model[key] for key in ("source", "license")} for name, model in plain["models"].items()
+            },
+            "presets": {section: plain[section] for section in sections},
+            "tables": {
+                name: {"title": table.title} | {kind: f"{RUN}/tables/{name}.{kind}" for kind in ("html", "csv")}
+                for name, table in STUDY.tables.items()
+            },
+            "figures": {
+                name: {"title": figure.title} | {kind: f"{RUN}/figures/{name}.{kind}" for kind in ("png", "pdf", "csv")}
+                for name, figure in STUDY.figures.items()
+            },
+            "evidence": LAYOUT.evidence(),
+        },
+    )
+
+
+# --- inputs of rules: big folders never trigger anything, the small manifests beside them do ---
 
 
 def corpus_files(corpus):
-    return {
-        "corpus": f"{RUN}/corpora/{corpus}.json",
-        "corpus_data": corpus_data(corpus),
-    }
+    return {"corpus": f"{RUN}/corpora/{corpus}.json", "corpus_data": LAYOUT.corpus_data(corpus)}
 
 
 def model_files(model):
-    """A dense model: its folder never triggers anything, its manifest does."""
-    return {
-        "model": ancient(f"{RUN}/models/{model}"),
-        "model_manifest": f"{RUN}/models/{model}.json",
-    }
-
-
-def data_files():
-    """Everything that is fetched."""
-    return [
-        *(f"{RUN}/models/{name}.json" for name in STUDY.models),
-        *(f"{RUN}/corpora/{name}.json" for name in STUDY.corpora),
-        *(f"{RUN}/instructions/{name}.jsonl" for name in STUDY.instructions),
-        *(f"{RUN}/tasks/{name}.json" for name in STUDY.tasks),
-    ]
-
-
-# --- bases and allocation ---
+    return {"model": ancient(f"{RUN}/models/{model}"), "model_manifest": f"{RUN}/models/{model}.json"}
 
 
 def bases_files(model, calibration, covariance):
-    stem = f"{RUN}/bases/{model}/{calibration}/{covariance}"
-    return {
-        "bases": ancient(f"{stem}/layers"),
-        "bases_manifest": f"{stem}/manifest.json",
-    }
+    folder = LAYOUT.bases(model, calibration, covariance)
+    return {"bases": ancient(f"{folder}/layers"), "bases_manifest": f"{folder}/manifest.json"}
+
+
+def calibration_files(wildcards):
+    return model_files(wildcards.model) | corpus_files(STUDY.calibration[wildcards.calibration].corpus)
 
 
 def validation_files(wildcards):
     validation = STUDY.validation[wildcards.validation]
+    choice = validation.select
     return (
         model_files(wildcards.model)
         | corpus_files(validation.corpus)
-        | bases_files(
-            wildcards.model, validation.select.calibration, validation.select.covariance
-        )
+        | bases_files(wildcards.model, choice.calibration, choice.covariance)
     )
 
 
@@ -191,20 +259,18 @@ def sensitivity_files(wildcards):
     )
 
 
+def searching_methods():
+    """Presets whose ranks are searched."""
+    return [name for name in STUDY.methods if STUDY.method(name).search]
+
+
 def search_files(wildcards):
     method = STUDY.method(wildcards.method)
     return (
         model_files(wildcards.model)
         | bases_files(wildcards.model, method.calibration, method.covariance)
-        | {
-            "windows": f"{RUN}/validation/{wildcards.model}/{method.validation}.safetensors"
-        }
+        | {"windows": f"{RUN}/validation/{wildcards.model}/{method.validation}.safetensors"}
     )
-
-
-def searching_methods():
-    """Presets whose ranks are searched."""
-    return [name for name in STUDY.methods if STUDY.method(name).search]
 
 
 def compression_files(wildcards):
@@ -214,45 +280,21 @@ def compression_files(wildcards):
     if method.covariance:
         files |= bases_files(wildcards.model, method.calibration, method.covariance)
     if method.search:
-        files["allocation"] = (
-            f"{RUN}/allocation/{wildcards.model}/{wildcards.method}/{wildcards.ratio}/seed{wildcards.seed}/allocation.json"
-        )
+        files["allocation"] = LAYOUT.allocation(**wildcards)
     return files
 
 
-def method_module(method):
-    """Module of a preset's method, for the fingerprint of the stage that runs it."""
-    return f"lowrank.methods.{STUDY.method(method).kind.replace('-', '_')}"
-
-
-def subject(wildcards, tuning="none"):
-    """What a result is about."""
-    return {
-        "model": wildcards.model,
-        "method": wildcards.method,
-        "ratio": int(wildcards.ratio),
-        "tuning": getattr(wildcards, "tuning", tuning),
-        "seed": int(wildcards.seed),
-    }
-
-
-# --- evaluation ---
-
-
 def checkpoint_files(wildcards):
-    """The checkpoint that a row of a table is about: as compressed, or after post-training."""
-    stem = (COMPRESSED if wildcards.tuning == "none" else TUNED).format(**wildcards)
-    return {
-        "checkpoint": ancient(f"{stem}/checkpoint"),
-        "manifest": f"{stem}/manifest.json",
-    }
+    """The checkpoint that a row of a table is about."""
+    folder = LAYOUT.checkpoint(wildcards.tuning).format(**wildcards)
+    return {"checkpoint": ancient(f"{folder}/checkpoint"), "manifest": f"{folder}/manifest.json"}
 
 
 def perplexity_files(wildcards):
     corpora = STUDY.suites[wildcards.suite].corpora
     return checkpoint_files(wildcards) | {
         "corpora": [f"{RUN}/corpora/{name}.json" for name in corpora],
-        "data": [corpus_data(name) for name in corpora],
+        "data": [LAYOUT.corpus_data(name) for name in corpora],
     }
 
 
@@ -264,257 +306,7 @@ def zero_shot_files(wildcards):
     }
 
 
-def evaluation_settings(stage, wildcards):
-    model = STUDY.models[wildcards.model]
-    return with_code(
-        stage,
-        model_settings(wildcards.model)
-        | {
-            "suite": STUDY.suites[wildcards.suite].plain(),
-            "subject": subject(wildcards),
-            "max_length": model.max_length,
-        },
-    )
-
-
-# --- tables and figures ---
-
-
-def seeds_of(method, tuning):
-    """All seeds where something is random, else the first."""
-    random = STUDY.method(method).search or tuning != "none"
-    return STUDY.seeds if random else STUDY.seeds[:1]
-
-
-def evaluations_of(model, method, ratio, tuning, suite):
-    """One evaluation for each seed."""
-    return [
-        f"{EVALUATION}.json".format(
-            model=model,
-            method=method,
-            ratio=ratio,
-            tuning=tuning,
-            seed=seed,
-            suite=suite,
-        )
-        for seed in seeds_of(method, tuning)
-    ]
-
-
-def manifests_of(row):
-    """The account of a row's checkpoint; after post-training, also that of the checkpoint it began with."""
-    stems = [COMPRESSED] if row.tuning == "none" else [COMPRESSED, TUNED]
-    return [
-        f"{stem}/manifest.json".format(
-            model=row.model,
-            method=row.method,
-            ratio=row.ratio,
-            tuning=row.tuning,
-            seed=seed,
-        )
-        for stem in stems
-        for seed in seeds_of(row.method, row.tuning)
-    ]
-
-
-def allocations_of(row):
-    """The searches behind a row, whose times a table of times shows."""
-    if not STUDY.method(row.method).search:
-        return []
-    return [
-        f"{RUN}/allocation/{row.model}/{row.method}/{row.ratio}/seed{seed}/allocation.json"
-        for seed in seeds_of(row.method, row.tuning)
-    ]
-
-
-def table_rows(name):
-    """The rows of a table with the files that their numbers come from."""
-    table = STUDY.tables[name]
-    return [
-        {
-            "row": row.plain(),
-            "evaluations": {
-                suite: evaluations_of(
-                    row.model, row.method, row.ratio, row.tuning, suite
-                )
-                for suite in table.suites
-            },
-            "manifests": manifests_of(row),
-            "allocations": allocations_of(row) if table.kind == "times" else [],
-        }
-        for row in table.rows
-    ]
-
-
-def table_inputs(wildcards):
-    files = []
-    for row in table_rows(wildcards.table):
-        files += [path for paths in row["evaluations"].values() for path in paths]
-        files += row["manifests"] + row["allocations"]
-    return list(dict.fromkeys(files))
-
-
-def table_settings(wildcards):
-    table = STUDY.tables[wildcards.table]
-    return with_code(
-        "make_table",
-        {
-            "name": wildcards.table,
-            "templates": templates("table.*"),
-            "table": table.plain(),
-            "suites": {name: STUDY.suites[name].plain() for name in table.suites},
-            "rows": table_rows(wildcards.table),
-            "shape": {
-                row.model: STUDY.models[row.model].shape.plain() for row in table.rows
-            },
-            "smoke": STUDY.smoke,
-            "published_folder": f"{CONFIG}/published",
-        },
-    )
-
-
 def published_files(wildcards):
     """The published values that a table shows beside ours."""
     rows = STUDY.tables[wildcards.table].rows
-    return sorted(
-        {
-            f"{CONFIG}/published/{row.published.file}.csv"
-            for row in rows
-            if row.published
-        }
-    )
-
-
-def figure_results(name):
-    """The evaluations that a figure draws."""
-    figure = STUDY.figures[name]
-    if isinstance(figure, SensitivityFigure):
-        return {"sensitivity": f"{RUN}/sensitivity/{figure.sensitivity}.json"}
-    dense = [
-        method for method in STUDY.methods if STUDY.method(method).kind == "dense"
-    ][:1]
-    return {
-        "dense": [
-            path
-            for method in dense
-            for path in evaluations_of(figure.model, method, 0, "none", figure.suite)
-        ],
-        "curves": {
-            method: {
-                str(ratio): evaluations_of(
-                    figure.model, method, ratio, "none", figure.suite
-                )
-                for ratio in figure.ratios
-            }
-            for method in figure.methods
-        },
-        "suite": STUDY.suites[figure.suite].plain(),
-    }
-
-
-def figure_inputs(wildcards):
-    results = figure_results(wildcards.figure)
-    if "sensitivity" in results:
-        return [results["sensitivity"]]
-    return results["dense"] + [
-        path
-        for curve in results["curves"].values()
-        for paths in curve.values()
-        for path in paths
-    ]
-
-
-def figure_settings(wildcards):
-    figure = STUDY.figures[wildcards.figure]
-    return with_code(
-        "draw_figure",
-        {
-            "name": wildcards.figure,
-            "figure": figure.plain(),
-            "results": figure_results(wildcards.figure),
-            "smoke": STUDY.smoke,
-        },
-    )
-
-
-def table_files():
-    return expand(
-        f"{RUN}/tables/{{table}}.{{format}}",
-        table=STUDY.tables,
-        format=["csv", "md", "tex", "html"],
-    )
-
-
-def figure_files():
-    return expand(
-        f"{RUN}/figures/{{figure}}.{{format}}",
-        figure=STUDY.figures,
-        format=["pdf", "png", "csv"],
-    )
-
-
-def evidence_files():
-    """Every result that a table or figure shows."""
-    files = []
-    for table in STUDY.tables:
-        for row in table_rows(table):
-            files += [path for paths in row["evaluations"].values() for path in paths]
-            files += row["manifests"]
-    for name in STUDY.figures:
-        results = figure_results(name)
-        if "sensitivity" in results:
-            files.append(results["sensitivity"])
-        else:
-            files += results["dense"]
-            files += [
-                path
-                for curve in results["curves"].values()
-                for paths in curve.values()
-                for path in paths
-            ]
-    return list(dict.fromkeys(files))
-
-
-def report_settings(wildcards):
-    plain = STUDY.plain()
-    presets = (
-        "calibration",
-        "covariance",
-        "validation",
-        "search",
-        "sensitivity",
-        "methods",
-        "tuning",
-        "suites",
-    )
-    return with_code(
-        "write_report",
-        {
-            "run": STUDY.run,
-            "templates": templates("report.*"),
-            "smoke": STUDY.smoke,
-            "seeds": list(STUDY.seeds),
-            "models": {
-                name: {"source": model["source"], "license": model["license"]}
-                for name, model in plain["models"].items()
-            },
-            "presets": {section: plain[section] for section in presets},
-            "tables": {
-                name: {
-                    "title": table.title,
-                    "html": f"{RUN}/tables/{name}.html",
-                    "csv": f"{RUN}/tables/{name}.csv",
-                }
-                for name, table in STUDY.tables.items()
-            },
-            "figures": {
-                name: {"title": figure.title}
-                | {
-                    kind: f"{RUN}/figures/{name}.{kind}"
-                    for kind in ("png", "pdf", "csv")
-                }
-                for name, figure in STUDY.figures.items()
-            },
-            "evidence": evidence_files(),
-        },
-    )
+    return sorted({f"{CONFIG}/published/{row.published.file}.csv" for row in rows if row.published})

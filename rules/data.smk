@@ -1,5 +1,6 @@
 # Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads.
-# All of it runs on the head node, so that compute nodes may be offline.
+# All of it runs on the head node, so that compute nodes may be offline. The clients retry a bad connection themselves;
+# rules do not retry, since a wrong hash or name stays wrong.
 
 
 localrules:
@@ -15,7 +16,6 @@ rule fetch_model:
         manifest=f"{RUN}/models/{{model}}.json",
     log:
         f"{LOGS}/fetch_model/{{model}}.log",
-    retries: 2
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -39,7 +39,6 @@ rule fetch_corpus:
         data=f"{RUN}/corpora/data/{{corpus}}.jsonl",
     log:
         f"{LOGS}/fetch_corpus/{{corpus}}.log",
-    retries: 2
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -63,9 +62,7 @@ use rule fetch_corpus as fetch_token_corpus with:
         index=f"{RUN}/corpora/{{corpus}}.json",
         data=f"{RUN}/corpora/data/{{corpus}}.safetensors",
     wildcard_constraints:
-        corpus=one_of(
-            name for name, corpus in STUDY.corpora.items() if corpus.format == "tokens"
-        ),
+        corpus=one_of(name for name, corpus in STUDY.corpora.items() if corpus.format == "tokens"),
 
 
 ruleorder: fetch_token_corpus > fetch_corpus
@@ -76,7 +73,6 @@ rule fetch_instructions:
         rows=f"{RUN}/instructions/{{instructions}}.jsonl",
     log:
         f"{LOGS}/fetch_instructions/{{instructions}}.log",
-    retries: 2
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -100,7 +96,6 @@ rule fetch_task:
         rows=directory(f"{RUN}/tasks/{{task}}"),
     log:
         f"{LOGS}/fetch_task/{{task}}.log",
-    retries: 2
     conda:
         "../envs/rankwise.yaml"
     params:

@@ -5,7 +5,7 @@ rule evaluate_perplexity:
     input:
         unpack(perplexity_files),
     output:
-        f"{EVALUATION}.json",
+        EVALUATION,
     log:
         f"{LOGS}/evaluate_perplexity/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
     wildcard_constraints:
@@ -25,7 +25,7 @@ rule evaluate_zero_shot:
     input:
         unpack(zero_shot_files),
     output:
-        f"{EVALUATION}.json",
+        EVALUATION,
     log:
         f"{LOGS}/evaluate_zero_shot/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
     wildcard_constraints:
@@ -45,7 +45,7 @@ rule evaluate_cost:
     input:
         unpack(checkpoint_files),
     output:
-        f"{EVALUATION}.json",
+        EVALUATION,
     log:
         f"{LOGS}/evaluate_cost/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
     wildcard_constraints:

@@ -19,7 +19,7 @@ rule collect_statistics:
     params:
         settings=lambda wildcards: with_code(
             "collect_statistics",
-            model_settings(wildcards.model) | {"state": STATE},
+            model_settings(wildcards.model) | {"state": LAYOUT.state},
         ),
     message:
         "collecting statistics of {wildcards.model} on {wildcards.calibration}"
@@ -43,8 +43,7 @@ rule compute_bases:
     params:
         settings=lambda wildcards: with_code(
             "compute_bases",
-            model_settings(wildcards.model)
-            | {"covariance": STUDY.covariance[wildcards.covariance].plain()},
+            model_settings(wildcards.model) | {"covariance": STUDY.covariance[wildcards.covariance].plain()},
         ),
     message:
         "computing bases of {wildcards.model}: {wildcards.calibration}, {wildcards.covariance}"

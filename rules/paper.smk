@@ -10,7 +10,7 @@ localrules:
 
 rule make_table:
     input:
-        results=table_inputs,
+        results=lambda wildcards: LAYOUT.table_inputs(wildcards.table),
         published=published_files,
     output:
         csv=f"{RUN}/tables/{{table}}.csv",
@@ -31,7 +31,7 @@ rule make_table:
 
 rule draw_figure:
     input:
-        results=figure_inputs,
+        results=lambda wildcards: LAYOUT.figure_inputs(wildcards.figure),
     output:
         pdf=f"{RUN}/figures/{{figure}}.pdf",
         png=f"{RUN}/figures/{{figure}}.png",
@@ -50,7 +50,7 @@ rule draw_figure:
 
 rule write_provenance:
     input:
-        evidence_files(),
+        LAYOUT.evidence(),
     output:
         f"{RUN}/provenance.json",
     log:
@@ -63,7 +63,7 @@ rule write_provenance:
             {
                 "run": STUDY.run,
                 "config": STUDY.plain(),
-                "artefacts": evidence_files(),
+                "artefacts": LAYOUT.evidence(),
             },
         ),
     message:
@@ -74,8 +74,8 @@ rule write_provenance:
 
 rule write_report:
     input:
-        tables=table_files(),
-        figures=figure_files(),
+        tables=LAYOUT.tables(),
+        figures=LAYOUT.figures(),
         provenance=f"{RUN}/provenance.json",
     output:
         report=f"{RUN}/report.html",

@@ -5,9 +5,7 @@ rule post_train:
     input:
         checkpoint=ancient(f"{COMPRESSED}/checkpoint"),
         manifest=f"{COMPRESSED}/manifest.json",
-        instructions=lambda wildcards: (
-            f"{RUN}/instructions/{STUDY.tuning[wildcards.tuning].instructions}.jsonl"
-        ),
+        instructions=lambda wildcards: (f"{RUN}/instructions/{STUDY.tuning[wildcards.tuning].instructions}.jsonl"),
     output:
         checkpoint=directory(f"{TUNED}/checkpoint"),
         manifest=f"{TUNED}/manifest.json",
@@ -17,16 +15,7 @@ rule post_train:
         "../envs/rankwise.yaml"
     threads: 8
     params:
-        settings=lambda wildcards: with_code(
-            "post_train",
-            model_settings(wildcards.model)
-            | {
-                "tuning": STUDY.tuning[wildcards.tuning].plain(),
-                "deepspeed": read_json(deepspeed_file(STUDY.tuning[wildcards.tuning])),
-                "subject": subject(wildcards),
-                "state": STATE,
-            },
-        ),
+        settings=post_training_settings,
     message:
         "post-training {wildcards.model}, {wildcards.method}, {wildcards.ratio} %: {wildcards.tuning}, seed {wildcards.seed}"
     script:

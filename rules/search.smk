@@ -15,15 +15,7 @@ rule search_allocation:
         "../envs/rankwise.yaml"
     threads: 8
     params:
-        settings=lambda wildcards: with_code(
-            "search_allocation",
-            model_settings(wildcards.model)
-            | {
-                "method": STUDY.method(wildcards.method).plain(),
-                "search": STUDY.search[STUDY.method(wildcards.method).search].plain(),
-                "state": STATE,
-            },
-        ),
+        settings=search_settings,
     message:
         "searching ranks: {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, seed {wildcards.seed}"
     script:

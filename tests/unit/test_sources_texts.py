@@ -113,9 +113,3 @@ def test_instructions_need_their_columns(tmp_path: Path) -> None:
     with pytest.raises(RankwiseError, match="no row with an instruction and an output"):
         instructions(tmp_path, [{"instruction": "x", "output": ""}])
     assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_instructions_are_no_tokens(tmp_path: Path) -> None:
-    settings = Instructions.model_validate({"source": {"tokens": "t.npz"}})
-    with pytest.raises(RankwiseError, match="cannot come from `tokens:`"):
-        fetch_instructions("i", settings, tmp_path, tmp_path / "out.jsonl")

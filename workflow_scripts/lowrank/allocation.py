@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank.bases import Bases
-from lowrank.budget import Budget, Ranks, rank_for
-from lowrank.errors import RankwiseError
+from lowrank.budget import Budget, Ranks, lord_kept, rank_for
 from lowrank.factors import LowRankFactors
 from lowrank.search_space import SearchSpace
 
@@ -19,21 +18,6 @@ def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> Ra
     """The same kept ratio for every compressed matrix, rounded within the budget."""
     space = SearchSpace(budget, ratio, groups=1, uncompressed=uncompressed, lower=_NO_LOWER_BOUND)
     return space.ranks(space.uniform())
-
-
-def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
-    """LoRD's kept ratios by type: v dense, paid for by q and k, the same for all others.
-
-    Raises:
-        RankwiseError: q and k are too small to pay for v at this ratio.
-    """
-    removed = ratio / 100
-    size = {name: sum(m.parameters for m in budget.modules if m.type.name == name) for name in ("q", "k", "v")}
-    attention = 1 - removed * (1 + size["v"] / (size["q"] + size["k"]))
-    if attention <= 0:
-        raise RankwiseError(f"LoRD cannot remove {ratio} %: q and k would have to shrink to nothing to keep v dense")
-    types = {module.type.name for module in budget.modules}
-    return {name: {"q": attention, "k": attention, "v": 1.0}.get(name, 1 - removed) for name in types}
 
 
 def lord_ranks(budget: Budget, ratio: int, rounding: str) -> Ranks:

@@ -108,3 +108,18 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.modules:
             raise RankwiseError(f"family '{self.dimensions.family}': no linear layers")
+
+
+def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
+    """LoRD's kept ratios by type: v dense, paid for by q and k, the same for all others.
+
+    Raises:
+        RankwiseError: q and k are too small to pay for v at this ratio.
+    """
+    removed = ratio / 100
+    size = {name: sum(m.parameters for m in budget.modules if m.type.name == name) for name in ("q", "k", "v")}
+    attention = 1 - removed * (1 + size["v"] / (size["q"] + size["k"]))
+    if attention <= 0:
+        raise RankwiseError(f"LoRD cannot remove {ratio} %: q and k would have to shrink to nothing to keep v dense")
+    types = {module.type.name for module in budget.modules}
+    return {name: {"q": attention, "k": attention, "v": 1.0}.get(name, 1 - removed) for name in types}

@@ -34,7 +34,6 @@ class SlicedLinear(nn.Module):
         self.projection = basis.projection.to(like)
         self.mean = basis.mean.to(like.device)
         self.projected_mean = basis.projected_mean.to(like.device)
-        self.exact_directions = basis.directions.to(like.device)
         self.rank: int | None = None
         self._bias: torch.Tensor | None = None
 
@@ -42,7 +41,7 @@ class SlicedLinear(nn.Module):
         """Use the first `rank` directions, or the dense layer."""
         self.rank = rank
         if rank is not None:
-            bias = self.mean - self.exact_directions[:, :rank] @ self.projected_mean[:rank]
+            bias = self.mean - self.directions[:, :rank].float() @ self.projected_mean[:rank]
             self._bias = bias.to(self.directions.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

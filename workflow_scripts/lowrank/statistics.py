@@ -135,7 +135,6 @@ def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> 
             raise _Reached
         return None
 
-    originals = [block.forward for block in blocks]
     handles = [block.register_forward_pre_hook(skip, with_kwargs=True) for block in blocks]
     for block in blocks:
         block.forward = _pass_through
@@ -146,8 +145,8 @@ def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
-        for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
+        for block in blocks:
+            del block.forward  # the class's own again
     return BlockInputs(caught[0][0], [arguments for _, arguments in caught])
 
 

@@ -22,14 +22,13 @@ def work(job: Snakemake) -> None:
     started = time.monotonic()
     settings = job.params.settings
     method, search = settings["method"], Search.model_validate(settings["search"])
-    ratio, seed = int(job.wildcards.ratio), int(job.wildcards.seed)
+    ratio, seed = settings["subject"]["ratio"], settings["subject"]["seed"]
     inputs = {"windows": job.input.windows, "model": job.input.model_manifest, "bases": job.input.bases_manifest}
-    identity = settings | {"wildcards": dict(job.wildcards.items())}
     opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
     space = SearchSpace(opened.budget, ratio, method["groups"], method["uncompressed"], search.lower)
     windows = load_tensors(job.input.windows)["tokens"].long()
     objective = Objective(opened.sliced, windows, search.kl_weight, opened.device)
-    with resumable_state(settings["state"], job.rule, identity, inputs) as state:
+    with resumable_state(settings["state"], job.rule, settings, inputs) as state:
         trials = search_allocation(space, objective.evaluate, search, seed, state / "trials.csv")
         best = best_trial(trials)
         ranks = space.ranks(trials[best].x)
@@ -38,10 +37,8 @@ def work(job: Snakemake) -> None:
     write_json(
         job.output.allocation,
         {
-            "model": job.wildcards.model,
-            "method": job.wildcards.method,
-            "ratio": ratio,
-            "seed": seed,
+            "kind": "allocation",
+            "subject": settings["subject"],
             "variables": space.by_type(trials[best].x),
             "groups": [[layers[0], layers[-1]] for layers in space.groups],
             "ranks": ranks,

