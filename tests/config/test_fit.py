@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wrong import ROW, changed, errors_of
 
 from lowrank.budget import Budget
 from lowrank.config.fit import why_out_of_reach
