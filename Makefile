@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint schema lock
+.PHONY: setup quickstart test lint benchmark schema
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,9 @@ lint: setup
 	snakefmt --check Snakefile rules
 	PYTHONPATH=workflow_scripts mypy
 	snakemake --lint --configfile config/quickstart.yaml
+
+benchmark: setup
+	python tests/benchmarks/quickstart.py
 
 # After a change of the config's sections: the schema that editors use.
 schema: setup

@@ -16,7 +16,6 @@ rule sample_calibration:
             {
                 "calibration": STUDY.calibration[wildcards.calibration].plain(),
                 "model": wildcards.model,
-                "trust_remote_code": STUDY.models[wildcards.model].trust_remote_code,
             },
         ),
     message:

@@ -102,6 +102,28 @@ def method_module(method):
     return f"lowrank.methods.{STUDY.method(method).kind.replace('-', '_')}"
 
 
+def untracked_cache(wildcards, output):
+    """Where downloads are kept. Snakemake does not compare what a function of `output` gives: moving it reruns nothing."""
+    return STUDY.cache
+
+
+def fetch_settings(stage, key, name, section):
+    """What decides the content of something fetched: not its licence, nor how it is used later."""
+    plain = section[name].plain()
+    return with_code(stage, {"name": name, key: {k: v for k, v in plain.items() if k not in ("license", "max_length")}})
+
+
+def local_files(source):
+    """The files of a source on this machine, so that a changed file is fetched again; a missing one is the stage's error."""
+    place = getattr(source, "path", None) or getattr(source, "tokens", None)
+    path = Path(place).expanduser() if place else None
+    if path is None or not path.exists():
+        return []
+    if path.is_file():
+        return [str(path)]
+    return sorted(str(file) for file in path.glob(getattr(source, "file", None) or "*") if file.is_file())
+
+
 def model_settings(name):
     """What every stage that opens a model needs to know of it."""
     model = STUDY.models[name]
@@ -109,7 +131,6 @@ def model_settings(name):
         "model": name,
         "dtype": model.dtype,
         "shape": model.shape.plain(),
-        "trust_remote_code": model.trust_remote_code,
     }
 
 
@@ -149,6 +170,7 @@ def post_training_settings(wildcards):
             "subject": subject(wildcards),
             "state": LAYOUT.state,
         },
+        "lowrank.post_training.worker",  # started as a process of its own, so no import leads to it
     )
 
 

@@ -11,6 +11,8 @@ localrules:
 
 
 rule fetch_model:
+    input:
+        lambda wildcards: local_files(STUDY.models[wildcards.model].source),
     output:
         checkpoint=directory(f"{RUN}/models/{{model}}"),
         manifest=f"{RUN}/models/{{model}}.json",
@@ -19,14 +21,8 @@ rule fetch_model:
     conda:
         "../envs/rankwise.yaml"
     params:
-        settings=lambda wildcards: with_code(
-            "fetch_model",
-            {
-                "name": wildcards.model,
-                "model": STUDY.models[wildcards.model].plain(),
-                "cache": STUDY.cache,
-            },
-        ),
+        cache=untracked_cache,
+        settings=lambda wildcards: fetch_settings("fetch_model", "model", wildcards.model, STUDY.models),
     message:
         "fetching model {wildcards.model}"
     script:
@@ -34,6 +30,8 @@ rule fetch_model:
 
 
 rule fetch_corpus:
+    input:
+        lambda wildcards: local_files(STUDY.corpora[wildcards.corpus].source),
     output:
         index=f"{RUN}/corpora/{{corpus}}.json",
         data=f"{RUN}/corpora/data/{{corpus}}.jsonl",
@@ -42,14 +40,8 @@ rule fetch_corpus:
     conda:
         "../envs/rankwise.yaml"
     params:
-        settings=lambda wildcards: with_code(
-            "fetch_corpus",
-            {
-                "name": wildcards.corpus,
-                "corpus": STUDY.corpora[wildcards.corpus].plain(),
-                "cache": STUDY.cache,
-            },
-        ),
+        cache=untracked_cache,
+        settings=lambda wildcards: fetch_settings("fetch_corpus", "corpus", wildcards.corpus, STUDY.corpora),
     message:
         "fetching corpus {wildcards.corpus}"
     script:
@@ -69,6 +61,8 @@ ruleorder: fetch_token_corpus > fetch_corpus
 
 
 rule fetch_instructions:
+    input:
+        lambda wildcards: local_files(STUDY.instructions[wildcards.instructions].source),
     output:
         rows=f"{RUN}/instructions/{{instructions}}.jsonl",
     log:
@@ -76,13 +70,9 @@ rule fetch_instructions:
     conda:
         "../envs/rankwise.yaml"
     params:
-        settings=lambda wildcards: with_code(
-            "fetch_instructions",
-            {
-                "name": wildcards.instructions,
-                "instructions": STUDY.instructions[wildcards.instructions].plain(),
-                "cache": STUDY.cache,
-            },
+        cache=untracked_cache,
+        settings=lambda wildcards: fetch_settings(
+            "fetch_instructions", "instructions", wildcards.instructions, STUDY.instructions
         ),
     message:
         "fetching instructions {wildcards.instructions}"
@@ -91,6 +81,8 @@ rule fetch_instructions:
 
 
 rule fetch_task:
+    input:
+        lambda wildcards: local_files(STUDY.tasks[wildcards.task].source),
     output:
         index=f"{RUN}/tasks/{{task}}.json",
         rows=directory(f"{RUN}/tasks/{{task}}"),
@@ -99,14 +91,8 @@ rule fetch_task:
     conda:
         "../envs/rankwise.yaml"
     params:
-        settings=lambda wildcards: with_code(
-            "fetch_task",
-            {
-                "name": wildcards.task,
-                "task": STUDY.tasks[wildcards.task].plain(),
-                "cache": STUDY.cache,
-            },
-        ),
+        cache=untracked_cache,
+        settings=lambda wildcards: fetch_settings("fetch_task", "task", wildcards.task, STUDY.tasks),
     message:
         "fetching task {wildcards.task}"
     script:

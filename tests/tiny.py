@@ -27,6 +27,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"heads": 4, "kv_heads": 2, "tied": True},
     "opt": {"heads": 4, "kv_heads": 4, "tied": True},
 }
+SMOLLM = {  # SmolLM2-135M, a real shape with grouped queries
+    "family": "llama",
+    "layers": 30,
+    "hidden": 576,
+    "intermediate": 1536,
+    "heads": 9,
+    "kv_heads": 3,
+    "head_dim": 64,
+    "vocabulary": 49152,
+    "tied_embeddings": True,
+}
 HIDDEN, INTERMEDIATE, LAYERS, HEAD_DIM = 64, 160, 2, 16
 
 

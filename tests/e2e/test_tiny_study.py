@@ -87,9 +87,9 @@ def test_each_number_of_the_main_table_stands_in_a_json(study: Path) -> None:
         perplexity = json.loads((folder / "held-out.json").read_text())
         accuracy = json.loads((folder / "zero-shot.json").read_text())
         for corpus, found in perplexity["corpora"].items():
-            assert row[f"held-out.{corpus}"] == pytest.approx(found["perplexity"])
+            assert row[f"{corpus}_perplexity"] == pytest.approx(found["perplexity"])
         for task, found in accuracy["tasks"].items():
-            assert row[f"zero-shot.{task}"] == pytest.approx(100 * found[found["metric"]])
+            assert row[task] == pytest.approx(100 * found[found["metric"]])
         assert accuracy["smoke"] is True
         assert perplexity["environment"]["packages"]["torch"] == torch.__version__
 
@@ -137,6 +137,8 @@ PAPER = {"make_table", "write_provenance", "write_report"}
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
+        ("cache", "elsewhere", {"write_provenance", "write_report"}),
+        ("models", {"tiny": {"license": "MIT"}}, {"write_provenance", "write_report"}),
         ("tables", {"table_8": {"title": "Other words"}}, PAPER),
         ("tuning", {"scales": {"learning_rate": 0.5}}, {"post_train"} | AFTER_A_CHECKPOINT | PAPER),
         (
@@ -155,13 +157,16 @@ PAPER = {"make_table", "write_provenance", "write_report"}
     ],
 )
 def test_only_what_a_change_decides_runs_again(
-    study: Path, section: str, change: dict[str, dict[str, object]], expected: set[str]
+    study: Path, section: str, change: str | dict[str, dict[str, object]], expected: set[str]
 ) -> None:
     path = study / "tiny.yaml"
     before = path.read_text()
     changed = yaml.safe_load(before)
-    for preset, values in change.items():
-        changed[section][preset] |= values
+    if isinstance(change, str):
+        changed[section] = change
+    else:
+        for preset, values in change.items():
+            changed[section][preset] |= values
     try:
         path.write_text(yaml.safe_dump(changed, sort_keys=False))
         plan = snakemake(study, "--dry-run", "--quiet", "rules")
@@ -169,6 +174,20 @@ def test_only_what_a_change_decides_runs_again(
         path.write_text(before)
     listed = {line.split()[0] for line in plan.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit()}
     assert listed - {"all", "total"} == expected
+
+
+def test_a_changed_source_file_is_fetched_again(study: Path) -> None:
+    source = study / "test-a.jsonl"
+    before, times = source.read_text(), source.stat()
+    try:
+        source.write_text(before.replace("river", "brook"))
+        plan = snakemake(study, "--dry-run", "--quiet", "rules")
+    finally:
+        source.write_text(before)
+        os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "fetch_corpus" in plan
+    assert "evaluate_perplexity" in plan
+    assert "fetch_model" not in plan
 
 
 def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(study: Path) -> None:
@@ -188,6 +207,7 @@ def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(study:
         k: v for k, v in allocation.items() if k not in measured
     }
     assert (folder / "trials.csv").read_bytes() == trials
+    assert not [path for path in results(study, "**/*") if path.name.endswith(".tmp")]
 
 
 def kill_after(study: Path, evaluations: int) -> None:

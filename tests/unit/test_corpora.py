@@ -244,6 +244,7 @@ def test_documents_are_read_back_as_they_were_fetched(tmp_path: Path) -> None:
 
 def test_calibration_writes_tokens_with_their_record(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
     (tmp_path / "t").write_text("\n".join(make_documents(5, 20)))
     index = make_corpus(tmp_path, source={"path": str(tmp_path / "t")}, format="lines")
     preset = Calibration(corpus="c", windows=4, length=8, seed=3)
@@ -264,8 +265,17 @@ def test_calibration_writes_tokens_with_their_record(tmp_path: Path) -> None:
     assert not (tmp_path / "none.safetensors").exists()
 
 
+def test_calibration_windows_fit_the_model(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
+    preset = Calibration(corpus="c", windows=1, length=65)
+    with pytest.raises(RankwiseError, match="of 65 tokens, but the model 'tiny' reads at most 64"):
+        sample_calibration("tiny", preset, tmp_path / "model", tmp_path / "c.json", tmp_path / "out.safetensors")
+
+
 def test_calibration_on_given_tokens(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
     np.savez(tmp_path / "t.npz", tokens=np.arange(12).reshape(3, 4))
     index = make_corpus(tmp_path, source={"tokens": str(tmp_path / "t.npz")}, format="tokens")
     preset = Calibration(corpus="c", windows=3, length=4)

@@ -95,3 +95,13 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / ".layers.1.tmp"
+    leftover.mkdir()
+    (leftover / "half").touch()
+    (tmp_path / ".other.1.tmp").touch()
+    with atomic_path(tmp_path / "layers") as folder:
+        folder.mkdir()
+    assert sorted(os.listdir(tmp_path)) == [".other.1.tmp", "layers"]

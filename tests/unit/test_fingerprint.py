@@ -1,5 +1,7 @@
 """A stage's fingerprint follows the meaning of the code it uses."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,36 @@ def test_it_does_not_depend_on_where_the_checkout_is(scripts: Path, tmp_path_fac
         (other / name).parent.mkdir(exist_ok=True)
         (other / name).write_text(text)
     assert fingerprint(scripts, "search") == fingerprint(other, "search")
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def copied_scripts(tmp_path: Path) -> Path:
+    scripts = tmp_path / "workflow_scripts"
+    shutil.copytree(REPOSITORY / "workflow_scripts", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    return scripts
+
+
+def test_every_module_that_is_started_as_a_process_is_named_in_the_rules() -> None:
+    texts = [path.read_text() for path in (REPOSITORY / "workflow_scripts").rglob("*.py")]
+    started = {name for text in texts for name in re.findall(r'"-m", "(lowrank[a-z_.]+)"', text)}
+    assert started
+    rules = (REPOSITORY / "rules/common.smk").read_text()
+    assert all(f'"{name}"' in rules for name in started)
+
+
+def test_the_training_loop_is_code_of_the_post_training(copied_scripts: Path) -> None:
+    before = fingerprint(copied_scripts, "post_train", "lowrank.post_training.worker")
+    train = copied_scripts / "lowrank/post_training/train.py"
+    train.write_text(train.read_text() + "\nNEW = 1\n")
+    assert fingerprint(copied_scripts, "post_train", "lowrank.post_training.worker") != before
+
+
+def test_the_sections_of_the_config_are_no_code_of_a_stage(copied_scripts: Path) -> None:
+    stages = [path.stem for path in (copied_scripts / "stages").glob("*.py")]
+    before = [fingerprint(copied_scripts, stage) for stage in stages]
+    sections = copied_scripts / "lowrank/config/sections.py"
+    sections.write_text(sections.read_text() + "\nNEW = 1\n")
+    assert [fingerprint(copied_scripts, stage) for stage in stages] == before

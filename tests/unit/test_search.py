@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from botorch.exceptions.errors import ModelFittingError
 from torch.nn import functional
 
+from lowrank import search
 from lowrank.allocation import sliced_factors
 from lowrank.bases import Bases, bases_of_block
 from lowrank.budget import Budget
@@ -23,17 +25,7 @@ from lowrank.sliced import SlicedModel
 from lowrank.statistics import collect_statistics, load_moments
 
 CPU = torch.device("cpu")
-SMOLLM = ModelShape(
-    family="llama",
-    layers=30,
-    hidden=576,
-    intermediate=1536,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocabulary=49152,
-    tied_embeddings=True,
-)
+SMOLLM = ModelShape(**tiny.SMOLLM)
 
 
 def tiny_bases(kind: str, folder: Path) -> Bases:
@@ -142,3 +134,15 @@ def test_numbers_of_the_log_read_back_exactly(tmp_path: Path) -> None:
     again = TrialLog(tmp_path / "trials.csv", space.names).read()
     assert [trial.score for trial in again] == [trial.score for trial in trials]
     assert all(np.array_equal(a.x, b.x) for a, b in zip(again, trials, strict=True))
+
+
+def test_a_model_that_cannot_be_fitted_does_not_stop_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise ModelFittingError("all attempts to fit the model have failed")
+
+    monkeypatch.setattr(search, "fit_model", fails)
+    trials = run(tmp_path / "trials.csv")
+    assert [trial.origin for trial in trials] == ["uniform"] + ["random"] * 9
+    assert "no model of the objective could be fitted" in caplog.text

@@ -11,17 +11,7 @@ from lowrank.config.sections import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.search_space import SearchSpace, layer_groups
 
-SMOLLM = ModelShape(
-    family="llama",
-    layers=30,
-    hidden=576,
-    intermediate=1536,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocabulary=49152,
-    tied_embeddings=True,
-)
+SMOLLM = ModelShape(**tiny.SMOLLM)
 
 
 @given(layers=st.integers(1, 100), groups=st.integers(1, 100))

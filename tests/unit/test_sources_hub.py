@@ -52,7 +52,7 @@ def test_each_failure_names_repository_revision_and_cure(
     monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error, cause))
     monkeypatch.setattr("datasets.load_dataset", raising(error, cause))
     with pytest.raises(RankwiseError, match=expected) as caught:
-        hub.fetch_snapshot(SOURCE, code=False) if kind == "model" else hub.load_rows(SOURCE)
+        hub.fetch_snapshot(SOURCE) if kind == "model" else hub.load_rows(SOURCE)
     message = str(caught.value)
     assert "some-org/some-model" in message
     assert COMMIT in message
@@ -70,7 +70,7 @@ def test_a_snapshot_asks_for_safetensors_and_never_for_pickles(monkeypatch: pyte
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert hub.fetch_snapshot(SOURCE, code=False) == [tmp_path / "config.json"]
+    assert hub.fetch_snapshot(SOURCE) == [tmp_path / "config.json"]
     assert asked["repo"] == "some-org/some-model"
     assert asked["revision"] == COMMIT
     patterns = asked["allow_patterns"]
@@ -81,14 +81,14 @@ def test_a_snapshot_asks_for_safetensors_and_never_for_pickles(monkeypatch: pyte
 
     assert all(map(wanted, ("model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt")))
     assert not any(map(wanted, ("pytorch_model.bin", "consolidated.00.pth", "x.pt", "modeling_x.py", "x.gguf")))
-    hub.fetch_snapshot(SOURCE, code=True)
-    assert "*.py" in asked["allow_patterns"]  # type: ignore[operator]
+    hub.fetch_snapshot(SOURCE)
+    assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
 
 
 def test_a_snapshot_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(RankwiseError, match=r"no file matches x\.gguf"):
-        hub.fetch_snapshot(SOURCE.model_copy(update={"file": "x.gguf"}), code=False)
+        hub.fetch_snapshot(SOURCE.model_copy(update={"file": "x.gguf"}))
 
 
 def test_rows_are_asked_for_with_subset_split_revision_and_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,6 @@ def test_a_corpus_and_its_index(tmp_path: Path) -> None:
         "file": "c.jsonl",
         "range": [1, 4],
         "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "license": "CC0",
     }
 
 

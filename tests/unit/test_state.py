@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.state import resumable_state
+from lowrank.state import Clock, resumable_state
 
 
 def folder_of(root: Path, settings: object, file: Path) -> Path:
@@ -31,3 +31,10 @@ def test_other_settings_or_inputs_have_another_folder(tmp_path: Path) -> None:
     assert folder_of(tmp_path, {"a": 2, "b": 1}, source) != first
     source.write_text("two")
     assert folder_of(tmp_path, {"a": 1, "b": 2}, source) != first
+
+
+def test_the_clock_adds_up_the_parts(tmp_path: Path) -> None:
+    first = Clock(tmp_path / "seconds.json")
+    first.before = 100.0
+    first.save()
+    assert 100.0 < Clock(tmp_path / "seconds.json").seconds < 200.0

@@ -108,16 +108,24 @@ def _narrow(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _wide(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same when m > n, without the m x m matrix: with C = S S', those are the left vectors of W S.
-
-    The n x n eigenproblem S' W' W S = Q D Q' gives W S Q, whose columns are orthogonal but lose that where D is
-    tiny; a QR decomposition restores it and keeps the span of each prefix.
-    """
+    """The same when m > n, without the m x m matrix: with C = S S', those are the left vectors of W S."""
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    ws = w @ (vectors * values.clamp(min=0).sqrt())
-    gram = ws.T @ ws
-    eigenvalues, q = torch.linalg.eigh((gram + gram.T) / 2)
-    u, _ = torch.linalg.qr(ws @ q.flip(1))
+    return left_singular_vectors(w @ (vectors * values.clamp(min=0).sqrt()))
+
+
+def left_singular_vectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left singular vectors of an m x n matrix by decreasing singular value, and the squares of those.
+
+    They come from the smaller of the two Gram matrices, which takes a tenth of the time of a decomposition. If that is
+    the right one, G = V D V', the columns of (matrix V) are orthogonal but lose that where D is tiny; a QR
+    decomposition restores it and keeps the span of each prefix.
+    """
+    m, n = matrix.shape
+    if m <= n:
+        eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        return fix_signs(vectors.flip(1)), eigenvalues.flip(0)
+    eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    u, _ = torch.linalg.qr(matrix @ vectors.flip(1))
     return fix_signs(u), eigenvalues.flip(0)
 
 

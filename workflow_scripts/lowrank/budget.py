@@ -56,10 +56,12 @@ class Budget:
     Attributes:
         dimensions: the model's shape.
         modules: its linear layers, in order.
+        adds_bias: whether the low-rank form has a bias where the dense layer had none.
     """
 
     dimensions: Dimensions
     modules: tuple[LinearModule, ...]
+    adds_bias: bool = True
 
     @classmethod
     def of(cls, dimensions: Dimensions) -> Budget:
@@ -75,7 +77,8 @@ class Budget:
         """Parameters of one layer at a rank; a bias counts only if the low-rank form adds it."""
         if rank is None:
             return module.parameters
-        added_bias = 0 if has_native_bias(self.dimensions, module) else module.out_features
+        adds = self.adds_bias and not has_native_bias(self.dimensions, module)
+        added_bias = module.out_features if adds else 0
         return rank * (module.out_features + module.in_features) + added_bias
 
     def parameters(self, ranks: Mapping[str, int | None]) -> int:

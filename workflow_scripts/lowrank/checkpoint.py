@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.families import FAMILIES, Family
-from lowrank.files import atomic_path, sha256_file
+from lowrank.files import atomic_path, link_or_copy, sha256_file
 from lowrank.modeling import modeling_rankwise
 from lowrank.modeling.modeling_rankwise import LowRankLinear
 
@@ -32,9 +31,7 @@ for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
 transformers_logging.disable_progress_bar()
 
 
-def load_checkpoint(
-    folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Open a dense or compressed checkpoint for inference.
 
     Checkpoints of this project need no remote code here: their classes are registered from this repository.
@@ -46,7 +43,7 @@ def load_checkpoint(
     if not (folder / "config.json").is_file():
         raise RankwiseError(f"{folder}: no checkpoint (config.json is missing). Run the workflow again.")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder)
         drop_remote_code(config)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -54,7 +51,6 @@ def load_checkpoint(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise RankwiseError(f"{folder}: the checkpoint cannot be opened: {error}") from error
@@ -76,14 +72,14 @@ def drop_remote_code(config: Any) -> None:
         del config.auto_map
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
     """Open the tokenizer that lies in a checkpoint folder.
 
     Raises:
         RankwiseError: there is none that can be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise RankwiseError(f"{folder}: the tokenizer cannot be opened: {error}") from error
 
@@ -173,7 +169,10 @@ def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[s
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the files of a tokenizer (and the generation config) byte for byte."""
-    patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
+    patterns = (
+        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+        "generation_config.json",
+    )
     for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file() and path.suffix != ".py":
@@ -187,8 +186,5 @@ def link_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
         folder.mkdir()
         for path in sorted(source.iterdir()):
             if path.is_file():
-                try:
-                    os.link(path, folder / path.name)
-                except OSError:
-                    shutil.copyfile(path, folder / path.name)
+                link_or_copy(path, folder / path.name)
     return {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.is_file()}

@@ -170,9 +170,15 @@ def sample_calibration(
     Raises:
         RankwiseError: see `load_documents` and `sample_windows`.
     """
-    from transformers import AutoTokenizer
+    from lowrank.checkpoint import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    positions = read_json(Path(checkpoint) / "config.json").get("max_position_embeddings")
+    if positions is not None and calibration.length > positions:
+        raise RankwiseError(
+            f"calibration windows of {calibration.length} tokens, but the model '{name}' reads at most {positions}; "
+            "lower `length` in the config's `calibration`"
+        )
+    tokenizer = load_tokenizer(checkpoint)
     try:
         tokens = sample_windows(
             load_documents(index), tokenizer, calibration.windows, calibration.length, calibration.seed

@@ -64,14 +64,12 @@ class Family:
         blocks: path of the list of decoder blocks inside the causal language model.
         decoder: path of the base model (without the head).
         types: the linear layers of a block.
-        uncompressed: types that the paper keeps dense by default (Section 4.1: v is the most sensitive).
     """
 
     model_type: str
     blocks: str
     decoder: str
     types: tuple[LinearType, ...]
-    uncompressed: tuple[str, ...] = ("v",)
 
     @property
     def sites(self) -> dict[str, LinearType]:
@@ -80,10 +78,6 @@ class Family:
         for linear in self.types:
             first.setdefault(linear.site, linear)
         return first
-
-    def type_named(self, name: str) -> LinearType:
-        """The type of that name; KeyError if the family has none."""
-        return {linear.name: linear for linear in self.types}[name]
 
 
 _ATTENTION = (

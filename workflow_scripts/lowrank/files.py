@@ -7,6 +7,7 @@ reader (or Snakemake) sees either the old file or the finished new one.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         yield temporary
         _readable_by_others(temporary)
         if temporary.is_dir() and target.is_dir():
@@ -49,6 +51,23 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of this target left behind; there is one writer of a target at a time."""
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file systems allow it, else a copy."""
+    try:
+        os.link(source.resolve(), target)  # resolve: the hub's cache holds symbolic links
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _readable_by_others(path: Path) -> None:

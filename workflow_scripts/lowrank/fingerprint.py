@@ -1,7 +1,8 @@
 """A fingerprint of the code that a stage runs: of meaning, not of spelling.
 
 It covers the stage's file and every first-party module that it imports, directly or not, as syntax trees without
-docstrings: comments and formatting change nothing, and code that a stage does not use cannot rerun it.
+docstrings: comments and formatting change nothing, and code that a stage does not use cannot rerun it. The config's
+sections are left out: they check values, and the values, defaults included, are in the settings of every rule.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "lowrank"
+SETTINGS = f"{PACKAGE}.config"
 
 
 def fingerprint(scripts: Path, stage: str, *modules: str) -> str:
@@ -62,7 +64,7 @@ def _imports(tree: ast.Module) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == PACKAGE}
+    return {name for name in names if name.split(".")[0] == PACKAGE and not name.startswith(SETTINGS)}
 
 
 def _is_type_checking(node: ast.AST) -> bool:

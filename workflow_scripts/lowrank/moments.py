@@ -109,11 +109,11 @@ class Moments:
             )
         if self.tokens <= groups:
             raise RankwiseError(f"{self.tokens} tokens are too few for a covariance within {groups} groups")
-        scatter = covariance * self.tokens
-        for part in torch.tensor_split(means, groups):
-            deviation = part.mean(dim=0) - mean
-            scatter = scatter - len(part) * self.window_length * torch.outer(deviation, deviation)
-        return scatter / (self.tokens - groups), mean
+        parts = torch.tensor_split(means, groups)
+        sizes = torch.tensor([[len(part) * self.window_length] for part in parts], dtype=torch.float64)
+        deviations = torch.stack([part.mean(dim=0) for part in parts]) - mean
+        between = (sizes * deviations).T @ deviations
+        return (covariance * self.tokens - between) / (self.tokens - groups), mean
 
     def tensors(self, site: str) -> dict[str, torch.Tensor]:
         """As stored: the covariance in float32, the means in float64."""

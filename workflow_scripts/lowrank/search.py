@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from botorch.acquisition import LogExpectedImprovement
+from botorch.exceptions.errors import BotorchError, ModelFittingError
 from botorch.exceptions.warnings import BadInitialCandidatesWarning, NumericsWarning
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
@@ -29,7 +30,6 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import GammaPrior, LogNormalPrior
 
 from lowrank.config.sections import Search
-from lowrank.errors import RankwiseError
 from lowrank.objective import Score
 from lowrank.search_space import SearchSpace
 
@@ -123,7 +123,7 @@ def search_allocation(
         if index < len(initial):
             origin, x = ("uniform" if index == 0 else "random"), initial[index]
         else:
-            origin, x = "improvement", propose(space, trials, seed * 100_003 + index)
+            origin, x = propose(space, trials, seed * 100_003 + index)
         ranks = space.ranks(x)
         trial = Trial(origin, x, evaluate(ranks), space.budget.kept(ranks))
         trial_log.append(index, trial)
@@ -146,18 +146,19 @@ def best_trial(trials: list[Trial]) -> int:
     return min(range(len(trials)), key=lambda index: trials[index].score.objective)
 
 
-def propose(space: SearchSpace, trials: list[Trial], seed: int) -> np.ndarray:
+def propose(space: SearchSpace, trials: list[Trial], seed: int) -> tuple[str, np.ndarray]:
     """The point of the budget polytope with the largest expected improvement.
 
     The objective is modelled on a logarithmic scale, since perplexity spans orders of magnitude.
 
-    Raises:
-        RankwiseError: the model cannot be fitted or the acquisition cannot be optimised.
+    Returns:
+        The point, after the word that the log of trials has for where it comes from: `improvement`, or `random` where
+        the model could not be fitted or the acquisition not be optimised.
     """
     torch.manual_seed(seed)
     x = torch.tensor(np.array([trial.x for trial in trials]), dtype=torch.double)
     if x.shape[1] == 1:
-        return space.uniform()
+        return "improvement", space.uniform()
     y = -torch.tensor([[trial.score.objective] for trial in trials], dtype=torch.double).log()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (NumericsWarning, BadInitialCandidatesWarning))
@@ -172,10 +173,12 @@ def propose(space: SearchSpace, trials: list[Trial], seed: int) -> np.ndarray:
                 equality_constraints=[space.constraint()],
                 options={"seed": seed},
             )
-        except (RuntimeError, ValueError) as error:
-            raise RankwiseError(f"search: proposing evaluation {len(trials) + 1} failed: {error}") from error
+        except (RuntimeError, ValueError, BotorchError, ModelFittingError) as error:
+            # A resumed search would fail at the same evaluation again, so it must be able to go on.
+            log.warning("search: no model of the objective could be fitted (%s); taking a random allocation", error)
+            return "random", space.sample(1, seed)[0]
     point: np.ndarray = np.clip(candidate.squeeze(0).numpy(), space.lower, 1.0)
-    return point
+    return "improvement", point
 
 
 def fit_model(x: torch.Tensor, y: torch.Tensor, bounds: torch.Tensor) -> SingleTaskGP:

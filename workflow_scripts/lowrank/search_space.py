@@ -141,7 +141,10 @@ class SearchSpace:
             if spent + extra <= allowed:
                 choice[index] = raised
                 spent += extra
-        return {module.name: rank for unit, rank in zip(self.units, choice, strict=True) for module in unit.modules}
+        ranks: Ranks = {module.name: None for module in self.budget.modules}
+        for unit, rank in zip(self.units, choice, strict=True):
+            ranks |= {module.name: rank for module in unit.modules}
+        return ranks
 
     def _shrink_to(self, allowed: float, choice: list[int | None]) -> None:
         """Take steps of 8 from the largest ranks while the budget is exceeded (ranks are never below 8)."""

@@ -22,7 +22,7 @@ def measure_sensitivity(
     """Perplexity of the dense model, and with each type alone at each kept ratio, in all layers."""
     sliced.set_ranks({})
     dense = _perplexity(sliced, windows, device)
-    types: dict[str, list[dict[str, float]]] = {}
+    types: dict[str, list[dict[str, float | None]]] = {}
     for linear in FAMILIES[budget.dimensions.family].types:
         modules = [module for module in budget.modules if module.type.name == linear.name]
         for share in sorted(kept):
@@ -34,9 +34,10 @@ def measure_sensitivity(
     return {"dense": dense, "types": types}
 
 
-def _perplexity(sliced: SlicedModel, windows: torch.Tensor, device: torch.device) -> dict[str, float]:
+def _perplexity(sliced: SlicedModel, windows: torch.Tensor, device: torch.device) -> dict[str, float | None]:
     """Perplexity over equal windows, and its standard error by the delta method."""
     losses = window_losses(sliced, windows, device)
     perplexity = math.exp(float(losses.mean()))
-    error = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
-    return {"perplexity": perplexity, "stderr": perplexity * error}
+    if len(losses) < 2:
+        return {"perplexity": perplexity, "stderr": None}
+    return {"perplexity": perplexity, "stderr": perplexity * float(losses.std() / math.sqrt(len(losses)))}

@@ -91,17 +91,16 @@ def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads
     Args:
         folder: the dense checkpoint.
         bases: the folder of its bases, one file per block.
-        settings: the rule's settings, with `dtype`, `shape` and `trust_remote_code`.
+        settings: the rule's settings, with `dtype` and `shape`.
         threads: of the rule.
     """
     limit_threads(threads)
     device = pick_device()
-    trusted = settings["trust_remote_code"]
-    model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device, trusted)
+    model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device)
     budget = Budget.of(ModelShape.model_validate(settings["shape"]))
     return OpenedModel(
         SlicedModel(model, budget, Bases(bases, budget.dimensions.layers)),
-        load_tokenizer(folder, trusted),
+        load_tokenizer(folder),
         budget,
         device,
     )

@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank.files import digest_of, sha256_file, write_json
+from lowrank.files import digest_of, read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
+
+
+class Clock:
+    """Seconds of work, those before a kill included."""
+
+    def __init__(self, path: Path) -> None:
+        """Args: path: a JSON file in the folder of the unfinished work."""
+        self.path = path
+        self.before = float(read_json(path)) if path.is_file() else 0.0
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts so far."""
+        return self.before + time.monotonic() - self.started
+
+    def save(self) -> None:
+        """Remember the time until now."""
+        write_json(self.path, self.seconds)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ and a killed pass goes on at the last finished group of blocks.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lowrank.checkpoint import family_of
 from lowrank.families import Family
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, load_tensors, save_tensors, write_json
 from lowrank.moments import MomentAccumulator, Moments
 
 log = logging.getLogger(__name__)
@@ -64,52 +65,59 @@ def collect_statistics(
     family = family_of(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    batches = list(torch.split(tokens, batch))
+    batches = list(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
     files = [state / layer_name(layer) for layer in range(len(blocks))]
-    hidden, first = _resume(state, files, layers_per_pass)
+    first = _first_block(state, files, layers_per_pass)
     started = time.monotonic()
     with torch.inference_mode():
         for start in range(first, len(blocks), layers_per_pass):
-            stop = min(start + layers_per_pass, len(blocks))
-            accumulators = _accumulators(family, blocks, range(start, stop), device)
-            outputs = []
+            layers = range(start, min(start + layers_per_pass, len(blocks)))
+            accumulators = _accumulators(family, blocks, layers, device)
             for index, ids in enumerate(batches):
                 inputs = _block_inputs(model, family, ids.to(device))
-                states = inputs.hidden if hidden is None else hidden[index].to(inputs.hidden)
-                for layer in range(start, stop):
+                states = _load_hidden(state, start, index, inputs.hidden) if start else inputs.hidden
+                for layer in layers:
                     states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
-                outputs.append(states.cpu())
-            _store(files, accumulators, range(start, stop))
-            hidden = outputs
-            save_tensors(state / hidden_file(stop), {str(index): states for index, states in enumerate(hidden)})
-            (state / hidden_file(start)).unlink(missing_ok=True)
-            rate = tokens.numel() * (stop - first) / len(blocks) / (time.monotonic() - started)
-            log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, stop - 1, len(blocks), rate)
+                save_tensors(_hidden_file(state, layers.stop, index), {"hidden": states})
+            _store(files, accumulators, layers)
+            write_json(_marker(state, layers.stop), {"batches": len(batches)})
+            shutil.rmtree(_hidden_folder(state, start), ignore_errors=True)
+            rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
+            log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
     return files
 
 
-def hidden_file(layer: int) -> str:
-    """Name of the file with the hidden states that enter a block."""
-    return f"hidden_{layer:03d}.safetensors"
+def _hidden_folder(state: Path, layer: int) -> Path:
+    """The hidden states that enter a block, one file a batch."""
+    return state / f"hidden_{layer:03d}"
+
+
+def _hidden_file(state: Path, layer: int, batch: int) -> Path:
+    return _hidden_folder(state, layer) / f"batch_{batch:05d}.safetensors"
+
+
+def _marker(state: Path, layer: int) -> Path:
+    """Written when everything before a block is finished."""
+    return _hidden_folder(state, layer) / "complete.json"
+
+
+def _load_hidden(state: Path, layer: int, batch: int, like: torch.Tensor) -> torch.Tensor:
+    return load_tensors(_hidden_file(state, layer, batch))["hidden"].to(like)
+
+
+def _first_block(state: Path, files: list[Path], layers_per_pass: int) -> int:
+    """The block to go on with: after the last group whose files and outputs are all there."""
+    for layer in (len(files), *reversed(range(layers_per_pass, len(files), layers_per_pass))):
+        if _marker(state, layer).is_file() and all(file.is_file() for file in files[:layer]):
+            log.info("statistics: blocks 0-%d were finished before", layer - 1)
+            return layer
+    return 0
 
 
 def load_moments(path: Path, sites: Iterable[str]) -> dict[str, Moments]:
     """The moments of the input sites of a block."""
     tensors = load_tensors(path)
     return {site: Moments.from_tensors(tensors, site) for site in sites}
-
-
-def _resume(state: Path, files: list[Path], layers_per_pass: int) -> tuple[list[torch.Tensor] | None, int]:
-    """The hidden states and the block to go on with: those of the last group whose files are all there."""
-    ends = [*range(layers_per_pass, len(files), layers_per_pass), len(files)]
-    for layer in reversed(ends):
-        path = state / hidden_file(layer)
-        if path.is_file() and all(file.is_file() for file in files[:layer]):
-            log.info("statistics: blocks 0-%d were finished before", layer - 1)
-            stored = load_tensors(path)
-            return [stored[str(index)] for index in range(len(stored))], layer
-    return None, 0
 
 
 def _accumulators(

@@ -39,7 +39,7 @@ def select_windows(perplexities: torch.Tensor, settings: Selection) -> list[int]
         settings: `top` keeps those with the largest variance over allocations, `bottom` the smallest, `all` all.
     """
     variance = perplexities.var(dim=0)
-    if settings.strategy == "all":
+    if settings.keep is None:
         return list(range(variance.numel()))
     order = torch.argsort(variance, descending=settings.strategy == "top", stable=True)
     return sorted(order[: settings.keep].tolist())

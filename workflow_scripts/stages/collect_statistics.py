@@ -1,6 +1,5 @@
 """Collect the moments of the inputs of every linear layer, in one pass over the calibration windows."""
 
-import os
 from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
@@ -11,7 +10,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     """Run the pass in a resumable folder, then move the layer files to their place."""
     from lowrank.checkpoint import load_checkpoint
-    from lowrank.files import atomic_path, load_tensors, sha256_file, write_json
+    from lowrank.files import atomic_path, link_or_copy, load_tensors, sha256_file, write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
     from lowrank.state import resumable_state
     from lowrank.statistics import collect_statistics
@@ -20,25 +19,25 @@ def work(job: Snakemake) -> None:
     limit_threads(job.threads)
     device = pick_device()
     inputs = {"model": job.input.model_manifest, "tokens": job.input.tokens}
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), device, settings["trust_remote_code"])
+    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), device)
     tokens = load_tensors(job.input.tokens)["tokens"].long()
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
         files = collect_statistics(model, tokens, job.resources.layers_per_pass, state, device)
         with atomic_path(job.output.layers) as folder:
             folder.mkdir()
             for file in files:
-                os.replace(file, folder / file.name)
-    write_json(
-        job.output.manifest,
-        {
-            "model": job.wildcards.model,
-            "calibration": job.wildcards.calibration,
-            "windows": tokens.shape[0],
-            "length": tokens.shape[1],
-            "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
-            "environment": describe_environment(device),
-        },
-    )
+                link_or_copy(file, folder / file.name)  # the state must outlive a kill before the end
+        write_json(
+            job.output.manifest,
+            {
+                "model": job.wildcards.model,
+                "calibration": job.wildcards.calibration,
+                "windows": tokens.shape[0],
+                "length": tokens.shape[1],
+                "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
+                "environment": describe_environment(device),
+            },
+        )
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

@@ -25,7 +25,7 @@ def work(job: Snakemake) -> None:
     seed = int(job.wildcards.seed)
     seed_everything(seed)
     shape = ModelShape.model_validate(settings["shape"])
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu", settings["trust_remote_code"])
+    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
     allocation = read_json(job.input.allocation)["ranks"] if job.input.get("allocation") else None
     ranks = compress_model(
         method["kind"],

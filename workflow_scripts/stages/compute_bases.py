@@ -21,7 +21,7 @@ def work(job: Snakemake) -> None:
     limit_threads(job.threads)
     device = pick_device()
     covariance = Covariance.model_validate(settings["covariance"])
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu", settings["trust_remote_code"])
+    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
     family = family_of(model)
     blocks = model.get_submodule(family.blocks)
     sources = layer_files(job.input.layers, len(blocks))

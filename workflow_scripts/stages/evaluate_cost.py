@@ -22,8 +22,7 @@ def work(job: Snakemake) -> None:
     device = pick_device()
     suite = CostSuite.model_validate(settings["suite"])
     shape = ModelShape.model_validate(settings["shape"])
-    remote = settings["trust_remote_code"]
-    model = load_checkpoint(job.input.checkpoint, parse_dtype(settings["dtype"]), device, remote)
+    model = load_checkpoint(job.input.checkpoint, parse_dtype(settings["dtype"]), device)
     write_json(
         job.output[0],
         {

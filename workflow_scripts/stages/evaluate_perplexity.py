@@ -20,10 +20,9 @@ def work(job: Snakemake) -> None:
     limit_threads(job.threads)
     device = pick_device()
     checkpoint = job.input.checkpoint
-    remote = settings["trust_remote_code"]
-    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device, remote)
+    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device)
     suite = PerplexitySuite.model_validate(settings["suite"])
-    tokenizer = load_tokenizer(checkpoint, remote)
+    tokenizer = load_tokenizer(checkpoint)
     corpora, protocol = evaluate_corpora(model, checkpoint, tokenizer, suite, job.input.corpora)
     write_json(
         job.output[0],

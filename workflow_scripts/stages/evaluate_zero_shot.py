@@ -23,11 +23,10 @@ def work(job: Snakemake) -> None:
     limit_threads(job.threads)
     device = pick_device()
     checkpoint = job.input.checkpoint
-    remote = settings["trust_remote_code"]
-    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device, remote)
+    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device)
     suite = ZeroShotSuite.model_validate(settings["suite"])
     rows = {Path(folder).name: folder for folder in job.input.rows}
-    results = evaluate_zero_shot(model, load_tokenizer(checkpoint, remote), suite, rows, settings["max_length"])
+    results = evaluate_zero_shot(model, load_tokenizer(checkpoint), suite, rows, settings["max_length"])
     protocol = suite.plain() | results.pop("protocol") | {"dtype": settings["dtype"]}
     write_json(
         job.output[0],

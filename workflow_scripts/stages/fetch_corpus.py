@@ -12,7 +12,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     settings = job.params.settings
     corpus = Corpus.model_validate(settings["corpus"])
-    cache, index, data = Path(settings["cache"]), Path(job.output.index), Path(job.output.data)
+    cache, index, data = Path(job.params.cache), Path(job.output.index), Path(job.output.data)
     fetch_corpus(settings["name"], corpus, cache, index, data)
 
 

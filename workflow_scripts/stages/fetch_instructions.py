@@ -12,7 +12,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     settings = job.params.settings
     instructions = Instructions.model_validate(settings["instructions"])
-    fetch_instructions(settings["name"], instructions, Path(settings["cache"]), Path(job.output.rows))
+    fetch_instructions(settings["name"], instructions, Path(job.params.cache), Path(job.output.rows))
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

@@ -14,7 +14,7 @@ def work(job: Snakemake) -> None:
 
     settings = job.params.settings
     model = Model.model_validate(settings["model"])
-    manifest = fetch_model(settings["name"], model, Path(settings["cache"]), Path(job.output.checkpoint))
+    manifest = fetch_model(settings["name"], model, Path(job.params.cache), Path(job.output.checkpoint))
     write_json(job.output.manifest, manifest)
 
 

@@ -12,7 +12,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     settings = job.params.settings
     task = TaskFile.model_validate(settings["task"])
-    fetch_task(settings["name"], task, Path(settings["cache"]), Path(job.output.index), Path(job.output.rows))
+    fetch_task(settings["name"], task, Path(job.params.cache), Path(job.output.index), Path(job.output.rows))
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

@@ -125,7 +125,6 @@ class Model(Section):
     shape: ModelShape
     dtype: DtypeName = "float32"
     max_length: Positive = Field(default=2048, description="longest context that is ever evaluated")
-    trust_remote_code: bool = False
     license: Text | None = None
 
 
@@ -194,7 +193,7 @@ class Selection(Section):
     """Which windows of a validation corpus the search is judged on (paper, Section 3.3)."""
 
     strategy: Literal["top", "bottom", "all"] = "top"
-    keep: Positive
+    keep: Positive | None = Field(default=None, description="how many; not with `strategy: all`")
     allocations: AtLeastTwo = 20
     ratio: Percent = 20
     groups: Positive = Field(default=4, description="groups of layers of the random allocations")
@@ -215,7 +214,9 @@ class Validation(Section):
 
     @model_validator(mode="after")
     def _keep_at_most_all(self) -> Validation:
-        if self.select.keep > self.windows:
+        if (self.select.keep is None) != (self.select.strategy == "all"):
+            raise wrong("select.keep", "is needed by `strategy: top` and `bottom`, and only by them")
+        if self.select.keep is not None and self.select.keep > self.windows:
             raise wrong("select.keep", f"{self.select.keep} is more than the candidates (`windows: {self.windows}`)")
         return self
 

@@ -131,11 +131,16 @@ def _settle_libraries(seed: int) -> None:
 
 
 def _scorer(model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, longest: int) -> AnswerScorer:
+    context, positions = min(suite.max_length, longest), model.config.max_position_embeddings
+    if context > positions:
+        raise RankwiseError(
+            f"a context of {context} tokens, but the model reads at most {positions}; lower `max_length`"
+        )
     return AnswerScorer(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=suite.batch_size,
-        max_length=min(suite.max_length, longest),
+        max_length=context,
         add_bos_token=suite.add_bos,
         softmax_dtype="float32",
     )

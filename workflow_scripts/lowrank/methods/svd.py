@@ -6,6 +6,7 @@ approximation of W x. It stands in the tables to show what the feature-based met
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lowrank.config.sections import MethodSettings
@@ -23,29 +24,29 @@ class Settings(MethodSettings):
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Truncate every matrix at the rank that the uniform ratio buys.
-
-    With white inputs (Cov(x) = I, mean 0) the principal basis of W x is the left singular basis of W, so U_r U_r' W
-    is the truncated decomposition.
+    """Truncate every matrix at the rank that the uniform ratio buys: U_r U_r' W, U_r the left singular vectors of W.
 
     Raises:
         RankwiseError: a decomposition fails; the layer is named.
     """
-    import torch
-
     from lowrank.allocation import uniform_ranks
-    from lowrank.bases import principal_basis
+    from lowrank.bases import left_singular_vectors
+    from lowrank.errors import RankwiseError
     from lowrank.factors import LowRankFactors
+    from lowrank.runtime import pick_device
 
-    ranks = uniform_ranks(task.budget, task.ratio, task.settings.uncompressed)
+    budget = replace(task.budget, adds_bias=False)
+    device = pick_device()
     factors: dict[str, LowRankFactors] = {}
-    for name, rank in ranks.items():
+    for name, rank in uniform_ranks(budget, task.ratio, task.settings.uncompressed).items():
         if rank is None:
             continue
         layer = task.model.get_submodule(name)
-        weight, bias = layer.weight, layer.bias
-        n = weight.shape[1]
-        white = torch.eye(n, dtype=torch.double, device=weight.device)
-        basis = principal_basis(weight, None, white, torch.zeros(n, dtype=torch.double, device=weight.device), name)
-        factors[name] = LowRankFactors(basis.projection[:rank], basis.directions[:, :rank], bias)
+        weight = layer.weight.to(device).double()
+        try:
+            vectors, _ = left_singular_vectors(weight)
+        except RuntimeError as error:
+            raise RankwiseError(f"{name}: the singular value decomposition failed: {error}") from error
+        up = vectors[:, :rank]
+        factors[name] = LowRankFactors((up.T @ weight).cpu(), up.cpu(), layer.bias)
     return factors

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowrank.budget import has_native_bias
 from lowrank.config.sections import Model
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, linear_modules
@@ -33,8 +34,8 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     """
     raw = read_json(folder / "config.json")
     _check_architecture(raw)
-    _check_remote_code(name, model, folder, raw)
-    config = _load_config(model, folder)
+    _check_remote_code(folder, raw)
+    config = _load_config(folder)
     _check_numbers(name, model, config)
     skeleton = _skeleton(model, config)
     _check_linears(model, skeleton)
@@ -53,21 +54,21 @@ def _check_architecture(raw: dict[str, Any]) -> None:
         raise RankwiseError("its weights are quantised (`quantization_config`); take the unquantised model.")
 
 
-def _check_remote_code(name: str, model: Model, folder: Path, raw: dict[str, Any]) -> None:
+def _check_remote_code(folder: Path, raw: dict[str, Any]) -> None:
     tokenizer = folder / "tokenizer_config.json"
     maps = [raw.get("auto_map"), read_json(tokenizer).get("auto_map") if tokenizer.is_file() else None]
-    if any(maps) and not model.trust_remote_code:
+    if any(maps):
         raise RankwiseError(
-            "it brings Python code of its own (`auto_map`), which is not run. If you have read it and trust it, set "
-            f"`models.{name}.trust_remote_code: true`."
+            "it brings Python code of its own (`auto_map`), which is never run here. If its architecture is one of the "
+            "families that transformers knows, take out `auto_map` from its JSON files."
         )
 
 
-def _load_config(model: Model, folder: Path) -> Any:
+def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever a strange value raises in the class of the architecture
         raise RankwiseError(f"its config.json cannot be read by transformers ({error}).") from error
 
@@ -95,9 +96,6 @@ def _check_numbers(name: str, model: Model, config: Any) -> None:
         for key in stated
         if stated[key] != found[key]
     ]
-    positions = config.max_position_embeddings
-    if model.max_length > positions:
-        problems.append(f"models.{name}.max_length: the config says {model.max_length}, the model has {positions}")
     if problems:
         raise RankwiseError(
             _listing("the model is not the one that the config describes; correct one of them", problems)
@@ -109,7 +107,7 @@ def _skeleton(model: Model, config: Any) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config)
     return skeleton
 
 
@@ -122,8 +120,10 @@ def _check_linears(model: Model, skeleton: torch.nn.Module) -> None:
             problems.append(f"{expected.name}: no Linear layer, but {type(module).__name__}")
         elif tuple(module.weight.shape) != shape:
             problems.append(f"{expected.name}: {tuple(module.weight.shape)}, and `shape` gives {shape}")
+        elif (module.bias is not None) != has_native_bias(model.shape, expected):
+            problems.append(f"{expected.name}: {'with' if module.bias is not None else 'without'} a bias")
     if problems:
-        raise RankwiseError(_listing("the model lacks Linear layers that its family has", problems))
+        raise RankwiseError(_listing("the model's Linear layers are not those of its family", problems))
 
 
 def _check_weights(skeleton: torch.nn.Module, weights: list[Path]) -> None:
@@ -166,7 +166,7 @@ def _check_tokenizer(name: str, model: Model, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # ValueError, OSError, KeyError, ... by what is missing
         raise RankwiseError(f"its tokenizer cannot be loaded ({error}). Add the tokenizer's files.") from error
     if len(tokenizer) > model.shape.vocabulary:

@@ -23,19 +23,18 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def fetch_snapshot(source: HubSource, code: bool) -> list[Path]:
+def fetch_snapshot(source: HubSource) -> list[Path]:
     """The files of a model repository at its pinned revision: `source.file`, or a checkpoint and its tokenizer.
 
     Args:
         source: the repository.
-        code: fetch Python files too.
 
     Raises:
         RankwiseError: gated, missing, or not reachable; it names the repository, the revision and what to do.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [source.file] if source.file else [*CHECKPOINT_FILES, *(["*.py"] if code else [])]
+    patterns = [source.file] if source.file else list(CHECKPOINT_FILES)
     log.info("fetching the model %s at %s from the hub", source.hub, source.revision)
     try:
         folder = snapshot_download(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 from lowrank.config.sections import HubSource, Model
 from lowrank.errors import RankwiseError
-from lowrank.files import atomic_path, read_json, sha256_file
+from lowrank.files import atomic_path, link_or_copy, read_json, sha256_file
 from lowrank.runtime import parse_dtype
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
@@ -31,8 +30,8 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
     """Make the checkpoint folder of a dense model.
 
     A GGUF file is converted to the config's dtype; other weights keep the dtype that they are stored in. Weight files
-    are hard links to the source where the file system allows it. The weights are checked tensor by tensor, so a model
-    larger than the memory passes.
+    of the hub's cache are linked where the file system allows it, those of a `path:` are copied. The weights are
+    checked tensor by tensor, so a model larger than the memory passes.
 
     Args:
         name: the model's name in the config.
@@ -41,7 +40,7 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
         target: the folder to make; it appears when everything in it is checked.
 
     Returns:
-        The manifest: source, shape, licence, number of parameters, and the SHA-256 of each file.
+        The manifest: source, shape, number of parameters, and the SHA-256 of each file.
 
     Raises:
         RankwiseError: the model cannot be had or read, or it is not what the config says; nothing is left behind.
@@ -51,13 +50,12 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
         if len(files) == 1 and files[0].suffix == ".gguf":
             convert_gguf(files[0], folder, parse_dtype(model.dtype))
         else:
-            copy_checkpoint(files, folder, model.trust_remote_code)
+            copy_checkpoint(files, folder, link=isinstance(model.source, HubSource))
         parameters = checks.check_checkpoint(name, model, folder, weight_files(folder))
         manifest = {
             "model": name,
             "source": model.source.plain(),
             "shape": model.shape.plain(),
-            "license": model.license,
             "parameters": parameters,
             "files": {file.name: sha256_file(file) for file in sorted(folder.iterdir())},
         }
@@ -68,14 +66,16 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
 @contextmanager
 def _files(model: Model, cache: Path) -> Iterator[list[Path]]:
     if isinstance(model.source, HubSource):
-        yield hub.fetch_snapshot(model.source, model.trust_remote_code)
+        yield hub.fetch_snapshot(model.source)
         return
     with source_files(model.source, cache) as files:
         yield files
 
 
-def copy_checkpoint(files: list[Path], folder: Path, code: bool) -> None:
+def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
     """Bring weights, configuration and tokenizer of a checkpoint into `folder`; nothing else.
+
+    Weights are hard links if `link` says that nobody will ever change the source's files, and copies if not.
 
     Raises:
         RankwiseError: no `config.json`, no safetensors weights, a missing shard, or a full disk.
@@ -91,10 +91,13 @@ def copy_checkpoint(files: list[Path], folder: Path, code: bool) -> None:
     weights = weight_files(source)
     require_free(folder, sum(file.stat().st_size for file in weights), "the model")
     for file in weights:
-        _link_or_copy(file, folder / file.name)
+        if link:
+            link_or_copy(file, folder / file.name)
+        else:
+            shutil.copyfile(file, folder / file.name)
     for file in files:
-        wanted = file.suffix in COMPANIONS or (code and file.suffix == ".py")
-        if file.parent == source and wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
+        wanted = file.parent == source and file.suffix in COMPANIONS
+        if wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -120,10 +123,3 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder}: no `{WEIGHTS}` or `{INDEX}`{only}. Take a revision with safetensors weights, or save the model "
         "once with transformers' `save_pretrained`."
     )
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)  # resolve: the hub's cache holds symbolic links
-    except OSError:
-        shutil.copyfile(source, target)  # another disk, or a file system without hard links

@@ -54,7 +54,6 @@ def fetch_corpus(name: str, corpus: Corpus, cache: Path, index: Path, data: Path
             "file": data.name,
             "range": list(corpus.documents),
             "sha256": sha256_file(data),
-            "license": corpus.license,
         }
         write_json(index, record)
     log.info("corpus %s: %d documents", name, record["documents"])
