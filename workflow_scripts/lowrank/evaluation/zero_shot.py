@@ -47,6 +47,11 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
 
     longest_answer: int
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Without a progress bar for the tokenizer, which takes a moment: each task has a line in the log."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
