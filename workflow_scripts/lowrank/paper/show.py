@@ -79,6 +79,8 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
         shown.add_column(measure.title, justify="right", no_wrap=True)
     previous: tuple[Any, Any] | None = None
     for record in records:
+        if record["source"] != "ours" and all(_value(record, measure) == MISSING for measure in measures):
+            continue  # nothing of this group was published
         block = (record["model"], record["target_removed_percent"])
         if record["source"] == "ours":
             if previous is not None and block != previous:
