@@ -250,7 +250,7 @@ def test_calibration_writes_tokens_with_their_record(tmp_path: Path) -> None:
     preset = Calibration(corpus="c", windows=4, length=8, seed=3)
     sample_calibration("tiny", preset, tmp_path / "model", index, tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
-        tokens, record = file.get_tensor("tokens"), file.metadata()
+        tokens, record = file.get_tensor("tokens"), json.loads(file.metadata()["record"])
     assert torch.equal(tokens, sample_windows(make_documents(5, 20), make_tokenizer(), 4, 8, 3))
     assert record == {
         "model": "tiny",

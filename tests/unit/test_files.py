@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lowrank.errors import RankwiseError
 from lowrank.files import (
@@ -105,3 +106,19 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     with atomic_path(tmp_path / "layers") as folder:
         folder.mkdir()
     assert sorted(os.listdir(tmp_path)) == [".other.1.tmp", "layers"]
+
+
+def test_equal_tensors_and_records_give_equal_bytes(tmp_path: Path) -> None:
+    record = {name: name for name in ("model", "corpus", "seed", "sha256", "other")}
+    for index in range(8):
+        save_tensors(tmp_path / str(index), {"b": torch.ones(2), "a": torch.zeros(1)}, record)
+    assert len({sha256_file(tmp_path / str(index)) for index in range(8)}) == 1
+
+
+def test_a_full_disk_is_recognised_in_the_error_of_a_library(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "model"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(RankwiseError, match="no space left on the disk"):
+        fail()

@@ -46,6 +46,10 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         raise write_error(target, error) from error
+    except Exception as error:
+        if "No space left" not in str(error):  # safetensors wraps the system's error in a type of its own
+            raise
+        raise write_error(target, OSError(errno.ENOSPC, "No space left on device")) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -167,13 +171,10 @@ def save_tensors(
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise RankwiseError(f"{path}: tensor {name!r} holds values that are not finite; nothing was written.")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in any order, and equal content must give equal bytes.
+    record = {"record": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata or {}))
-        except Exception as error:  # safetensors wraps the system's error in its own type
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+        save_file(contiguous, temporary, metadata=record)
 
 
 def load_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
