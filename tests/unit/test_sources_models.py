@@ -56,10 +56,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with grouped-query attention and tied embeddings, in bfloat16."""
-    folder = tmp_path_factory.mktemp("original")
+def save_llama(folder: Path, **changes: Any) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -70,9 +67,17 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
+        **changes,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with grouped-query attention and tied embeddings, in bfloat16."""
+    folder = tmp_path_factory.mktemp("original")
+    save_llama(folder)
     return folder
 
 
@@ -206,18 +211,7 @@ def test_code_of_the_model_is_never_run(folder: Path, tmp_path: Path, file: str)
 
 
 def test_biases_that_the_family_does_not_have_are_refused(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        attention_bias=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    make_tokenizer().save_pretrained(tmp_path / "source")
+    save_llama(tmp_path / "source", attention_bias=True)
     refused(tmp_path / "source", tmp_path, "q_proj: with a bias")
 
 
