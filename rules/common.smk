@@ -17,7 +17,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.fingerprint import fingerprint
 from lowrank.layout import Layout
-from lowrank.paper.published import published_problems
+from lowrank.paper.published import published_problems, published_references
 from lowrank.stage import share_library
 
 share_library(SCRIPTS)
@@ -124,6 +124,15 @@ def local_files(source):
     return sorted(str(file) for file in path.glob(getattr(source, "file", None) or "*") if file.is_file())
 
 
+def model_sources(name):
+    """What a model is fetched from on this machine: files of a `path:`, or the model that lends its tokenizer."""
+    source = STUDY.models[name].source
+    lender = getattr(source, "tokenizer", None)
+    if lender:
+        return {"tokenizer": ancient(f"{RUN}/models/{lender}"), "tokenizer_manifest": f"{RUN}/models/{lender}.json"}
+    return {"files": local_files(source)}
+
+
 def model_settings(name):
     """What every stage that opens a model needs to know of it."""
     model = STUDY.models[name]
@@ -147,9 +156,11 @@ def subject(wildcards):
 
 def search_settings(wildcards):
     method = STUDY.method(wildcards.method)
+    source = {"source_shape": STUDY.models[method.transfer.model].shape.plain()} if method.transfer else {}
     return with_code(
         "search_allocation",
         model_settings(wildcards.model)
+        | source
         | {
             "method": method.plain(),
             "search": STUDY.search[method.search].plain(),
@@ -186,6 +197,13 @@ def evaluation_settings(stage, wildcards):
     )
 
 
+def shapes_of(table):
+    """The models whose shapes a table needs."""
+    checks = getattr(table, "checks", [])
+    named = [row.model for row in table.rows] + [name for check in checks for name in (check.model, check.units_of)]
+    return sorted({name for name in named if name})
+
+
 def table_settings(wildcards):
     table = STUDY.tables[wildcards.table]
     return with_code(
@@ -196,7 +214,8 @@ def table_settings(wildcards):
             "table": table.plain(),
             "suites": {name: STUDY.suites[name].plain() for name in table.suites},
             "rows": LAYOUT.table_rows(wildcards.table),
-            "shape": {row.model: STUDY.models[row.model].shape.plain() for row in table.rows},
+            "shape": {name: STUDY.models[name].shape.plain() for name in shapes_of(table)},
+            "compared": LAYOUT.compared_tables(wildcards.table),
             "smoke": STUDY.smoke,
             "published_folder": f"{CONFIG}/published",
         },
@@ -267,7 +286,10 @@ def validation_files(wildcards):
     choice = validation.select
     return (
         model_files(wildcards.model)
-        | corpus_files(validation.corpus)
+        | {
+            "corpora": [f"{RUN}/corpora/{name}.json" for name in validation.corpora],
+            "corpus_data": [LAYOUT.corpus_data(name) for name in validation.corpora],
+        }
         | bases_files(wildcards.model, choice.calibration, choice.covariance)
     )
 
@@ -287,11 +309,14 @@ def searching_methods():
 
 
 def search_files(wildcards):
+    """Bases, validation windows and, for a transfer, the allocation that was found for another model."""
     method = STUDY.method(wildcards.method)
+    source = LAYOUT.transferred(wildcards.method, wildcards.ratio, wildcards.seed)
     return (
         model_files(wildcards.model)
         | bases_files(wildcards.model, method.calibration, method.covariance)
         | {"windows": f"{RUN}/validation/{wildcards.model}/{method.validation}.safetensors"}
+        | ({"source": source} if source else {})
     )
 
 
@@ -330,5 +355,5 @@ def zero_shot_files(wildcards):
 
 def published_files(wildcards):
     """The published values that a table shows beside ours."""
-    rows = STUDY.tables[wildcards.table].rows
-    return sorted({f"{CONFIG}/published/{row.published.file}.csv" for row in rows if row.published})
+    references = published_references(STUDY.tables[wildcards.table])
+    return sorted({f"{CONFIG}/published/{reference.file}.csv" for _, reference in references})

@@ -12,7 +12,7 @@ localrules:
 
 rule fetch_model:
     input:
-        lambda wildcards: local_files(STUDY.models[wildcards.model].source),
+        unpack(lambda wildcards: model_sources(wildcards.model)),
     output:
         checkpoint=directory(f"{RUN}/models/{{model}}"),
         manifest=f"{RUN}/models/{{model}}.json",

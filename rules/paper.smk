@@ -12,6 +12,7 @@ rule make_table:
     input:
         results=lambda wildcards: LAYOUT.table_inputs(wildcards.table),
         published=published_files,
+        compared=lambda wildcards: LAYOUT.compared_tables(wildcards.table),
     output:
         csv=f"{RUN}/tables/{{table}}.csv",
         md=f"{RUN}/tables/{{table}}.md",

@@ -215,7 +215,7 @@ def config(folder: Path) -> dict[str, Any]:
         "covariance": {"pooled": {"estimator": "pooled", "groups": 4}, "naive": {"estimator": "naive"}},
         "validation": {
             "top3": {
-                "corpus": "validation",
+                "corpora": ["validation"],
                 "windows": 6,
                 "length": 64,
                 "select": {"keep": 3, "allocations": 3, "groups": 2, "calibration": "c8", "covariance": "pooled"},
@@ -279,7 +279,7 @@ def config(folder: Path) -> dict[str, Any]:
             "times": {"kind": "times", "title": "Times", "suites": ["cost"], "rows": rows[3:]},
         },
         "figures": {
-            "figure_1": {"kind": "sensitivity", "title": "Sensitivity", "sensitivity": "types"},
+            "figure_1": {"kind": "sensitivity", "title": "Sensitivity", "sensitivity": ["types"]},
             "figure_3": {
                 "kind": "perplexity",
                 "title": "Perplexity",

@@ -23,7 +23,8 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("search", "bo-10", "estimator"),
         "naive",
-        "search.bo-10.estimator: unknown key (there are: evaluations, initial, kl_weight, lower)",
+        "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, kl_direction, "
+        "kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, start_at, upper)",
     ),
     ((*SHAPE, "layer"), 3, "models.smollm2-135m.shape.layer: unknown key - did you mean 'layers'?"),
     ((*SOURCE, "sha"), "0", "models.smollm2-135m.source.sha: unknown key - did you mean 'sha256'?"),
@@ -32,7 +33,7 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("methods", "dense", "groups"),
         2,
-        "methods.dense.groups: unknown key (there are: calibration, covariance, kind, search, validation)",
+        "methods.dense.groups: unknown key (there are: calibration, covariance, kind, search, transfer, validation)",
     ),
     (("methods", "svd", "uncompresed"), [], "methods.svd.uncompresed: unknown key - did you mean 'uncompressed'?"),
     (("suites", "held-out", "corpus"), [], "suites.held-out.corpus: unknown key - did you mean 'corpora'?"),
@@ -51,15 +52,19 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("tables", "table_1", "kind"),
         "accurracy",
-        "tables.table_1.kind: 'accurracy' is not one of accuracy, statistics, times, allocations"
-        " - did you mean 'accuracy'?",
+        "tables.table_1.kind: 'accurracy' is not one of accuracy, statistics, times, allocations, generations, "
+        "agreement, arithmetic - did you mean 'accuracy'?",
     ),
     (
         ("suites", "cost", "kind"),
         "costs",
-        "suites.cost.kind: 'costs' is not one of perplexity, zero-shot, cost - did you mean 'cost'?",
+        "suites.cost.kind: 'costs' is not one of perplexity, zero-shot, cost, generation - did you mean 'cost'?",
     ),
-    (("suites", "cost", "kind"), GONE, "suites.cost.kind: missing; it must be one of perplexity, zero-shot, cost"),
+    (
+        ("suites", "cost", "kind"),
+        GONE,
+        "suites.cost.kind: missing; it must be one of perplexity, zero-shot, cost, generation",
+    ),
     (
         ("methods", "svd", "kind"),
         "SVD",
@@ -89,18 +94,20 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         (*SOURCE, "path"),
         "x",
-        "models.smollm2-135m.source: has `pypi` and `path`; keep exactly one of the keys `pypi`, `hub`, `path`",
+        "models.smollm2-135m.source: has `pypi` and `path`; "
+        "keep exactly one of the keys `pypi`, `hub`, `path`, `random`",
     ),
-    (SOURCE, {}, "models.smollm2-135m.source: needs exactly one of the keys `pypi`, `hub`, `path`"),
+    (SOURCE, {}, "models.smollm2-135m.source: needs exactly one of the keys `pypi`, `hub`, `path`, `random`"),
     (
         SOURCE,
         {"pypy": "x==1"},
-        "models.smollm2-135m.source: needs exactly one of the keys `pypi`, `hub`, `path` - did you mean 'pypi'?",
+        "models.smollm2-135m.source: needs exactly one of the keys `pypi`, `hub`, `path`, `random` - "
+        "did you mean 'pypi'?",
     ),
     (
         SOURCE,
         {"tokens": "x.npz"},
-        "models.smollm2-135m.source: `tokens` cannot stand here; use one of the keys `pypi`, `hub`, `path`",
+        "models.smollm2-135m.source: `tokens` cannot stand here; use one of the keys `pypi`, `hub`, `path`, `random`",
     ),
     (
         ("corpora", "speeches-test", "source"),
@@ -139,7 +146,7 @@ VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
         -8,
         "calibration.c4-32.length: must be a whole number of at least 1, not -8",
     ),
-    (("search", "bo-10", "initial"), 1, "search.bo-10.initial: must be a whole number of at least 2, not 1"),
+    (("search", "bo-10", "initial"), 1, "search.bo-10.start: 2 points with `start_at`, more than `initial: 1`"),
     (("search", "bo-10", "lower"), 1, "search.bo-10.lower: must be a number above 0 and below 1, not 1"),
     (
         ("search", "bo-10", "kl_weight"),
@@ -232,7 +239,7 @@ TOGETHER: list[tuple[tuple[str | int, ...], Any, str]] = [
         17,
         "validation.wikipedia-top6.select.keep: 17 is more than the candidates (`windows: 16`)",
     ),
-    (("search", "bo-10", "initial"), 10, "search.bo-10.initial: 10 leaves nothing of `evaluations: 10`"),
+    (("search", "bo-10", "initial"), 11, "search.bo-10.initial: 11 is more than `evaluations: 10`"),
     (("tuning", "scales", "warmup_steps"), 10, "tuning.scales.warmup_steps: 10 leaves nothing of `steps: 10`"),
     (("tuning", "scales", "batch_size"), 6, "tuning.scales.batch_size: 6 is no multiple of `micro_batch_size: 4`"),
     (("suites", "held-out", "stride"), 300, "suites.held-out.stride: 300 is longer than `length: 256`"),

@@ -18,9 +18,9 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
         "calibration.c4-32.corpus: 'c4-calibraton' is not in `corpora` - did you mean 'c4-calibration'?",
     ),
     (
-        ("validation", "wikipedia-top6", "corpus"),
+        ("validation", "wikipedia-top6", "corpora", 0),
         "zzz",
-        f"validation.wikipedia-top6.corpus: 'zzz' is not in `corpora` (there are: {CORPORA})",
+        f"validation.wikipedia-top6.corpora[0]: 'zzz' is not in `corpora` (there are: {CORPORA})",
     ),
     (
         (*SELECT, "calibration"),
@@ -79,9 +79,9 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*ROW, "method"), "lor", "tables.table_1.rows[1].method: 'lor' is not in `methods` - did you mean 'lord'?"),
     ((*ROW, "tuning"), "scale", "tables.table_1.rows[1].tuning: 'scale' is not in `tuning` - did you mean 'scales'?"),
     (
-        ("figures", "figure_1", "sensitivity"),
+        ("figures", "figure_1", "sensitivity", 0),
         "zzz",
-        "figures.figure_1.sensitivity: 'zzz' is not in `sensitivity` (there is: by-type)",
+        "figures.figure_1.sensitivity[0]: 'zzz' is not in `sensitivity` (there is: by-type)",
     ),
     (
         ("figures", "figure_3", "model"),

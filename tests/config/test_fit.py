@@ -9,7 +9,7 @@ from wrong import ROW, changed, errors_of
 
 from lowrank.budget import Budget
 from lowrank.config.fit import why_out_of_reach
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.search_space import SearchSpace
 

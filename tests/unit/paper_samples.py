@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank.config.sections import CostSuite, ModelShape, PerplexitySuite, Row, ZeroShotSuite
+from lowrank.config.outputs import Row
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import CostSuite, PerplexitySuite, ZeroShotSuite
 from lowrank.families import linear_modules
 from lowrank.paper.tables import Context, RowResults
 

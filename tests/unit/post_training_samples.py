@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank.checkpoint import replace_linears, save_checkpoint
-from lowrank.config.sections import Tuning
+from lowrank.config.presets import Tuning
 from lowrank.factors import LowRankFactors
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob

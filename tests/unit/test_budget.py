@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lowrank.allocation import lord_ranks, uniform_ranks
 from lowrank.budget import Budget, break_even_rank, largest_rank, rank_for
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 
 LLAMA_7B = ModelShape(

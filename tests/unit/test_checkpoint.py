@@ -21,7 +21,7 @@ from lowrank.checkpoint import (
     save_checkpoint,
 )
 from lowrank.compression import count_parameters
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 

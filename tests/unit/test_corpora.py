@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lowrank import corpora
-from lowrank.config.sections import Calibration, Corpus
+from lowrank.config.presets import Calibration
+from lowrank.config.sources import Corpus
 from lowrank.corpora import (
     consecutive_windows,
     default_bos,

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank.checkpoint import replace_linears
-from lowrank.config.sections import CostSuite, ModelShape
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.cost import count_bytes, count_macs, measure_speed
 from lowrank.factors import LowRankFactors

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowrank.config.sections import PerplexitySuite
+from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.perplexity import WindowLosses, evaluate_corpora, evaluate_perplexity
 from lowrank.files import save_tensors, sha256_file, write_json, write_text

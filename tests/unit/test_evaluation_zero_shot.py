@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowrank.config.sections import ZeroShotSuite
+from lowrank.config.suites import ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.task_files import SCHEMAS, find_rows, find_tasks, write_tasks
 from lowrank.evaluation.zero_shot import AnswerScorer, evaluate_zero_shot

@@ -84,6 +84,6 @@ def test_the_training_loop_is_code_of_the_post_training(copied_scripts: Path) ->
 def test_the_sections_of_the_config_are_no_code_of_a_stage(copied_scripts: Path) -> None:
     stages = [path.stem for path in (copied_scripts / "stages").glob("*.py")]
     before = [fingerprint(copied_scripts, stage) for stage in stages]
-    sections = copied_scripts / "lowrank/config/sections.py"
+    sections = copied_scripts / "lowrank/config/presets.py"
     sections.write_text(sections.read_text() + "\nNEW = 1\n")
     assert [fingerprint(copied_scripts, stage) for stage in stages] == before

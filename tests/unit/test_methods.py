@@ -14,7 +14,7 @@ from lowrank.allocation import lord_ranks, uniform_ranks
 from lowrank.bases import Bases
 from lowrank.budget import Budget, Ranks
 from lowrank.compression import compress_model, count_parameters
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 
 NAMES = {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}

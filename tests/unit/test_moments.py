@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.config.sections import Covariance
+from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.moments import MomentAccumulator, Moments
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from paper_samples import PERPLEXITY, perplexity, sensitivity
 
-from lowrank.config.sections import Row
+from lowrank.config.outputs import Row
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.sensitivity import draw_sensitivity, sensitivity_frame

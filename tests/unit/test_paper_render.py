@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paper_samples import context, dense_results, row_results
 
-from lowrank.config.sections import Table
+from lowrank.config.outputs import RowTable
 from lowrank.paper.render import latex_text, to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import TableData, build_table
 
@@ -51,7 +51,7 @@ class Cells(HTMLParser):
 
 def sample(title: str = "Accuracy & perplexity, 100 %", label: str = "a_b <5×1>") -> TableData:
     rows = [dense_results(), row_results(0.5, label=label), row_results(0.4, method="svd"), row_results(0.3, ratio=30)]
-    return build_table(Table(kind="accuracy", title=title, rows=[r.row for r in rows]), rows, context())
+    return build_table(RowTable(kind="accuracy", title=title, rows=[r.row for r in rows]), rows, context())
 
 
 def test_csv_reads_back_in_full_precision() -> None:
@@ -119,7 +119,7 @@ def test_all_kinds_are_rendered(kind: str) -> None:
     from paper_samples import COST
 
     rows = [dense_results(), row_results()]
-    table = Table(kind=kind, title="Title", rows=[r.row for r in rows])
+    table = RowTable(kind=kind, title="Title", rows=[r.row for r in rows])
     data = build_table(table, rows, context(suites={} if kind == "allocations" else {"cost": COST}))
     for text in (to_csv(data), to_markdown(data), to_latex(data, "t"), to_html(data, "t")):
         assert "lord" in text

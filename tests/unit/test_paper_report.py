@@ -13,7 +13,7 @@ import pytest
 from paper_samples import SHAPE, TASKS, context, dense_results, manifest, row_results, sensitivity, zero_shot
 from rich.console import Console
 
-from lowrank.config.sections import Row, Table
+from lowrank.config.outputs import Row, RowTable
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file, write_json, write_text
@@ -57,7 +57,7 @@ def run(tmp_path: Path, config: dict[str, Any]) -> Path:
     write_json(folder / "compressed" / "manifest.json", manifest(row, 20))
     write_json(folder / "sensitivity.json", sensitivity())
     rows = [dense_results(), row_results(label="Bolaco 5×1 with a rather long label"), row_results(ratio=30)]
-    table = build_table(Table(kind="accuracy", title="Main table", rows=[r.row for r in rows]), rows, context())
+    table = build_table(RowTable(kind="accuracy", title="Main table", rows=[r.row for r in rows]), rows, context())
     write_text(folder / "tables" / "table_1.csv", to_csv(table))
     write_text(folder / "tables" / "table_1.html", to_html(table, "table_1"))
     (folder / "figures").mkdir()

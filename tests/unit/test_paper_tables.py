@@ -23,7 +23,8 @@ from paper_samples import (
     uniform_ranks,
 )
 
-from lowrank.config.sections import PerplexitySuite, PublishedRow, Row, Table, ZeroShotSuite
+from lowrank.config.outputs import PublishedRow, Row, RowTable
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables import Context, RowResults, TableData, build_table
 from lowrank.paper.tables.allocations import group_layers, layer_ranks
@@ -32,7 +33,7 @@ PUBLISHED = Path(__file__).parents[2] / "config" / "published"
 
 
 def build(kind: str, rows: list[RowResults], given_context: Context | None = None) -> TableData:
-    table = Table(kind=kind, title="Title", rows=[results.row for results in rows])
+    table = RowTable(kind=kind, title="Title", rows=[results.row for results in rows])
     return build_table(table, rows, given_context or context())
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from post_training_samples import REPOSITORY, a_job, save_tiny_model, some_rows, tiny_model
 from torch import nn
 
-from lowrank.config.sections import Tuning
+from lowrank.config.presets import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.post_training.instructions import IGNORED

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lowrank.config.sections import PublishedRow, Table
+from lowrank.config.outputs import PublishedRow, RowTable
 from lowrank.errors import RankwiseError
 from lowrank.paper.published import find_published, published_problems, read_comments, read_published
 
@@ -98,7 +98,7 @@ def test_all_wrong_references_are_listed_before_anything_runs() -> None:
     wrong = [
         {"model": "m", "method": "x", "ratio": 20, "published": reference(method=name)} for name in ("a", "lord", "b")
     ]
-    table = Table(kind="accuracy", title="t", rows=wrong)
+    table = RowTable(kind="accuracy", title="t", rows=wrong)
     problems = published_problems({"table_1": table}, FOLDER)
     assert [problem.split(".published")[0] for problem in problems] == [
         "tables.table_1.rows[0]",

@@ -16,7 +16,8 @@ from lowrank.allocation import sliced_factors
 from lowrank.bases import Bases, bases_of_block
 from lowrank.budget import Budget
 from lowrank.checkpoint import family_of, replace_linears
-from lowrank.config.sections import Covariance, ModelShape, Search
+from lowrank.config.presets import Covariance, Search
+from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name, save_tensors
 from lowrank.objective import Objective, Score, window_losses
 from lowrank.search import TrialLog, best_trial, search_allocation

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.budget import Budget
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.search_space import SearchSpace, layer_groups
 

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors
 
-from lowrank.config.sections import HubSource
+from lowrank.config.sources import HubSource
 from lowrank.errors import RankwiseError
 from lowrank.sources import hub
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from lowrank.config.sections import PathSource, TokensSource
+from lowrank.config.sources import PathSource, TokensSource
 from lowrank.errors import RankwiseError
 from lowrank.sources.local import find_files, read_tokens
 from lowrank.sources.readers import iter_records, iter_texts, select, text_of

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lowrank.config.sections import Model
+from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import sha256_file
 from lowrank.sources import hub

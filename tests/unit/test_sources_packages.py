@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.config.sections import PathSource, PypiSource
+from lowrank.config.sources import PathSource, PypiSource
 from lowrank.errors import RankwiseError
 from lowrank.sources import archives, pypi
 from lowrank.sources.resolve import placed, source_files

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
-from lowrank.config.sections import TaskFile
+from lowrank.config.sources import TaskFile
 from lowrank.errors import RankwiseError
 from lowrank.sources import hub
 from lowrank.sources.tasks import SCHEMAS, fetch_task

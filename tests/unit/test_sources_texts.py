@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from safetensors.numpy import load_file
 
-from lowrank.config.sections import Corpus, Instructions
+from lowrank.config.sources import Corpus, Instructions
 from lowrank.errors import RankwiseError
 from lowrank.sources import hub
 from lowrank.sources.texts import fetch_corpus, fetch_instructions

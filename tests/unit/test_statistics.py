@@ -8,7 +8,7 @@ import torch
 
 from lowrank import statistics
 from lowrank.checkpoint import family_of
-from lowrank.config.sections import Covariance
+from lowrank.config.presets import Covariance
 from lowrank.statistics import collect_statistics, load_moments
 
 NAIVE = Covariance(estimator="naive")

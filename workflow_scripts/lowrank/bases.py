@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lowrank.budget import largest_rank
-from lowrank.config.sections import Covariance
+from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.files import layer_files, load_tensors

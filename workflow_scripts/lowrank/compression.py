@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from lowrank.bases import Bases
 from lowrank.budget import Budget, Ranks, has_native_bias
 from lowrank.checkpoint import replace_linears
-from lowrank.config.sections import MethodSettings, ModelShape
+from lowrank.config.presets import MethodSettings
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowrank.config.sections import Calibration
+from lowrank.config.presets import Calibration
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_json, save_tensors, sha256_file
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from lowrank.config.sections import Row, SensitivityFigure, TokensSource
+from lowrank.config.outputs import AgreementTable, ComparisonFigure, Row, SearchFigure, SensitivityFigure
+from lowrank.config.sources import TokensSource
 from lowrank.config.study import Study
 
 TABLE_FORMATS = ("csv", "md", "tex", "html")
@@ -57,6 +59,11 @@ class Layout:
         """The result of a search."""
         return f"{self.run}/allocation/{model}/{method}/{ratio}/seed{seed}/allocation.json"
 
+    def transferred(self, method: str, ratio: object, seed: object) -> str | None:
+        """The allocation of another model that a search begins with, if its preset names one."""
+        transfer = self.study.method(method).transfer
+        return self.allocation(transfer.model, transfer.method, ratio, seed) if transfer else None
+
     def checkpoint(self, tuning: str) -> str:
         """Pattern of the folder of a checkpoint: as compressed, or after post-training."""
         return self.compressed if tuning == "none" else self.tuned
@@ -95,18 +102,19 @@ class Layout:
         return [
             {
                 "row": row.plain(),
-                "evaluations": {
-                    suite: self.evaluations(row.model, row.method, row.ratio, row.tuning, suite)
-                    for suite in table.suites
-                },
+                "evaluations": self.judged(row, table.suites),
                 "manifests": self.manifests(row),
                 "allocations": self.searches(row) if table.kind == "times" else [],
             }
             for row in table.rows
         ]
 
+    def judged(self, row: Row, suites: Iterable[str]) -> dict[str, list[str]]:
+        """Suite -> the evaluations of a row, one a seed."""
+        return {suite: self.evaluations(row.model, row.method, row.ratio, row.tuning, suite) for suite in suites}
+
     def table_inputs(self, name: str) -> list[str]:
-        """All files that a table shows numbers of."""
+        """All results that a table shows numbers of."""
         rows = self.table_rows(name)
         return _unique(
             chain.from_iterable(
@@ -115,13 +123,31 @@ class Layout:
             )
         )
 
+    def compared_tables(self, name: str) -> list[str]:
+        """The tables that a table of agreement reads."""
+        table = self.study.tables[name]
+        if not isinstance(table, AgreementTable):
+            return []
+        return [f"{self.run}/tables/{compared}.csv" for compared in table.tables]
+
     def figure_results(self, name: str) -> dict[str, Any]:
-        """The evaluations that a figure draws, by what they are in it."""
+        """The results that a figure draws, by what they are in it."""
         figure = self.study.figures[name]
         if isinstance(figure, SensitivityFigure):
-            return {"sensitivity": f"{self.run}/sensitivity/{figure.sensitivity}.json"}
+            return {"sensitivity": [f"{self.run}/sensitivity/{study}.json" for study in figure.sensitivity]}
+        if isinstance(figure, SearchFigure):
+            return {
+                "trials": {
+                    method: {str(ratio): self._trials(figure.model, method, ratio) for ratio in figure.ratios}
+                    for method in figure.methods
+                }
+            }
+        suite = {"suite": self.study.suites[figure.suite].plain()}
+        if isinstance(figure, ComparisonFigure):
+            rows = [(row, self.judged(row, [figure.suite])[figure.suite]) for row in figure.rows]
+            return suite | {"rows": [{"row": row.plain(), "evaluations": found} for row, found in rows]}
         dense = next((method for method in self.study.methods if self.study.method(method).kind == "dense"), None)
-        return {
+        return suite | {
             "dense": self.evaluations(figure.model, dense, 0, "none", figure.suite) if dense else [],
             "curves": {
                 method: {
@@ -130,16 +156,15 @@ class Layout:
                 }
                 for method in figure.methods
             },
-            "suite": self.study.suites[figure.suite].plain(),
         }
+
+    def _trials(self, model: str, method: str, ratio: int) -> list[str]:
+        allocations = [self.allocation(model, method, ratio, seed) for seed in self.seeds(method, "none")]
+        return [str(Path(allocation).with_name("trials.csv")) for allocation in allocations]
 
     def figure_inputs(self, name: str) -> list[str]:
         """All files that a figure draws."""
-        results = self.figure_results(name)
-        if "sensitivity" in results:
-            return [results["sensitivity"]]
-        curves = chain.from_iterable(curve.values() for curve in results["curves"].values())
-        return _unique([*results["dense"], *chain.from_iterable(curves)])
+        return _unique(_paths(self.figure_results(name), f"{self.run}/"))
 
     def tables(self) -> list[str]:
         """All tables, in all formats."""
@@ -157,6 +182,16 @@ class Layout:
                 *chain.from_iterable(self.figure_inputs(name) for name in self.study.figures),
             ]
         )
+
+
+def _paths(results: Any, start: str) -> Iterable[str]:
+    """Every path of a nested value, in order."""
+    if isinstance(results, str):
+        if results.startswith(start):
+            yield results
+    elif isinstance(results, dict | list):
+        for value in results.values() if isinstance(results, dict) else results:
+            yield from _paths(value, start)
 
 
 def _unique(paths: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank.config.sections import Covariance
+from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 
 

@@ -29,7 +29,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import GammaPrior, LogNormalPrior
 
-from lowrank.config.sections import Search
+from lowrank.config.presets import Search
 from lowrank.objective import Score
 from lowrank.search_space import SearchSpace
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lowrank.bases import Bases, PrincipalBasis
 from lowrank.budget import Budget
 from lowrank.checkpoint import load_checkpoint, load_tokenizer
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.runtime import limit_threads, parse_dtype, pick_device
 
 

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from lowrank.config.sections import Selection
+from lowrank.config.presets import Selection, Validation
+from lowrank.corpora import Texts, sample_windows
 from lowrank.objective import window_losses
 from lowrank.search_space import SearchSpace
 from lowrank.sliced import SlicedModel
 
 log = logging.getLogger(__name__)
+
+
+def candidate_windows(
+    corpora: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, settings: Validation
+) -> torch.Tensor:
+    """Random windows of all corpora, in equal numbers (the first ones give one more where that does not divide).
+
+    Args:
+        corpora: of each its documents, or token ids.
+        tokenizer: of the model.
+        settings: number and length of windows, and the seed.
+
+    Returns:
+        n x length token ids, corpus after corpus.
+    """
+    counts = [len(part) for part in np.array_split(np.arange(settings.windows), len(corpora))]
+    return torch.cat(
+        [
+            sample_windows(documents, tokenizer, count, settings.length, settings.seed)
+            for documents, count in zip(corpora, counts, strict=True)
+            if count
+        ]
+    )
 
 
 def score_windows(

@@ -14,7 +14,7 @@ def work(job: Snakemake) -> None:
     from lowrank.budget import Budget
     from lowrank.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
     from lowrank.compression import compress_model, count_parameters
-    from lowrank.config.sections import ModelShape
+    from lowrank.config.sources import ModelShape
     from lowrank.files import read_json, write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
 

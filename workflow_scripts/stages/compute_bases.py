@@ -11,7 +11,7 @@ def work(job: Snakemake) -> None:
     """Block by block: estimate covariances, decompose, write."""
     from lowrank.bases import bases_of_block
     from lowrank.checkpoint import family_of, load_checkpoint
-    from lowrank.config.sections import Covariance
+    from lowrank.config.presets import Covariance
     from lowrank.files import atomic_path, layer_files, save_tensors, sha256_file, write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
     from lowrank.stage import log

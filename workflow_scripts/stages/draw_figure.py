@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import PerplexitySuite
+from lowrank.config.suites import PerplexitySuite
 from lowrank.files import read_json
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.sensitivity import draw_sensitivity, sensitivity_frame
@@ -17,7 +17,7 @@ def work(job: Snakemake) -> None:
     settings = job.params.settings
     title, smoke, results = settings["figure"]["title"], settings["smoke"], settings["results"]
     if settings["figure"]["kind"] == "sensitivity":
-        frame = sensitivity_frame(read_json(results["sensitivity"]))
+        frame = sensitivity_frame(read_json(results["sensitivity"][0]))
         figure = draw_sensitivity(frame, title, smoke)
     else:
         dense = [read_json(path) for path in results["dense"]]

@@ -11,7 +11,8 @@ def work(job: Snakemake) -> None:
     """Write the counts and the measured times."""
     from lowrank.checkpoint import load_checkpoint
     from lowrank.compression import count_parameters
-    from lowrank.config.sections import CostSuite, ModelShape
+    from lowrank.config.sources import ModelShape
+    from lowrank.config.suites import CostSuite
     from lowrank.evaluation.cost import CONVENTION, count_bytes, count_macs, measure_speed
     from lowrank.files import write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device

@@ -10,7 +10,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     """Write the perplexities, with the losses of each window."""
     from lowrank.checkpoint import load_checkpoint, load_tokenizer
-    from lowrank.config.sections import PerplexitySuite
+    from lowrank.config.suites import PerplexitySuite
     from lowrank.evaluation.perplexity import evaluate_corpora
     from lowrank.files import write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device

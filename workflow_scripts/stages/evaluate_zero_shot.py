@@ -13,7 +13,7 @@ def work(job: Snakemake) -> None:
     """Write the accuracies with their standard errors."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read at import
     from lowrank.checkpoint import load_checkpoint, load_tokenizer
-    from lowrank.config.sections import ZeroShotSuite
+    from lowrank.config.suites import ZeroShotSuite
     from lowrank.evaluation.zero_shot import evaluate_zero_shot
     from lowrank.files import write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import Corpus
+from lowrank.config.sources import Corpus
 from lowrank.sources.texts import fetch_corpus
 from lowrank.stage import run_stage
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import Instructions
+from lowrank.config.sources import Instructions
 from lowrank.sources.texts import fetch_instructions
 from lowrank.stage import run_stage
 

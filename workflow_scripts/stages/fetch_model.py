@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import Model
+from lowrank.config.sources import Model
 from lowrank.files import write_json
 from lowrank.stage import run_stage
 
@@ -14,7 +14,10 @@ def work(job: Snakemake) -> None:
 
     settings = job.params.settings
     model = Model.model_validate(settings["model"])
-    manifest = fetch_model(settings["name"], model, Path(job.params.cache), Path(job.output.checkpoint))
+    lender = job.input.get("tokenizer")
+    manifest = fetch_model(
+        settings["name"], model, Path(job.params.cache), Path(job.output.checkpoint), Path(lender) if lender else None
+    )
     write_json(job.output.manifest, manifest)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import TaskFile
+from lowrank.config.sources import TaskFile
 from lowrank.sources.tasks import fetch_task
 from lowrank.stage import run_stage
 

@@ -7,7 +7,9 @@ from typing import Any
 from pydantic import TypeAdapter
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import ModelShape, Row, Suite, Table
+from lowrank.config.outputs import Row, Table
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import Suite
 from lowrank.files import read_json, write_text
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, build_table

@@ -2,7 +2,7 @@
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.sections import Calibration
+from lowrank.config.presets import Calibration
 from lowrank.stage import run_stage
 
 

@@ -10,7 +10,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     """Search in a resumable folder; the best allocation and all trials are the result."""
     from lowrank.budget import Ranks
-    from lowrank.config.sections import Search
+    from lowrank.config.presets import Search
     from lowrank.files import atomic_path, load_tensors, write_json
     from lowrank.objective import Objective, Score
     from lowrank.runtime import describe_environment

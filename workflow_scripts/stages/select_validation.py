@@ -7,20 +7,20 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Score the candidate windows under random feasible allocations and keep some."""
-    from lowrank.config.sections import Validation
-    from lowrank.corpora import load_documents, sample_windows
+    from lowrank.config.presets import Validation
+    from lowrank.corpora import load_documents
     from lowrank.files import save_tensors, write_json
     from lowrank.runtime import describe_environment
     from lowrank.search_space import SearchSpace
     from lowrank.sliced import open_sliced_model
-    from lowrank.validation import score_windows, select_windows, selection_record
+    from lowrank.validation import candidate_windows, score_windows, select_windows, selection_record
 
     settings = job.params.settings
     validation = Validation.model_validate(settings["validation"])
     choice = validation.select
     opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
-    documents = load_documents(job.input.corpus)
-    windows = sample_windows(documents, opened.tokenizer, validation.windows, validation.length, validation.seed).long()
+    corpora = [load_documents(corpus) for corpus in job.input.corpora]
+    windows = candidate_windows(corpora, opened.tokenizer, validation).long()
     space = SearchSpace(opened.budget, choice.ratio, choice.groups, choice.uncompressed, choice.lower)
     perplexities = score_windows(opened.sliced, windows, space, choice.allocations, validation.seed, opened.device)
     kept = select_windows(perplexities, choice)

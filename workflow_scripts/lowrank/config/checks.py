@@ -7,15 +7,10 @@ from collections.abc import Iterator
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
+from lowrank.config.outputs import ComparisonFigure, Row
 from lowrank.config.references import references
-from lowrank.config.sections import (
-    CostSuite,
-    PerplexitySuite,
-    Row,
-    SensitivityFigure,
-    ZeroShotSuite,
-)
 from lowrank.config.study import Study
+from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
 
 def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
@@ -32,6 +27,7 @@ def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset(
         *_limits(study),
         *_overlaps(study),
         *_covariance_groups(study),
+        *_transfers(study),
         *problems_of_fit(study),
     ]
 
@@ -47,6 +43,10 @@ def _rows(study: Study) -> Iterator[tuple[str, Row]]:
     for name, table in study.tables.items():
         for index, row in enumerate(table.rows):
             yield f"tables.{name}.rows[{index}]", row
+    for name, figure in study.figures.items():
+        if isinstance(figure, ComparisonFigure):
+            for index, row in enumerate(figure.rows):
+                yield f"figures.{name}.rows[{index}]", row
 
 
 def _dense_and_ratio(study: Study) -> Iterator[str]:
@@ -74,6 +74,9 @@ def _table_suites(study: Study) -> Iterator[str]:
         "statistics": (CostSuite,),
         "times": (CostSuite,),
         "allocations": (),
+        "generations": (GenerationSuite,),
+        "agreement": (),
+        "arithmetic": (),
     }
     for name, table in study.tables.items():
         for index, suite in enumerate(table.suites):
@@ -83,7 +86,7 @@ def _table_suites(study: Study) -> Iterator[str]:
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
     for name, figure in study.figures.items():
-        judge = None if isinstance(figure, SensitivityFigure) else study.suites.get(figure.suite)
+        judge = study.suites.get(getattr(figure, "suite", ""))
         if judge and not isinstance(judge, PerplexitySuite):
             yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"
 
@@ -97,7 +100,7 @@ def _limits(study: Study) -> Iterator[str]:
 def _overlaps(study: Study) -> Iterator[str]:
     """No perplexity is reported on text that calibration or validation saw."""
     seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in [c.corpus]}
-    seen |= {corpus: f"validation.{name}" for name, v in study.validation.items() for corpus in [v.corpus]}
+    seen |= {corpus: f"validation.{name}" for name, v in study.validation.items() for corpus in v.corpora}
     for name, suite in study.suites.items():
         if not isinstance(suite, PerplexitySuite):
             continue
@@ -116,6 +119,19 @@ def _share(study: Study, first: str, second: str) -> bool:
         return False
     (start, stop), (other_start, other_stop) = one.documents, two.documents
     return (stop is None or other_start < stop) and (other_stop is None or start < other_stop)
+
+
+def _transfers(study: Study) -> Iterator[str]:
+    """A transfer starts from an allocation that was searched by itself; so no transfer leads back to itself."""
+    for name in study.methods:
+        method = study.method(name)
+        if method.transfer is None:
+            continue
+        if method.search is None:
+            yield f"methods.{name}.search: a transfer needs it; one with `evaluations: 1` takes the ratios as they are"
+        source = method.transfer.method
+        if source in study.methods and (study.method(source).search is None or study.method(source).transfer):
+            yield f"methods.{name}.transfer.method: '{source}' has no search of its own to take an allocation from"
 
 
 def _covariance_groups(study: Study) -> Iterator[str]:

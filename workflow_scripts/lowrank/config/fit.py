@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank.budget import ALIGNMENT, Budget, largest_rank, lord_kept
-from lowrank.config.sections import CostSuite, ModelShape, PerplexityFigure, PerplexitySuite
+from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, SearchFigure
+from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
+from lowrank.config.suites import CostSuite, PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES
 
@@ -83,11 +85,16 @@ def _uses(study: Study) -> Iterator[Use]:
             place = f"tables.{name}.rows[{index}].ratio"
             yield Use(place, row.model, row.method, row.ratio, row.tuning, tuple(table.suites))
     for name, figure in study.figures.items():
-        if isinstance(figure, PerplexityFigure):
+        if isinstance(figure, ComparisonFigure):
+            for index, row in enumerate(figure.rows):
+                place = f"figures.{name}.rows[{index}].ratio"
+                yield Use(place, row.model, row.method, row.ratio, row.tuning, (figure.suite,))
+        if isinstance(figure, PerplexityFigure | SearchFigure):
+            suites = (figure.suite,) if isinstance(figure, PerplexityFigure) else ()
             for method in figure.methods:
                 for index, ratio in enumerate(figure.ratios):
                     place = f"figures.{name}.ratios[{index}]"
-                    yield Use(place, figure.model, method, ratio, "none", (figure.suite,))
+                    yield Use(place, figure.model, method, ratio, "none", suites)
 
 
 def _method_problems(study: Study, use: Use) -> Iterator[str]:

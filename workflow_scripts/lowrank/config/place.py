@@ -47,7 +47,7 @@ class Place:
         """The tags of a union or the values of a literal; empty for other types."""
         if get_origin(self.annotation) is Literal:
             return [str(value) for value in get_args(self.annotation)]
-        return [_tag(member) for member in _members(self.annotation)]
+        return [tag for member in _members(self.annotation) for tag in _tags(member)]
 
     @property
     def words(self) -> str:
@@ -77,7 +77,7 @@ def _below(place: Place, step: int | str, is_key: bool) -> Place:
         return place
     annotation = place.annotation
     for member in _members(annotation):
-        if _tag(member) == step:
+        if step in _tags(member):
             return _bare(place.path, place.section, member)
     path = f"{place.path}{_written(step, first=not place.path)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -117,13 +117,12 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if _is_union(annotation) else ()
 
 
-def _tag(member: Any) -> str:
-    """How pydantic names a member of a union: by its tag, or by the value of its `kind`."""
+def _tags(member: Any) -> list[str]:
+    """How pydantic names a member of a union: by its tag, or by the values of its `kind`."""
     for item in getattr(member, "__metadata__", ()):
         if isinstance(item, Tag):
-            return item.tag
-    (kind,) = get_args(member.model_fields["kind"].annotation)
-    return str(kind)
+            return [item.tag]
+    return [str(kind) for kind in get_args(member.model_fields["kind"].annotation)]
 
 
 def _range(metadata: tuple[Any, ...]) -> str:

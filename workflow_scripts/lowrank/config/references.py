@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from lowrank.config.sections import PerplexitySuite, SensitivityFigure, ZeroShotSuite
+from lowrank.config.outputs import (
+    AgreementTable,
+    ArithmeticTable,
+    ComparisonFigure,
+    PerplexityFigure,
+    Row,
+    SearchFigure,
+    SensitivityFigure,
+)
+from lowrank.config.sources import RandomSource
 from lowrank.config.study import Study
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 
 
 def references(study: Study) -> Iterator[tuple[str, str, str]]:
@@ -13,7 +23,8 @@ def references(study: Study) -> Iterator[tuple[str, str, str]]:
     for name, calibration in study.calibration.items():
         yield f"calibration.{name}.corpus", "corpora", calibration.corpus
     for name, validation in study.validation.items():
-        yield f"validation.{name}.corpus", "corpora", validation.corpus
+        for index, corpus in enumerate(validation.corpora):
+            yield f"validation.{name}.corpora[{index}]", "corpora", corpus
         yield f"validation.{name}.select.calibration", "calibration", validation.select.calibration
         yield f"validation.{name}.select.covariance", "covariance", validation.select.covariance
     for name, sensitivity in study.sensitivity.items():
@@ -25,11 +36,18 @@ def references(study: Study) -> Iterator[tuple[str, str, str]]:
         ):
             key = {"models": "model", "corpora": "corpus"}.get(section, section)
             yield f"sensitivity.{name}.{key}", section, target
+    for name, model in study.models.items():
+        if isinstance(model.source, RandomSource):
+            yield f"models.{name}.source.tokenizer", "models", model.source.tokenizer
     for name in study.methods:
+        method = study.method(name)
         for section in ("calibration", "covariance", "validation", "search"):
-            target = getattr(study.method(name), section)
+            target = getattr(method, section)
             if target is not None:
                 yield f"methods.{name}.{section}", section, target
+        if method.transfer is not None:
+            yield f"methods.{name}.transfer.model", "models", method.transfer.model
+            yield f"methods.{name}.transfer.method", "methods", method.transfer.method
     for name, tuning in study.tuning.items():
         yield f"tuning.{name}.instructions", "instructions", tuning.instructions
     yield from _suite_references(study)
@@ -50,17 +68,32 @@ def _paper_references(study: Study) -> Iterator[tuple[str, str, str]]:
     for name, table in study.tables.items():
         for index, suite in enumerate(table.suites):
             yield f"tables.{name}.suites[{index}]", "suites", suite
-        for index, row in enumerate(table.rows):
-            place = f"tables.{name}.rows[{index}]"
-            yield f"{place}.model", "models", row.model
-            yield f"{place}.method", "methods", row.method
-            if row.tuning != "none":
-                yield f"{place}.tuning", "tuning", row.tuning
+        yield from _row_references(f"tables.{name}", table.rows)
+        if isinstance(table, AgreementTable):
+            for index, shown in enumerate(table.tables):
+                yield f"tables.{name}.tables[{index}]", "tables", shown
+        if isinstance(table, ArithmeticTable):
+            for index, check in enumerate(table.checks):
+                yield f"tables.{name}.checks[{index}].model", "models", check.model
+                if check.units_of is not None:
+                    yield f"tables.{name}.checks[{index}].units_of", "models", check.units_of
     for name, figure in study.figures.items():
         if isinstance(figure, SensitivityFigure):
-            yield f"figures.{name}.sensitivity", "sensitivity", figure.sensitivity
-        else:
-            yield f"figures.{name}.model", "models", figure.model
+            for index, sensitivity in enumerate(figure.sensitivity):
+                yield f"figures.{name}.sensitivity[{index}]", "sensitivity", sensitivity
+        if isinstance(figure, PerplexityFigure | ComparisonFigure):
             yield f"figures.{name}.suite", "suites", figure.suite
+        if isinstance(figure, ComparisonFigure):
+            yield from _row_references(f"figures.{name}", figure.rows)
+        if isinstance(figure, PerplexityFigure | SearchFigure):
+            yield f"figures.{name}.model", "models", figure.model
             for index, method in enumerate(figure.methods):
                 yield f"figures.{name}.methods[{index}]", "methods", method
+
+
+def _row_references(place: str, rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
+    for index, row in enumerate(rows):
+        yield f"{place}.rows[{index}].model", "models", row.model
+        yield f"{place}.rows[{index}].method", "methods", row.method
+        if row.tuning != "none":
+            yield f"{place}.rows[{index}].tuning", "tuning", row.tuning

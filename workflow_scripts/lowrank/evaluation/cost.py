@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.config.sections import CostSuite, ModelShape
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.families import LinearModule, linear_modules
 from lowrank.losses import head_of

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lowrank.config.sections import PerplexitySuite
+from lowrank.config.suites import PerplexitySuite
 from lowrank.corpora import consecutive_windows, default_bos, load_documents, read_index, token_hash
 from lowrank.errors import RankwiseError
 from lowrank.losses import head_of, last_hidden, token_nll

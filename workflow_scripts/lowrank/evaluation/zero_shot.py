@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from lowrank.config.sections import ZeroShotSuite
+from lowrank.config.suites import ZeroShotSuite
 from lowrank.corpora import default_bos
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from lowrank.config.sections import MethodSettings, Name
+from lowrank.config.base import Name
+from lowrank.config.presets import MethodSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask

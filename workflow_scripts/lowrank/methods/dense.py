@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from lowrank.config.sections import MethodSettings
+from lowrank.config.presets import MethodSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lowrank.config.sections import MethodSettings, Name
+from lowrank.config.base import Name
+from lowrank.config.presets import MethodSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from lowrank.config.sections import MethodSettings
+from lowrank.config.presets import MethodSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask

@@ -6,12 +6,13 @@ The columns `model`, `ratio` and `method` name a row; a table of ranks has one r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from lowrank.config.sections import PublishedRow, Table
+from lowrank.config.outputs import ArithmeticTable, PublishedRow, Table
 from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 
@@ -105,13 +106,22 @@ def published_problems(tables: dict[str, Table], folder: str | Path) -> list[str
     """The message of every reference to published values that leads nowhere, for a check before anything runs."""
     problems = []
     for name, table in tables.items():
-        for index, row in enumerate(table.rows):
-            if row.published is not None:
-                try:
-                    find_published(folder, row.published, f"tables.{name}.rows[{index}].published")
-                except RankwiseError as error:
-                    problems.append(str(error))
+        for place, reference in published_references(table):
+            try:
+                find_published(folder, reference, f"tables.{name}.{place}")
+            except RankwiseError as error:
+                problems.append(str(error))
     return problems
+
+
+def published_references(table: Table) -> Iterator[tuple[str, PublishedRow]]:
+    """(YAML path within the table, reference) of everything published that a table shows."""
+    for index, row in enumerate(table.rows):
+        if row.published is not None:
+            yield f"rows[{index}].published", row.published
+    for index, check in enumerate(table.checks if isinstance(table, ArithmeticTable) else ()):
+        yield f"checks[{index}].ranks", check.ranks
+        yield f"checks[{index}].statistics", check.statistics
 
 
 def _file_of(folder: Path, reference: PublishedRow, place: str) -> Path:

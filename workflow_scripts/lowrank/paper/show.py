@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lowrank.config.sections import PerplexitySuite, Table, ZeroShotSuite
+from lowrank.config.outputs import RowTable
 from lowrank.config.study import Study
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json
 from lowrank.paper.tables.accuracy import Measure, measures_of
@@ -49,7 +50,7 @@ def show(folder: Path, console: Console) -> None:
             console.print(f"{name + ':':<12}{path}", soft_wrap=True, highlight=False)
 
 
-def _print_table(csv: Path, table: Table, study: Study, console: Console) -> None:
+def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> None:
     if not csv.is_file():
         raise RankwiseError(f"{csv}: missing. Run the workflow again: it makes what is missing.")
     records = [{str(key): value for key, value in row.items()} for row in pd.read_csv(csv).to_dict(orient="records")]

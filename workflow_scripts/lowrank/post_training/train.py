@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from lowrank.checkpoint import family_of, load_checkpoint
-from lowrank.config.sections import Tuning
+from lowrank.config.presets import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors
 from lowrank.post_training.instructions import Examples

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
-from lowrank.config.sections import Tuning
+from lowrank.config.presets import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_json, write_json
 from lowrank.post_training.instructions import read_rows, split, tokenise

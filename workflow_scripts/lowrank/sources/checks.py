@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowrank.budget import has_native_bias
-from lowrank.config.sections import Model
+from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, linear_modules
 from lowrank.files import read_json

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank.config.sections import HubSource
+from lowrank.config.sources import HubSource
 from lowrank.errors import RankwiseError
 
 if TYPE_CHECKING:

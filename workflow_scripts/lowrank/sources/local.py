@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lowrank.config.sections import PathSource, TokensSource
+from lowrank.config.sources import PathSource, TokensSource
 from lowrank.errors import RankwiseError
 
 

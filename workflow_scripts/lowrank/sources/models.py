@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.sections import HubSource, Model
+from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, link_or_copy, read_json, sha256_file
 from lowrank.runtime import parse_dtype
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
 from lowrank.sources.gguf import convert_gguf
+from lowrank.sources.random import make_random_checkpoint
 from lowrank.sources.resolve import placed, source_files
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ COMPANIONS = (".json", ".txt", ".model", ".jinja")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str, Any]:
+def fetch_model(name: str, model: Model, cache: Path, target: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     """Make the checkpoint folder of a dense model.
 
     A GGUF file is converted to the config's dtype; other weights keep the dtype that they are stored in. Weight files
@@ -38,6 +39,7 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
         model: its section.
         cache: folder of downloads.
         target: the folder to make; it appears when everything in it is checked.
+        tokenizer: checkpoint folder that lends its tokenizer to a random model.
 
     Returns:
         The manifest: source, shape, number of parameters, and the SHA-256 of each file.
@@ -47,7 +49,9 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
     """
     with placed(f"models.{name}"), _files(model, cache) as files, atomic_path(target) as folder:
         folder.mkdir()
-        if len(files) == 1 and files[0].suffix == ".gguf":
+        if isinstance(model.source, RandomSource):
+            make_random_checkpoint(model, model.source.random, tokenizer, folder)
+        elif len(files) == 1 and files[0].suffix == ".gguf":
             convert_gguf(files[0], folder, parse_dtype(model.dtype))
         else:
             copy_checkpoint(files, folder, link=isinstance(model.source, HubSource))
@@ -67,6 +71,9 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path) -> dict[str,
 def _files(model: Model, cache: Path) -> Iterator[list[Path]]:
     if isinstance(model.source, HubSource):
         yield hub.fetch_snapshot(model.source)
+        return
+    if isinstance(model.source, RandomSource):
+        yield []
         return
     with source_files(model.source, cache) as files:
         yield files

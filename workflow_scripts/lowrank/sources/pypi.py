@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from packaging.utils import canonicalize_name
 
-from lowrank.config.sections import PypiSource
+from lowrank.config.sources import PypiSource
 from lowrank.errors import RankwiseError
 from lowrank.files import sha256_file, write_error
 

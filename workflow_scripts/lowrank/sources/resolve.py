@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank.config.sections import PathSource, PypiSource
+from lowrank.config.sources import PathSource, PypiSource
 from lowrank.errors import RankwiseError
 from lowrank.sources import archives, local, pypi
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.sections import HubSource, TaskFile
+from lowrank.config.sources import HubSource, TaskFile
 from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, sha256_file, write_json
 from lowrank.sources import hub

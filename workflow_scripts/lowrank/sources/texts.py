@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.sections import Corpus, HubSource, Instructions, TokensSource
+from lowrank.config.sources import Corpus, HubSource, Instructions, TokensSource
 from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, sha256_file, write_json
 from lowrank.sources import hub, local

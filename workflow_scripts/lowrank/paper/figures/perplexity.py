@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank.config.sections import PerplexitySuite
+from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.style import (
     draw_dense,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank.config.sections import Table
+from lowrank.config.outputs import Table
 from lowrank.paper.tables.accuracy import build_accuracy
 from lowrank.paper.tables.allocations import build_allocations
 from lowrank.paper.tables.data import Context, RowResults, TableData

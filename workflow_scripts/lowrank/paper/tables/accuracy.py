@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.config.sections import PerplexitySuite, ZeroShotSuite
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.published import Published
 from lowrank.paper.tables import rows as shared

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from lowrank.config.sections import ModelShape
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, Dimensions, linear_modules
 from lowrank.paper.published import Published

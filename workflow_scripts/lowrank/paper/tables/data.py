@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from lowrank.config.sections import CostSuite, ModelShape, PerplexitySuite, Row, ZeroShotSuite
+from lowrank.config.outputs import Row
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import CostSuite, PerplexitySuite, ZeroShotSuite
 
 Json = dict[str, Any]
 AnySuite = PerplexitySuite | ZeroShotSuite | CostSuite

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank.config.sections import CostSuite
+from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData

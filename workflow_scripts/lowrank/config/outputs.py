@@ -1,0 +1,135 @@
+"""Sections of tables and figures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank.config.base import Distinct, Name, Number, Percent, Section, Text
+
+
+class PublishedRow(Section):
+    """A row of `config/published/<file>.csv`: the value that somebody printed, never one of ours."""
+
+    file: Name
+    model: Text
+    method: Text
+    ratio: Annotated[int, Field(ge=0, le=90)]
+
+
+class Row(Section):
+    """One row of a table: a model after a method, a ratio and a tuning."""
+
+    model: Name
+    method: Name
+    ratio: Annotated[int, Field(ge=0, le=90)] = Field(default=0, description="percent removed; 0 for the dense model")
+    tuning: Name = "none"
+    tolerance: Annotated[Number, Field(ge=0)] = Field(
+        default=0.5, description="percentage points by which the share truly removed may miss the ratio"
+    )
+    label: Text | None = None
+    published: PublishedRow | None = None
+
+
+class RowTable(Section):
+    """A table with one line a row: a model after a method, a ratio and a tuning.
+
+    accuracy: methods x tasks and corpora (Tables 1 to 6, 10). statistics: parameters, MACs, memory (Table 7).
+    times: measured durations. allocations: ranks by type and group (Table 8). generations: texts (Table 9).
+    """
+
+    kind: Literal["accuracy", "statistics", "times", "allocations", "generations"]
+    title: Text
+    suites: Distinct[Name] = Field(default_factory=list, description="accuracy: zero-shot and perplexity; others: cost")
+    tasks: Literal["each", "mean"] = Field(default="each", description="accuracy: a column a task, or only their mean")
+    rows: list[Row] = Field(min_length=1)
+
+
+class AgreementTable(Section):
+    """Ours against the published values of other tables: every cell that both have, and the difference."""
+
+    kind: Literal["agreement"]
+    title: Text
+    tables: Distinct[Name] = Field(min_length=1, description="accuracy and statistics tables of this config")
+
+    @property
+    def rows(self) -> list[Row]:
+        """It has no rows of its own."""
+        return []
+
+    @property
+    def suites(self) -> list[str]:
+        """It has no suites of its own."""
+        return []
+
+
+class ArithmeticRow(Section):
+    """Published ranks, and the published numbers that should follow from them and a model's shapes."""
+
+    model: Name = Field(description="the model of this config that has the shapes")
+    ranks: PublishedRow
+    statistics: PublishedRow
+    units_of: Name | None = Field(default=None, description="model in whose units the ranks are printed; null: `model`")
+
+
+class ArithmeticTable(Section):
+    """Parameters and MACs computed from published ranks and shapes alone, beside the published numbers."""
+
+    kind: Literal["arithmetic"]
+    title: Text
+    checks: list[ArithmeticRow] = Field(min_length=1)
+
+    @property
+    def rows(self) -> list[Row]:
+        """It has no rows of its own."""
+        return []
+
+    @property
+    def suites(self) -> list[str]:
+        """It has no suites of its own."""
+        return []
+
+
+Table = Annotated[RowTable | AgreementTable | ArithmeticTable, Field(discriminator="kind")]
+
+
+class SensitivityFigure(Section):
+    """Figure 1: perplexity against kept ratio, one line a type of matrix, one panel a study."""
+
+    kind: Literal["sensitivity"]
+    title: Text
+    sensitivity: Distinct[Name] = Field(min_length=1)
+
+
+class PerplexityFigure(Section):
+    """Figure 3: perplexity against the removed ratio, one line a method, one panel a corpus."""
+
+    kind: Literal["perplexity"]
+    title: Text
+    model: Name
+    suite: Name
+    methods: Distinct[Name] = Field(min_length=1)
+    ratios: Distinct[Percent] = Field(min_length=1)
+
+
+class ComparisonFigure(Section):
+    """Perplexity of some rows side by side, one panel a corpus: objectives of the search, transfers, tunings."""
+
+    kind: Literal["comparison"]
+    title: Text
+    suite: Name
+    rows: list[Row] = Field(min_length=1)
+
+
+class SearchFigure(Section):
+    """The best objective found after each evaluation, one line a method, one panel a ratio."""
+
+    kind: Literal["search"]
+    title: Text
+    model: Name
+    methods: Distinct[Name] = Field(min_length=1)
+    ratios: Distinct[Percent] = Field(min_length=1)
+
+
+Figure = Annotated[SensitivityFigure | PerplexityFigure | ComparisonFigure | SearchFigure, Field(discriminator="kind")]

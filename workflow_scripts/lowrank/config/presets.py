@@ -1,0 +1,205 @@
+"""Sections of presets: what a method is calibrated on, searched with, and tuned by.
+
+Stages rebuild a section from the plain dict that their rule passes, so these modules import nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lowrank.config.base import (
+    AtLeastTwo,
+    Distinct,
+    Name,
+    NotNegative,
+    Number,
+    Percent,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    wrong,
+)
+
+
+class Calibration(Section):
+    """Windows of token ids on which statistics are collected."""
+
+    corpus: Name
+    windows: Positive
+    length: Positive
+    seed: Seed = 0
+
+
+class Covariance(Section):
+    """An estimate of the covariance of a layer's outputs (paper, Section 3.1)."""
+
+    estimator: Literal["pooled", "naive", "uncentred"]
+    groups: Positive | None = Field(default=None, description="pooled only: number of groups of windows")
+
+    @model_validator(mode="after")
+    def _groups_go_with_pooling(self) -> Covariance:
+        if (self.estimator == "pooled") != (self.groups is not None):
+            raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
+        return self
+
+
+class Selection(Section):
+    """Which windows of a validation corpus the search is judged on (paper, Section 3.3)."""
+
+    strategy: Literal["top", "bottom", "all"] = "top"
+    keep: Positive | None = Field(default=None, description="how many; not with `strategy: all`")
+    allocations: AtLeastTwo = 20
+    ratio: Percent = 20
+    groups: Positive = Field(default=4, description="groups of layers of the random allocations")
+    uncompressed: tuple[Text, ...] = ("v",)
+    lower: Share = 0.2
+    calibration: Name
+    covariance: Name
+
+
+class Validation(Section):
+    """Windows on which the search compares allocations."""
+
+    corpora: Distinct[Name] = Field(min_length=1, description="the candidates come from each in equal numbers")
+    windows: Positive = Field(description="candidates of all corpora together, of which `select.keep` remain")
+    length: Positive
+    seed: Seed = 0
+    select: Selection
+
+    @model_validator(mode="after")
+    def _keep_at_most_all(self) -> Validation:
+        if (self.select.keep is None) != (self.select.strategy == "all"):
+            raise wrong("select.keep", "is needed by `strategy: top` and `bottom`, and only by them")
+        if self.select.keep is not None and self.select.keep > self.windows:
+            raise wrong("select.keep", f"{self.select.keep} is more than the candidates (`windows: {self.windows}`)")
+        return self
+
+
+class LengthScales(Section):
+    """Length scales of the search's kernel, in units of the variables' range (paper: attention 1.0, MLP 0.8)."""
+
+    attention: Annotated[Number, Field(gt=0)]
+    mlp: Annotated[Number, Field(gt=0)]
+    learned: bool = Field(default=False, description="fit them to the trials, starting here; else they stay fixed")
+
+
+class Search(Section):
+    """Bayesian optimisation of the kept ratios (paper, Section 3.3; GPyTorch model, BoTorch acquisition)."""
+
+    evaluations: Positive = Field(default=50, description="in total, the initial ones included")
+    initial: Positive = Field(default=5, description="first points: those of `start`, then points far from each other")
+    start: Distinct[Literal["uniform", "lord"]] = Field(
+        default=["uniform", "lord"], description="allocations to begin with: all ratios equal, and LoRD's"
+    )
+    start_at: dict[Name, Share] | None = Field(
+        default=None, description="a further allocation to begin with: tied type (as `qk`) -> kept ratio"
+    )
+    lower: Share = Field(default=0.2, description="smallest kept ratio of a matrix")
+    upper: Annotated[Number, Field(gt=0, le=1)] = Field(default=1.0, description="largest kept ratio; 1 means dense")
+    bounds: dict[Name, tuple[Share, Annotated[Number, Field(gt=0, le=1)]]] = Field(
+        default_factory=dict, description="tied type (as `qk`) -> smallest and largest kept ratio of its own"
+    )
+    kl_weight: Annotated[Number, Field(ge=0)] = Field(
+        default=4.096, description="weight of the KL divergence; 4.096 a token is the paper's 1e-3 x 4096"
+    )
+    kl_direction: Literal["reverse", "forward"] = Field(
+        default="reverse", description="reverse: KL(compressed || dense); forward: KL(dense || compressed)"
+    )
+    kl_reduction: Literal["token", "sequence"] = Field(
+        default="token", description="mean over tokens; or sum over a window's positions, mean over windows"
+    )
+    band: Share | None = Field(
+        default=None,
+        description="by how much the kept share may fall short of the budget, sampled by rejection; null: not at all",
+    )
+    rounding: Literal["give-back", "down"] = Field(
+        default="give-back",
+        description="whether what rounding ranks down to multiples of 8 frees is given back",
+    )
+    response: Literal["log", "raw"] = Field(default="log", description="scale on which the objective is modelled")
+    acquisition: Literal["log-ei", "ei", "noisy-log-ei"] = "log-ei"
+    random_share: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the steps that try a random allocation"
+    )
+    length_scales: LengthScales | None = Field(default=None, description="null: one a variable, learned")
+
+    @model_validator(mode="after")
+    def _initial_points_fit(self) -> Search:
+        if self.initial > self.evaluations:
+            raise wrong("initial", f"{self.initial} is more than `evaluations: {self.evaluations}`")
+        points = len(self.start) + (self.start_at is not None)
+        if points > self.initial:
+            raise wrong("start", f"{points} points with `start_at`, more than `initial: {self.initial}`")
+        for name, (lower, upper) in [("", (self.lower, self.upper)), *self.bounds.items()]:
+            if lower >= upper:
+                raise wrong(f"bounds.{name}" if name else "lower", f"{lower:g} is not below the upper bound {upper:g}")
+        return self
+
+
+class SensitivityStudy(Section):
+    """Perplexity when only one type of matrix is compressed (paper, Figure 1)."""
+
+    model: Name
+    calibration: Name
+    covariance: Name
+    corpus: Name
+    windows: Positive
+    length: Positive
+    seed: Seed = 0
+    kept: Distinct[Share] = Field(min_length=1)
+
+
+class Tuning(Section):
+    """Post-training of the low-rank factors by two diagonal vectors (paper, Equation 9), with DeepSpeed."""
+
+    kind: Literal["scaled-subspace"] = "scaled-subspace"
+    instructions: Name
+    rank: Positive = Field(default=256, description="r', how many rank dimensions get a trained scale")
+    subspace: Literal["random", "top", "bottom"] = "random"
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
+    steps: Positive | None = Field(default=None, description="optimiser steps; from `epochs` if null")
+    epochs: Annotated[Number, Field(gt=0)] = 2
+    batch_size: Positive = Field(default=64, description="examples a step, over all processes")
+    micro_batch_size: Positive = 8
+    warmup_steps: NotNegative = 100
+    max_length: Positive = 256
+    mask_prompt: bool = True
+    validation_examples: Positive = 2000
+    evaluate_every: Positive = 100
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    deepspeed: Name = Field(default="zero2", description="a file of config/deepspeed, without `.json`")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Tuning:
+        if self.batch_size % (micro := self.micro_batch_size):
+            raise wrong("batch_size", f"{self.batch_size} is no multiple of `micro_batch_size: {micro}`")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise wrong("warmup_steps", f"{self.warmup_steps} leaves nothing of `steps: {self.steps}`")
+        return self
+
+
+class Transfer(Section):
+    """An allocation found elsewhere, at the same ratio and seed: its kept ratios are used, never its ranks."""
+
+    model: Name
+    method: Name
+
+
+class MethodSettings(Section):
+    """What a method preset may name; a method's own settings class extends it.
+
+    A preset with a `covariance` reads factor bases, one with a `search` reads an allocation, one with a `transfer`
+    begins that search with the ratios found for another model.
+    """
+
+    kind: str
+    calibration: Name | None = None
+    covariance: Name | None = None
+    validation: Name | None = None
+    search: Name | None = None
+    transfer: Transfer | None = None
