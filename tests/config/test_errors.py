@@ -23,8 +23,8 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("search", "bo-10", "estimator"),
         "naive",
-        "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, kl_direction, "
-        "kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, start_at, upper)",
+        "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, "
+        "kl_direction, kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, start_at, upper)",
     ),
     ((*SHAPE, "layer"), 3, "models.smollm2-135m.shape.layer: unknown key - did you mean 'layers'?"),
     ((*SOURCE, "sha"), "0", "models.smollm2-135m.source.sha: unknown key - did you mean 'sha256'?"),
