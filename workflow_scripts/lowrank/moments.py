@@ -1,8 +1,8 @@
 """First and second moments of a layer's inputs, from one pass, for every estimate of the covariance.
 
-Stored per input site: the covariance over all tokens, and the mean of each window. A pooled covariance with any
-groups of consecutive windows follows exactly: the scatter within groups is the total scatter less that between
-the groups' means. So a new number of groups needs no new pass.
+Stored per input site: the covariance within windows, and the mean of each window. Any other covariance follows by
+adding the scatter between the means of windows that lie in one group, so a new number of groups needs no new pass.
+Nothing is ever subtracted, so no digits are lost, however far the windows' means lie apart.
 """
 
 from __future__ import annotations
@@ -15,18 +15,30 @@ from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 
 
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Stop at infinities and NaN in what flows through a model.
+
+    Raises:
+        RankwiseError: with `what` as its subject, which names the layer.
+    """
+    if not bool(values.isfinite().all()):
+        raise RankwiseError(
+            f"{what} are not finite. Set `dtype: float32` for this model in the config; "
+            "if it is float32 already, the weights are damaged."
+        )
+
+
 class MomentAccumulator:
     """Running moments of n features over windows of equal length.
 
-    Products are formed in float32, window batch by window batch, and added up in float64. A pilot mean (that of
-    the first batch) is subtracted first, so that features with a large mean lose no digits.
+    Products of deviations from the window's own mean are formed in float32 (float64 for float64 inputs), batch by
+    batch, and added up in float64.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.pilot: torch.Tensor | None = None
-        self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.absolute = torch.zeros(features, dtype=torch.float64, device=device)
-        self.window_sums: list[torch.Tensor] = []
+        self.window_means: list[torch.Tensor] = []
         self.window_length = 0
 
     def update(self, inputs: torch.Tensor, where: str) -> None:
@@ -35,31 +47,24 @@ class MomentAccumulator:
         Raises:
             RankwiseError: values that are not finite; `where` names the layer.
         """
-        x = inputs.detach().float()
-        if not bool(x.isfinite().all()):
-            raise RankwiseError(
-                f"{where}: inputs are not finite. Set `dtype: float32` for this model in the config; "
-                "if it is float32 already, the weights are damaged."
-            )
-        if self.pilot is None:
-            self.pilot = x.mean(dim=(0, 1))
+        x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        check_finite(x, f"{where}: inputs")
+        assert self.window_length in (0, x.shape[1]), "windows of different lengths"
         self.window_length = x.shape[1]
-        shifted = x - self.pilot
-        flat = shifted.flatten(0, 1)
-        self.products += (flat.T @ flat).double()
+        means = x.mean(dim=1, dtype=torch.float64)
+        deviations = (x - means[:, None].to(x.dtype)).flatten(0, 1)
+        self.scatter += (deviations.T @ deviations).double()
         self.absolute += x.abs().sum(dim=(0, 1), dtype=torch.float64)
-        self.window_sums.append(shifted.sum(dim=1, dtype=torch.float64))
+        self.window_means.append(means)
 
     def result(self) -> Moments:
         """The moments of everything seen so far."""
-        assert self.pilot is not None, "no window was added"
-        shifted_means = torch.cat(self.window_sums) / self.window_length
-        tokens = shifted_means.shape[0] * self.window_length
-        mean = shifted_means.mean(dim=0)
-        covariance = self.products / tokens - torch.outer(mean, mean)
+        assert self.window_means, "no window was added"
+        means = torch.cat(self.window_means)
+        tokens = means.shape[0] * self.window_length
         return Moments(
-            covariance=(covariance + covariance.T) / 2,
-            window_means=shifted_means + self.pilot.double(),
+            within=(self.scatter + self.scatter.T) / (2 * tokens),
+            window_means=means,
             absolute_mean=self.absolute / tokens,
             window_length=self.window_length,
         )
@@ -70,13 +75,13 @@ class Moments:
     """Moments of one input site.
 
     Attributes:
-        covariance: n x n, over all tokens, divided by their number.
+        within: n x n, covariance of the tokens around the mean of their window, divided by the number of tokens.
         window_means: w x n, mean of each window, in the order of the calibration file.
         absolute_mean: n, mean of |x|.
         window_length: tokens in a window.
     """
 
-    covariance: torch.Tensor
+    within: torch.Tensor
     window_means: torch.Tensor
     absolute_mean: torch.Tensor
     window_length: int
@@ -86,11 +91,20 @@ class Moments:
         """Tokens seen."""
         return self.window_means.shape[0] * self.window_length
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """n, over all tokens, in float64."""
+        return self.window_means.double().mean(dim=0)
+
     def estimate(self, settings: Covariance) -> tuple[torch.Tensor, torch.Tensor]:
         """The covariance of a preset, and the mean to subtract.
 
-        naive: the sample covariance. pooled: the average of the covariances of groups of consecutive windows, each
-        around its own mean and weighted by its degrees of freedom (paper, Equation 5). uncentred: E[x x'], mean 0.
+        naive: the sample covariance, sum (x - mean)(x - mean)' / (N - 1).
+        pooled: the covariance within G groups of consecutive windows (paper, Equation 5): the average of the groups'
+        sample covariances C_g weighted by their degrees of freedom, sum (n_g - 1) C_g / (N - G). With groups of equal
+        size this is the plain average (1/G) sum C_g. If G does not divide the windows, the first groups have one
+        window more, and no window is left out.
+        uncentred: E[x x'], and the mean 0.
 
         Returns:
             n x n in float64; n in float64.
@@ -98,27 +112,28 @@ class Moments:
         Raises:
             RankwiseError: more groups than windows, or too few tokens.
         """
-        covariance, means = self.covariance.double(), self.window_means.double()
-        mean = means.mean(dim=0)
+        means = self.window_means.double()
         if settings.estimator == "uncentred":
-            return covariance + torch.outer(mean, mean), torch.zeros_like(mean)
+            return self._around(torch.zeros_like(means)), torch.zeros_like(self.mean)
         groups = settings.groups or 1
-        if groups > means.shape[0]:
+        if groups > len(means):
             raise RankwiseError(
                 f"a covariance pooled over {groups} groups needs as many windows; there are {len(means)}"
             )
         if self.tokens <= groups:
             raise RankwiseError(f"{self.tokens} tokens are too few for a covariance within {groups} groups")
-        parts = torch.tensor_split(means, groups)
-        sizes = torch.tensor([[len(part) * self.window_length] for part in parts], dtype=torch.float64)
-        deviations = torch.stack([part.mean(dim=0) for part in parts]) - mean
-        between = (sizes * deviations).T @ deviations
-        return (covariance * self.tokens - between) / (self.tokens - groups), mean
+        centres = torch.cat([part.mean(dim=0).expand_as(part) for part in torch.tensor_split(means, groups)])
+        return self._around(centres) * (self.tokens / (self.tokens - groups)), self.mean
+
+    def _around(self, centres: torch.Tensor) -> torch.Tensor:
+        """Mean square deviation of all tokens from the centre (w x n) of their window, n x n in float64."""
+        deviations = self.window_means.double() - centres
+        return self.within.double() + deviations.T @ deviations / len(deviations)
 
     def tensors(self, site: str) -> dict[str, torch.Tensor]:
         """As stored: the covariance in float32, the means in float64."""
         return {
-            f"{site}.covariance": self.covariance.float(),
+            f"{site}.within": self.within.float(),
             f"{site}.window_means": self.window_means,
             f"{site}.absolute_mean": self.absolute_mean,
             f"{site}.window_length": torch.tensor(self.window_length),
@@ -128,7 +143,7 @@ class Moments:
     def from_tensors(cls, tensors: dict[str, torch.Tensor], site: str) -> Moments:
         """Read back what `tensors` wrote."""
         return cls(
-            covariance=tensors[f"{site}.covariance"],
+            within=tensors[f"{site}.within"],
             window_means=tensors[f"{site}.window_means"],
             absolute_mean=tensors[f"{site}.absolute_mean"],
             window_length=int(tensors[f"{site}.window_length"]),

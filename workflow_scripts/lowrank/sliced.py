@@ -15,6 +15,7 @@ from lowrank.bases import Bases, PrincipalBasis
 from lowrank.budget import Budget
 from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
 from lowrank.runtime import limit_threads, parse_dtype, pick_device
 
 
@@ -38,7 +39,14 @@ class SlicedLinear(nn.Module):
         self._bias: torch.Tensor | None = None
 
     def set_rank(self, rank: int | None) -> None:
-        """Use the first `rank` directions, or the dense layer."""
+        """Use the first `rank` directions, or the dense layer.
+
+        Raises:
+            RankwiseError: the rank is beyond what the basis holds.
+        """
+        held = self.directions.shape[1]
+        if rank is not None and not 1 <= rank <= held:  # a slice would silently be shorter
+            raise RankwiseError(f"rank {rank} is not within 1 to {held}, what the basis holds")
         self.rank = rank
         if rank is not None:
             bias = self.mean - self.directions[:, :rank].float() @ self.projected_mean[:rank]

@@ -21,9 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.checkpoint import family_of
-from lowrank.families import Family
-from lowrank.files import layer_name, load_tensors, save_tensors, write_json
-from lowrank.moments import MomentAccumulator, Moments
+from lowrank.config.sources import ModelShape
+from lowrank.families import FAMILIES, Family
+from lowrank.files import layer_files, layer_name, load_tensors, save_tensors, write_json
+from lowrank.moments import MomentAccumulator, Moments, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def collect_statistics(
             layers = range(start, min(start + layers_per_pass, len(blocks)))
             accumulators = _accumulators(family, blocks, layers, device)
             for index, ids in enumerate(batches):
-                inputs = _block_inputs(model, family, ids.to(device))
+                inputs = block_inputs(model, family, ids.to(device))
                 states = _load_hidden(state, start, index, inputs.hidden) if start else inputs.hidden
                 for layer in layers:
                     states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
@@ -114,6 +115,24 @@ def _first_block(state: Path, files: list[Path], layers_per_pass: int) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """The collected moments of a model: a folder with one file a block.
+
+    Attributes:
+        folder: the `layers` folder of the rule that collected them.
+        shape: of the model.
+    """
+
+    folder: str | Path
+    shape: ModelShape
+
+    def of(self, layer: int) -> dict[str, Moments]:
+        """Input site -> moments, of one block."""
+        files = layer_files(self.folder, self.shape.layers)
+        return load_moments(files[layer], FAMILIES[self.shape.family].sites)
+
+
 def load_moments(path: Path, sites: Iterable[str]) -> dict[str, Moments]:
     """The moments of the input sites of a block."""
     tensors = load_tensors(path)
@@ -131,7 +150,7 @@ def _accumulators(
     return accumulators
 
 
-def _block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> BlockInputs:
+def block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> BlockInputs:
     """Embed a batch, and catch what the model would call each block with (masks may differ between blocks)."""
     blocks = model.get_submodule(family.blocks)
     caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
@@ -171,7 +190,11 @@ def _run_block(
     arguments: dict[str, Any],
     accumulators: dict[tuple[int, str], MomentAccumulator],
 ) -> torch.Tensor:
-    """Run one block on a batch, adding the inputs of its linear layers to their accumulators."""
+    """Run one block on a batch, adding the inputs of its linear layers to their accumulators.
+
+    Raises:
+        RankwiseError: values that are not finite; the layer is named.
+    """
     handles = []
     for site, linear in family.sites.items():
         accumulator = accumulators[layer, site]
@@ -189,6 +212,7 @@ def _run_block(
         for handle in handles:
             handle.remove()
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    check_finite(states, f"{family.blocks}.{layer}: outputs")
     return states
 
 
