@@ -8,10 +8,11 @@ import numpy as np
 
 from lowrank.bases import Bases
 from lowrank.budget import Budget, Ranks, lord_kept, rank_for
+from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.search_space import SearchSpace
 
-_NO_LOWER_BOUND = 1e-6
+_NO_LOWER_BOUND = 0.0
 
 
 def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> Ranks:
@@ -33,8 +34,20 @@ def lord_ranks(budget: Budget, ratio: int, rounding: str) -> Ranks:
     if rounding == "down":
         return {m.name: rank_for(kept[m.type.name], m.out_features, m.in_features) for m in budget.modules}
     space = SearchSpace(budget, ratio, groups=1, uncompressed=("v",), lower=_NO_LOWER_BOUND)
-    by_variable = {module.type.tied: kept[module.type.name] for module in budget.modules}
-    return space.ranks(np.array([by_variable[name.split("/")[0]] for name in space.names]))
+    return space.ranks(lord_point(space))
+
+
+def lord_point(space: SearchSpace) -> np.ndarray:
+    """LoRD's kept ratios as a point of a search space, which meets its budget but for the biases that are added.
+
+    Raises:
+        RankwiseError: LoRD keeps other types dense than the space does, or cannot remove that much.
+    """
+    if extra := [name for name in space.uncompressed if name != "v"]:
+        raise RankwiseError(f"LoRD keeps v alone dense, and here {', '.join(extra)} stays dense as well")
+    kept = lord_kept(space.budget, space.ratio)
+    by_variable = {module.type.tied: kept[module.type.name] for module in space.budget.modules}
+    return np.array([by_variable[name.split("/")[0]] for name in space.names])
 
 
 def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> dict[str, LowRankFactors]:

@@ -7,6 +7,7 @@ head has no bias and no scaling is assumed, which holds for all of `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 
 from lowrank.checkpoint import family_of
 from lowrank.errors import RankwiseError
+
+Direction = Literal["reverse", "forward"]
+"""reverse: KL(model || reference); forward: KL(reference || model)."""
 
 CHUNK_TOKENS = 256
 """Tokens whose logits are held at once: 50 MB in float32 for a vocabulary of 49k, 156 MB for 152k."""
@@ -103,15 +107,17 @@ def token_nll_and_kl(
     head: nn.Linear,
     targets: torch.Tensor,
     chunk: int = CHUNK_TOKENS,
+    direction: Direction = "reverse",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_nll` of a model and KL(model || reference) in one pass; both models share the head.
+    """`token_nll` of a model and its divergence from a reference in one pass; both models share the head.
 
     Args:
-        hidden: T x d, final hidden states of the model (P).
-        reference_hidden: T x d, those of the reference (Q).
+        hidden: T x d, final hidden states of the model.
+        reference_hidden: T x d, those of the reference.
         head: d -> vocabulary.
         targets: T token ids.
         chunk: tokens at a time; it does not change the result.
+        direction: of the divergence.
 
     Returns:
         Two tensors of T values in nats, float32: the loss of each target, and the divergence.
@@ -120,7 +126,8 @@ def token_nll_and_kl(
     for part in _parts(len(hidden), chunk):
         log_p = _log_probabilities(hidden[part], head)
         losses.append(-log_p.gather(1, targets[part, None].long()).squeeze(1))
-        divergences.append(_kl(log_p, _log_probabilities(reference_hidden[part], head)))
+        log_q = _log_probabilities(reference_hidden[part], head)
+        divergences.append(_kl(log_p, log_q) if direction == "reverse" else _kl(log_q, log_p))
     return _joined(losses, hidden), _joined(divergences, hidden)
 
 

@@ -1,9 +1,9 @@
 """Bayesian optimisation of the rank allocation (paper, Section 3.3).
 
-A Gaussian process (GPyTorch: Matern 5/2 with one length scale per variable, learned noise) models the objective
-over the kept ratios; BoTorch maximises the logarithm of expected improvement on the budget polytope. Every
-evaluation is appended to a CSV; a search that was killed reads it back and goes on, and makes the same choices as
-one that was not, since each step seeds its generators anew and sees the same numbers.
+A Gaussian process models the objective over the kept ratios, and the next allocation is the one that it expects to
+improve most; `surrogate` says how. Every evaluation is appended to a CSV; a search that was killed reads it back and
+goes on, and makes the same choices as one that was not, since each step seeds its generators anew and sees the same
+numbers.
 """
 
 from __future__ import annotations
@@ -11,31 +11,21 @@ from __future__ import annotations
 import csv
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from botorch.acquisition import LogExpectedImprovement
 from botorch.exceptions.errors import BotorchError, ModelFittingError
-from botorch.exceptions.warnings import BadInitialCandidatesWarning, NumericsWarning
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
-from botorch.models.transforms import Normalize, Standardize
-from botorch.optim import optimize_acqf
-from gpytorch.kernels import MaternKernel, ScaleKernel
-from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.priors import GammaPrior, LogNormalPrior
 
+from lowrank.budget import Ranks
 from lowrank.config.presets import Search
 from lowrank.objective import Score
 from lowrank.search_space import SearchSpace
+from lowrank.search_start import initial_points
+from lowrank.surrogate import candidates
 
 log = logging.getLogger(__name__)
-
-RESTARTS, RAW_SAMPLES = 8, 128
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,8 @@ class Trial:
     """One evaluated allocation.
 
     Attributes:
-        origin: `uniform`, `random` or `improvement`.
+        origin: `transfer`, `uniform`, `lord`, `given` or `spread` for initial points; then `improvement`, where the
+            model expects most, or `random`.
         x: the kept ratios, d.
         score: what it scored.
         kept: share of the decoder's linear parameters kept after rounding.
@@ -76,7 +67,7 @@ class TrialLog:
             Trial(
                 row["origin"],
                 np.array([float(row[name]) for name in self.names]),
-                Score(float(row["perplexity"]), float(row["kl"]), float(row["objective"])),
+                Score(float(row["perplexity"]), float(row["kl"]) if row["kl"] else None, float(row["objective"])),
                 float(row["kept"]),
             )
             for row in rows
@@ -91,7 +82,7 @@ class TrialLog:
                 writer.writerow(self.columns)
             score = trial.score
             numbers = [score.perplexity, score.kl, score.objective, trial.kept, *trial.x.tolist()]
-            writer.writerow([index, trial.origin, *map(repr, map(float, numbers))])
+            writer.writerow([index, trial.origin, *("" if n is None else repr(float(n)) for n in numbers)])
 
 
 def search_allocation(
@@ -100,15 +91,17 @@ def search_allocation(
     settings: Search,
     seed: int,
     trials_file: Path,
+    transferred: np.ndarray | None = None,
 ) -> list[Trial]:
     """Run the search to its last evaluation.
 
     Args:
         space: variables and budget.
         evaluate: scores an allocation; smaller is better.
-        settings: number of evaluations and bounds.
-        seed: of the initial design and of every step.
+        settings: of the search.
+        seed: of the initial points and of every step.
         trials_file: read first, appended to after each evaluation.
+        transferred: kept ratios found for another model, d, to begin with.
 
     Returns:
         All trials in order.
@@ -117,25 +110,24 @@ def search_allocation(
     trials = trial_log.read()
     if trials:
         log.info("search: %d of %d evaluations were finished before", len(trials), settings.evaluations)
-    initial = np.vstack([space.uniform()[None], space.sample(settings.initial - 1, seed)])
+    starts = initial_points(space, settings, seed, transferred)
     for index in range(len(trials), settings.evaluations):
         started = time.monotonic()
-        if index < len(initial):
-            origin, x = ("uniform" if index == 0 else "random"), initial[index]
+        if index < len(starts):
+            origin, x = starts[index].origin, starts[index].x
         else:
-            origin, x = propose(space, trials, seed * 100_003 + index)
+            origin, x = propose(space, trials, settings, seed * 100_003 + index)
         ranks = space.ranks(x)
         trial = Trial(origin, x, evaluate(ranks), space.budget.kept(ranks))
         trial_log.append(index, trial)
         trials.append(trial)
-        best = min(trial.score.objective for trial in trials)
         log.info(
             "search %d/%d (%s): objective %.4f, best %.4f, %.1f s",
             index + 1,
             settings.evaluations,
             origin,
             trial.score.objective,
-            best,
+            trials[best_trial(trials)].score.objective,
             time.monotonic() - started,
         )
     return trials
@@ -146,56 +138,36 @@ def best_trial(trials: list[Trial]) -> int:
     return min(range(len(trials)), key=lambda index: trials[index].score.objective)
 
 
-def propose(space: SearchSpace, trials: list[Trial], seed: int) -> tuple[str, np.ndarray]:
-    """The point of the budget polytope with the largest expected improvement.
+def objective_of(trials: list[Trial], origin: str) -> float | None:
+    """What the first trial of an origin scored, or None if there was none."""
+    return next((trial.score.objective for trial in trials if trial.origin == origin), None)
 
-    The objective is modelled on a logarithmic scale, since perplexity spans orders of magnitude.
+
+def propose(space: SearchSpace, trials: list[Trial], settings: Search, seed: int) -> tuple[str, np.ndarray]:
+    """The point to try next: where the model expects most, or, in a share of the steps, a random one.
+
+    A point whose ranks were evaluated before teaches nothing, so the best of those with new ranks is taken, if there
+    is one.
 
     Returns:
-        The point, after the word that the log of trials has for where it comes from: `improvement`, or `random` where
-        the model could not be fitted or the acquisition not be optimised.
+        The point, after the word that the log of trials has for where it comes from: `improvement`, or `random`,
+        also where the model could not be fitted or the acquisition not be optimised.
     """
-    torch.manual_seed(seed)
-    x = torch.tensor(np.array([trial.x for trial in trials]), dtype=torch.double)
-    if x.shape[1] == 1:
+    if np.random.default_rng(seed).random() < settings.random_share:
+        return "random", space.sample(1, seed)[0]
+    if len(space.names) == 1 and space.band is None:
         return "improvement", space.uniform()
-    y = -torch.tensor([[trial.score.objective] for trial in trials], dtype=torch.double).log()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", (NumericsWarning, BadInitialCandidatesWarning))
-        try:
-            model = fit_model(x, y, space.bounds())
-            candidate, _ = optimize_acqf(
-                LogExpectedImprovement(model, best_f=y.max()),
-                bounds=space.bounds(),
-                q=1,
-                num_restarts=RESTARTS,
-                raw_samples=RAW_SAMPLES,
-                equality_constraints=[space.constraint()],
-                options={"seed": seed},
-            )
-        except (RuntimeError, ValueError, BotorchError, ModelFittingError) as error:
-            # A resumed search would fail at the same evaluation again, so it must be able to go on.
-            log.warning("search: no model of the objective could be fitted (%s); taking a random allocation", error)
-            return "random", space.sample(1, seed)[0]
-    point: np.ndarray = np.clip(candidate.squeeze(0).numpy(), space.lower, 1.0)
-    return "improvement", point
+    points = np.array([trial.x for trial in trials])
+    objectives = np.array([trial.score.objective for trial in trials])
+    try:
+        best = list(candidates(space, points, objectives, settings, seed))
+    except (RuntimeError, ValueError, BotorchError, ModelFittingError) as error:
+        # A resumed search would fail at the same evaluation again, so it must be able to go on.
+        log.warning("search: no model of the objective could be fitted (%s); taking a random allocation", error)
+        return "random", space.sample(1, seed)[0]
+    known = {_key(space.ranks(x)) for x in points}
+    return "improvement", next((x for x in best if _key(space.ranks(x)) not in known), best[0])
 
 
-def fit_model(x: torch.Tensor, y: torch.Tensor, bounds: torch.Tensor) -> SingleTaskGP:
-    """Fit the Gaussian process by maximum a posteriori.
-
-    Args:
-        x: t x d points.
-        y: t x 1 values.
-        bounds: 2 x d, to scale the inputs to the unit cube.
-    """
-    d = x.shape[1]
-    kernel = ScaleKernel(
-        MaternKernel(nu=2.5, ard_num_dims=d, lengthscale_prior=GammaPrior(3.0, 6.0)),
-        outputscale_prior=LogNormalPrior(0.0, 1.0),
-    )
-    model = SingleTaskGP(
-        x, y, covar_module=kernel, input_transform=Normalize(d, bounds=bounds), outcome_transform=Standardize(1)
-    )
-    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-    return model
+def _key(ranks: Ranks) -> tuple[int | None, ...]:
+    return tuple(ranks.values())

@@ -1,23 +1,31 @@
 """The variables of the rank search: one kept ratio per type of matrix and group of layers, under a budget.
 
-Types that are tied (q and k) share a ratio; each matrix applies it to its own break-even rank. The budget is
-one linear equation in the variables, so points are sampled and optimised on its face and never rejected.
+Types that are tied (q and k) share a ratio; each matrix applies it to its own break-even rank. The budget is one
+linear equation in the variables, so points are sampled and optimised on its face and never rejected. With a `band`
+the kept share may also fall short of the budget; such points fill a slice of the box, and are sampled by rejection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from lowrank.budget import ALIGNMENT, Budget, Ranks, break_even_rank, largest_rank
+from lowrank.budget import Budget, Ranks
+from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.families import LinearModule
+from lowrank.reach import limits_of, why_out_of_reach
+from lowrank.rounding import DENSE, Rounder, Rounding, Unit
 
-_UPPER = 1.0
 _BURN_IN, _THINNING = 500, 20
+_DRAWS, _DRAWS_AT_ONCE = 2_000_000, 50_000
+_HALVINGS = 60
+_DENSE_WHEN_SCALED = 1e6
+_WHOLE = 1e-3  # of one parameter: more than the rounding error of the budget's product
 
 
 def layer_groups(layers: int, groups: int) -> list[list[int]]:
@@ -27,159 +35,253 @@ def layer_groups(layers: int, groups: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.arange(layers), groups)]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The matrices of one type in one group of layers; they get one rank.
-
-    Attributes:
-        variable: index of the search variable.
-        modules: the matrices.
-    """
-
-    variable: int
-    modules: tuple[LinearModule, ...]
-
-
 class SearchSpace:
-    """Kept ratios in [lower, 1] per (tied type, group), with the budget met exactly before rounding.
+    """Kept ratios within bounds per (tied type, group), with the budget met exactly before rounding.
 
     Attributes:
         names: variable names, `type/group`.
         weights: d, share of all linear parameters that each variable governs.
-        total: the share that the variables may keep together: weights . x = total.
+        total: the share that the variables may keep together: weights . x = total, or with a band
+            total - band <= weights . x <= total.
+        lower, upper: d, smallest and largest kept ratios.
     """
 
-    def __init__(self, budget: Budget, ratio: int, groups: int, uncompressed: Sequence[str], lower: float) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        ratio: int,
+        groups: int,
+        uncompressed: Sequence[str],
+        lower: float,
+        upper: float = 1.0,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        band: float | None = None,
+        rounding: Rounding = "give-back",
+    ) -> None:
         """Build the space.
+
+        Args:
+            budget: of the model.
+            ratio: percent of the linear layers' parameters to remove.
+            groups: of consecutive layers.
+            uncompressed: types that stay dense.
+            lower, upper: smallest and largest kept ratio of a matrix; 1 means dense.
+            bounds: tied type -> bounds of its own.
+            band: by how much the kept share may fall short of the budget.
+            rounding: see `Rounder`.
 
         Raises:
             RankwiseError: the budget cannot be met with these bounds, or a type is unknown.
         """
-        self.budget, self.ratio, self.lower = budget, ratio, lower
+        self.budget, self.ratio, self.band = budget, ratio, band
+        self.uncompressed = tuple(budget.types(uncompressed))
         self.groups = layer_groups(budget.dimensions.layers, groups)
-        budget.types(uncompressed)
-        group_of = {layer: index for index, layers in enumerate(self.groups) for layer in layers}
+        if why := why_out_of_reach(budget, ratio, uncompressed, lower, upper, bounds, band):
+            raise RankwiseError(why)
+        free = [module for module in budget.modules if module.type.name not in uncompressed]
+        limits = limits_of(free, lower, upper, bounds or {})
+        if unknown := [name for name in bounds or {} if name not in limits]:
+            raise RankwiseError(
+                f"`bounds`: no matrices of type {', '.join(unknown)} are searched here; there are {', '.join(limits)}"
+            )
         self.names: list[str] = []
-        units: dict[tuple[str, int], list[LinearModule]] = {}
-        for module in budget.modules:
-            if module.type.name not in uncompressed:
-                units.setdefault((module.type.name, group_of[module.layer]), []).append(module)
-        self.units: list[Unit] = []
-        for (_, group), modules in units.items():
-            name = f"{modules[0].type.tied}/{group}"
-            if name not in self.names:
-                self.names.append(name)
-            self.units.append(Unit(self.names.index(name), tuple(modules)))
+        self.units = self._units(free, limits)
+        self.lower, self.upper = (
+            np.array([limits[name.split("/")[0]][side] for name in self.names], dtype=float) for side in (0, 1)
+        )
+        self._rounder = Rounder(budget, self.units, rounding)
         self.weights, self.total = self._budget_equation()
-        self._check_feasible()
+
+    @classmethod
+    def of(cls, budget: Budget, ratio: int, groups: int, uncompressed: Sequence[str], search: Search) -> SearchSpace:
+        """The space that a search preset describes."""
+        return cls(
+            budget,
+            ratio,
+            groups,
+            uncompressed,
+            search.lower,
+            search.upper,
+            search.bounds,
+            search.band,
+            search.rounding,
+        )
+
+    def _units(self, free: Sequence[LinearModule], limits: Mapping[str, tuple[float, float]]) -> list[Unit]:
+        group_of = {layer: index for index, layers in enumerate(self.groups) for layer in layers}
+        matrices: dict[tuple[str, int], list[LinearModule]] = {}
+        for module in free:
+            matrices.setdefault((module.type.name, group_of[module.layer]), []).append(module)
+        units = []
+        for (_, group), modules in matrices.items():
+            tied = modules[0].type.tied
+            if (name := f"{tied}/{group}") not in self.names:
+                self.names.append(name)
+            units.append(Unit(self.names.index(name), tuple(modules), limits[tied][1]))
+        return units
 
     def _budget_equation(self) -> tuple[np.ndarray, float]:
         dense = self.budget.dense_parameters
         weights = np.zeros(len(self.names))
-        added = 0
-        for unit in self.units:
-            for module in unit.modules:
-                weights[unit.variable] += module.parameters / dense
-                added += self.budget.cost(module, 0)  # the biases that the low-rank form adds
-        fixed = dense - sum(module.parameters for unit in self.units for module in unit.modules)
-        return weights, (self.budget.allowed(self.ratio) - fixed - added) / dense
+        added = 0  # the biases that the low-rank form adds
+        for index, unit in enumerate(self.units):
+            weights[unit.variable] += self._rounder.cost(index, None) / dense
+            added += self._rounder.cost(index, 0)
+        self._fixed = dense - sum(self._rounder.cost(index, None) for index in range(len(self.units)))
+        return weights, (self.budget.allowed(self.ratio) - self._fixed - added) / dense
 
-    def _check_feasible(self) -> None:
-        least, most = self.lower * self.weights.sum(), _UPPER * self.weights.sum()
-        if not least < self.total < most:
-            raise RankwiseError(
-                f"removing {self.ratio} % is impossible here: the compressible matrices can keep "
-                f"{100 * least:.1f} to {100 * most:.1f} % of all linear parameters, and the budget leaves them "
-                f"{100 * self.total:.1f} %. Lower `lower`, compress more types, or remove less."
-            )
+    def share(self, x: np.ndarray) -> np.ndarray:
+        """What points keep, weights . x, as `total` counts it; ... x d -> ..."""
+        kept: np.ndarray = x @ self.weights
+        return kept
+
+    @property
+    def least(self) -> float:
+        """The smallest share that points may keep: `total` without a band."""
+        return max(self.total - (self.band or 0.0), float(self.share(self.lower)))
+
+    @property
+    def most(self) -> float:
+        """The largest share that points may keep; below `total` only if the band lets the bounds say so."""
+        return min(self.total, float(self.share(self.upper)))
 
     def uniform(self) -> np.ndarray:
-        """The point where every variable keeps the same share."""
-        return np.full(len(self.names), self.total / self.weights.sum())
+        """The point where every variable keeps the same share, as far as the bounds allow."""
+        return self.scaled(np.ones(len(self.names)), self.most)
+
+    def onto_budget(self, x: np.ndarray) -> np.ndarray:
+        """The point within the bounds that meets the budget by one factor on the given ratios, with clipping.
+
+        A ratio of 1 means dense and stays so if the others can pay for it. With a band, a point that lies in it is
+        only clipped.
+
+        Args:
+            x: ... x d positive ratios.
+        """
+        dense = x >= DENSE
+        kept_dense = self.scaled(np.where(dense, _DENSE_WHEN_SCALED, x), self.most)
+        affordable = np.all(~dense | (kept_dense >= self.upper), axis=-1, keepdims=True)
+        met = np.where(affordable, kept_dense, self.scaled(x, self.most))
+        if self.band is None:
+            return met
+        inside = np.clip(x, self.lower, self.upper)
+        share = self.share(inside)[..., None]
+        return np.where((share >= self.least) & (share <= self.most), inside, met)
+
+    def scaled(self, x: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        """clip(s x) with the one factor s at which it keeps a share.
+
+        The share that clip(s x) keeps grows with s, so s is found by bisection; the ratios that are not clipped then
+        take up what is missing to the last digit.
+
+        Args:
+            x: ... x d positive ratios.
+            share: one for all, or one for each point, within what the bounds allow.
+        """
+        target = np.broadcast_to(np.asarray(share, dtype=float), x.shape[:-1])
+        low = np.log(self.lower.clip(1e-9) / x).min(axis=-1)
+        high = np.log(self.upper / x).max(axis=-1)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            short = self.share(self._clipped(x, middle)) < target
+            low, high = np.where(short, middle, low), np.where(short, high, middle)
+        point = self._clipped(x, high)
+        free = (point > self.lower) & (point < self.upper)
+        unclipped = self.share(np.where(free, point, 0.0))
+        clipped = self.share(np.where(free, 0.0, point))
+        factor = np.divide(target - clipped, unclipped, out=np.ones_like(target), where=unclipped > 0)
+        exact: np.ndarray = np.clip(np.where(free, point * factor[..., None], point), self.lower, self.upper)
+        return exact
+
+    def _clipped(self, x: np.ndarray, log_factor: np.ndarray) -> np.ndarray:
+        point: np.ndarray = np.clip(x * np.exp(log_factor)[..., None], self.lower, self.upper)
+        return point
 
     def sample(self, count: int, seed: int) -> np.ndarray:
-        """count x d points, uniform on the face of the polytope where the budget is spent (hit and run)."""
+        """count x d random points, uniform on what the budget allows.
+
+        Without a band that is the face of the polytope where the budget is spent (hit and run); with one, the slice
+        of the box between two such faces (rejection).
+
+        Raises:
+            RankwiseError: next to no point of the box lies in the band.
+        """
+        if self.band is not None:
+            return self._rejection_sample(count, np.random.default_rng(seed))
         from botorch.utils.sampling import get_polytope_samples
 
-        d = len(self.names)
-        if d == 1:
+        if len(self.names) == 1:
             return np.repeat(self.uniform()[None], count, axis=0)
         samples = get_polytope_samples(
             n=count,
             bounds=self.bounds(),
-            equality_constraints=[self.constraint()],
             seed=seed,
             n_burnin=_BURN_IN,
             n_thinning=_THINNING,
+            **self.constraints(),
         )
-        points: np.ndarray = np.clip(samples.numpy(), self.lower, _UPPER)
+        points: np.ndarray = np.clip(samples.numpy(), self.lower, self.upper)
         return points
+
+    def _rejection_sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        found: list[np.ndarray] = []
+        for _ in range(_DRAWS // _DRAWS_AT_ONCE):
+            points = self._box(_DRAWS_AT_ONCE, generator)
+            share = self.share(points)
+            found.extend(points[(share >= self.least) & (share <= self.most)][: count - len(found)])
+            if len(found) == count:
+                return np.array(found)
+        raise RankwiseError(
+            f"`band: {self.band:g}`: of {_DRAWS:,} random allocations within the bounds, {len(found)} keep a share in "
+            f"the band below the budget of {100 - self.ratio} %, and {count} are needed; widen the band, move `lower` "
+            "and `upper` towards the budget, or leave `band` out, which searches on the budget itself"
+        )
+
+    def _box(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        return generator.uniform(self.lower, self.upper, (count, len(self.names)))
+
+    def scatter(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """count x d points all over the space, not uniform but cheap: points of the box, each scaled into the budget.
+
+        Many have some ratio at a bound, as good allocations do, where uniform points have none.
+        """
+        points = self._box(count, generator)
+        share = generator.uniform(self.least, self.most, count) if self.band is not None else self.most
+        return self.scaled(points, share)
+
+    def around(self, x: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+        """count x d points near one: steps of several sizes in a few random ratios, paid for by all."""
+        d = len(self.names)
+        changed = generator.random((count, d)) < min(1.0, 4 / d)
+        changed[np.arange(count), generator.integers(d, size=count)] = True
+        size = np.exp(generator.uniform(np.log(0.02), np.log(0.5), (count, 1)))
+        step = changed * size * generator.standard_normal((count, d)) * (self.upper - self.lower)
+        return self.onto_budget(np.clip(x + step, self.lower.clip(1e-9), self.upper))
 
     def bounds(self) -> torch.Tensor:
         """2 x d, lower and upper bounds."""
-        return torch.tensor([[self.lower], [_UPPER]], dtype=torch.double).repeat(1, len(self.names))
+        return torch.tensor(np.stack([self.lower, self.upper]), dtype=torch.double)
 
-    def constraint(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """The budget as BoTorch's (indices, coefficients, right-hand side)."""
-        return torch.arange(len(self.names)), torch.tensor(self.weights, dtype=torch.double), self.total
+    def constraints(self) -> dict[str, Any]:
+        """The budget as BoTorch takes it: (indices, coefficients, right-hand side) of an equality or two inequalities.
+
+        An inequality says that the left-hand side is at least the right-hand side.
+        """
+        indices, weights = torch.arange(len(self.names)), torch.tensor(self.weights, dtype=torch.double)
+        if self.band is None:
+            return {"equality_constraints": [(indices, weights, self.total)]}
+        return {"inequality_constraints": [(indices, weights, self.least), (indices, -weights, -self.most)]}
 
     def ranks(self, x: np.ndarray) -> Ranks:
-        """The ranks of a point: rounded down to multiples of 8, then the budget that this freed is given back.
-
-        It goes, one step of 8 each, to the units that rounding cut most, as long as it fits; so the budget is
-        never exceeded, and hardly missed. A unit whose ratio reaches 1, or whose rank would not be worth it,
-        stays dense if the budget allows.
-        """
-        choice: list[int | None] = [self._rounded_down(unit, x) for unit in self.units]
-        allowed = self.budget.allowed(self.ratio)
-        self._shrink_to(allowed, choice)
-        spent = self._spent(choice)
-        order = sorted(range(len(self.units)), key=lambda index: -self._cut(self.units[index], x, choice[index] or 0))
-        for index in order:
-            raised = self._raised(self.units[index], choice[index])
-            extra = self._cost(self.units[index], raised) - self._cost(self.units[index], choice[index])
-            if spent + extra <= allowed:
-                choice[index] = raised
-                spent += extra
+        """The ranks of a point; the budget is never exceeded, see `Rounder`."""
+        allowed = math.floor(self.budget.allowed(self.ratio) + _WHOLE) - self._fixed
+        dense = self.budget.dense_parameters
+        wanted = allowed if self.band is None else allowed - (self.total - float(self.share(x))) * dense
+        choices = self._rounder.choose([float(x[unit.variable]) for unit in self.units], allowed, wanted)
         ranks: Ranks = {module.name: None for module in self.budget.modules}
-        for unit, rank in zip(self.units, choice, strict=True):
+        for unit, rank in zip(self.units, choices, strict=True):
             ranks |= {module.name: rank for module in unit.modules}
         return ranks
-
-    def _shrink_to(self, allowed: float, choice: list[int | None]) -> None:
-        """Take steps of 8 from the largest ranks while the budget is exceeded (ranks are never below 8)."""
-        while self._spent(choice) > allowed:
-            largest = max(range(len(choice)), key=lambda index: choice[index] or 0)
-            rank = choice[largest] or 0
-            if rank <= ALIGNMENT:
-                raise RankwiseError(
-                    f"removing {self.ratio} % is impossible with ranks in steps of {ALIGNMENT}: even the smallest "
-                    "exceed the budget. Compress more types, or remove less."
-                )
-            choice[largest] = rank - ALIGNMENT
-
-    def _rounded_down(self, unit: Unit, x: np.ndarray) -> int:
-        module = unit.modules[0]
-        rank = int(x[unit.variable] * break_even_rank(module.out_features, module.in_features) + 1e-9)
-        largest = largest_rank(module.out_features, module.in_features)
-        return max(1, min(max(ALIGNMENT, rank // ALIGNMENT * ALIGNMENT), largest))
-
-    def _cut(self, unit: Unit, x: np.ndarray, rank: int) -> float:
-        module = unit.modules[0]
-        return float(x[unit.variable]) * break_even_rank(module.out_features, module.in_features) - rank
-
-    def _raised(self, unit: Unit, rank: int | None) -> int | None:
-        module = unit.modules[0]
-        raised = (rank or 0) + ALIGNMENT
-        return raised if raised <= largest_rank(module.out_features, module.in_features) else None
-
-    def _cost(self, unit: Unit, rank: int | None) -> int:
-        return sum(self.budget.cost(module, rank) for module in unit.modules)
-
-    def _spent(self, choice: Sequence[int | None]) -> int:
-        named = sum(self._cost(unit, rank) for unit, rank in zip(self.units, choice, strict=True))
-        free = {module.name for unit in self.units for module in unit.modules}
-        return named + sum(module.parameters for module in self.budget.modules if module.name not in free)
 
     def by_type(self, x: np.ndarray) -> dict[str, list[float]]:
         """Tied type -> kept ratio in each group."""

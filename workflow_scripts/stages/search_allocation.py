@@ -11,22 +11,31 @@ def work(job: Snakemake) -> None:
     """Search in a resumable folder; the best allocation and all trials are the result."""
     from lowrank.budget import Ranks
     from lowrank.config.presets import Search
-    from lowrank.files import atomic_path, load_tensors, write_json
+    from lowrank.config.sources import ModelShape
+    from lowrank.files import atomic_path, load_tensors, read_json, write_json
     from lowrank.objective import Objective, Score
     from lowrank.runtime import describe_environment
-    from lowrank.search import best_trial, search_allocation
+    from lowrank.search import best_trial, objective_of, search_allocation
     from lowrank.search_space import SearchSpace
     from lowrank.sliced import open_sliced_model
     from lowrank.state import Clock, resumable_state
+    from lowrank.transfer import transferred_point
 
     settings = job.params.settings
     method, search = settings["method"], Search.model_validate(settings["search"])
     ratio, seed = settings["subject"]["ratio"], settings["subject"]["seed"]
     inputs = {"windows": job.input.windows, "model": job.input.model_manifest, "bases": job.input.bases_manifest}
+    transferred, transfer = None, None
     opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
-    space = SearchSpace(opened.budget, ratio, method["groups"], method["uncompressed"], search.lower)
+    space = SearchSpace.of(opened.budget, ratio, method["groups"], method["uncompressed"], search)
+    if job.input.get("source"):
+        inputs["source"] = job.input.source
+        source = read_json(job.input.source)
+        transferred = transferred_point(space, source, ModelShape.model_validate(settings["source_shape"]))
+        transfer = {"from": source["subject"], "ratios": space.by_type(transferred)}
     windows = load_tensors(job.input.windows)["tokens"].long()
-    objective = Objective(opened.sliced, windows, search.kl_weight, opened.device)
+    objective = Objective.of(opened.sliced, windows, search, opened.device)
+    total = sum(parameter.numel() for parameter in opened.sliced.model.parameters())
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
         clock = Clock(state / "seconds.json")
 
@@ -35,7 +44,7 @@ def work(job: Snakemake) -> None:
             clock.save()
             return score
 
-        trials = search_allocation(space, evaluate, search, seed, state / "trials.csv")
+        trials = search_allocation(space, evaluate, search, seed, state / "trials.csv", transferred)
         best = best_trial(trials)
         ranks = space.ranks(trials[best].x)
         with atomic_path(job.output.trials) as temporary:
@@ -49,10 +58,14 @@ def work(job: Snakemake) -> None:
                 "groups": [[layers[0], layers[-1]] for layers in space.groups],
                 "ranks": ranks,
                 "kept": space.budget.kept(ranks),
+                "kept_of_model": 1 - (opened.budget.dense_parameters - opened.budget.parameters(ranks)) / total,
                 "objective": trials[best].score.objective,
                 "perplexity": trials[best].score.perplexity,
                 "kl": trials[best].score.kl,
-                "uniform_objective": trials[0].score.objective,
+                "origin": trials[best].origin,
+                "uniform_objective": objective_of(trials, "uniform"),
+                "lord_objective": objective_of(trials, "lord"),
+                "transfer": transfer,
                 "best_trial": best,
                 "evaluations": len(trials),
                 "protocol": {"method": method, "search": settings["search"], "dtype": settings["dtype"]},

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Settings(MethodSettings):
-    """Bolaco reads bases, and the allocation that its search found on its validation windows."""
+    """Bolaco reads bases, and the allocation that its search found on its validation windows.
+
+    With a `transfer` the search begins with the kept ratios found for another model; a search of one evaluation then
+    takes them as they are.
+    """
 
     kind: Literal["bolaco"]
     calibration: Name

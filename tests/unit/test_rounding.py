@@ -1,0 +1,146 @@
+"""Ranks of kept ratios: the budget is never exceeded, whatever the model, the point and the way of rounding."""
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_budget import LLAMA_7B
+
+from lowrank.budget import Budget, rank_for
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.reach import largest_rank_worth_it, smallest_choice
+from lowrank.search_space import SearchSpace
+
+SMOLLM = ModelShape(**tiny.SMOLLM)
+SHAPES = [SMOLLM, LLAMA_7B, *(ModelShape(**tiny.shape(kind)) for kind in tiny.SHAPES)]
+
+
+def point_of(space: SearchSpace, seed: int) -> np.ndarray:
+    """A point on the budget with some ratios at their bounds."""
+    return space.scatter(1, np.random.default_rng(seed))[0]
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    ratio=st.integers(5, 55),
+    groups=st.integers(1, 4),
+    rounding=st.sampled_from(["give-back", "down"]),
+    uncompressed=st.sampled_from([("v",), (), ("v", "o")]),
+    band=st.sampled_from([None, 0.05]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_budget_is_never_exceeded_and_ranks_are_worth_it(
+    shape: ModelShape, ratio: int, groups: int, rounding: str, uncompressed: tuple[str, ...], band: float, seed: int
+) -> None:
+    budget = Budget.of(shape)
+    try:
+        space = SearchSpace(budget, ratio, min(groups, shape.layers), uncompressed, 0.1, band=band, rounding=rounding)
+    except RankwiseError:
+        return
+    ranks = space.ranks(point_of(space, seed))
+    assert budget.parameters(ranks) <= (100 - ratio) * budget.dense_parameters / 100 + 1e-6
+    for module in budget.modules:
+        rank = ranks[module.name]
+        if module.type.name in uncompressed:
+            assert rank is None
+        if rank is not None:
+            assert rank % 8 == 0 or rank == smallest_choice(budget, module)
+            assert budget.cost(module, rank) < module.parameters
+
+
+@settings(max_examples=60, deadline=None)
+@given(ratio=st.integers(5, 60), groups=st.integers(1, 5), seed=st.integers(0, 10_000))
+def test_giving_back_hardly_misses_the_budget(ratio: int, groups: int, seed: int) -> None:
+    budget = Budget.of(SMOLLM)
+    space = SearchSpace(budget, ratio, groups, ("v",), lower=0.1)
+    point = space.scaled(np.random.default_rng(seed).uniform(0.5, 1, len(space.names)), space.total)
+    assume(np.all((point > 0.1) & (point < 1)))
+    ranks = space.ranks(point)
+    step = max(8 * (m.out_features + m.in_features) for m in budget.modules) * 30 / groups
+    assert budget.allowed(ratio) - budget.parameters(ranks) <= step + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.sampled_from([LLAMA_7B, SMOLLM]), ratio=st.integers(15, 60), seed=st.integers(0, 10_000))
+def test_down_is_the_rounding_of_the_paper_s_authors(shape: ModelShape, ratio: int, seed: int) -> None:
+    budget = Budget.of(shape)
+    space = SearchSpace(budget, ratio, 4, ("v",), 0.2, rounding="down")
+    point = point_of(space, seed)
+    ranks = space.ranks(point)
+    ratios = dict(zip(space.names, point, strict=True))
+    expected = {}
+    for unit in space.units:
+        for module in unit.modules:
+            expected[module.name] = rank_for(
+                ratios[space.names[unit.variable]], module.out_features, module.in_features
+            )
+    if budget.parameters(expected) <= budget.allowed(ratio):  # the ceiling may cost a little more than was asked for
+        assert {name: rank for name, rank in ranks.items() if name in expected} == expected
+    else:
+        assert sum(ranks[name] != rank for name, rank in expected.items()) <= 2 * 8 * len(budget.modules) / 28
+
+
+@pytest.mark.parametrize("rounding", ["give-back", "down"])
+@pytest.mark.parametrize("kind", tiny.SHAPES)
+def test_a_ratio_of_one_means_dense(kind: str, rounding: str) -> None:
+    shape = ModelShape(**tiny.shape(kind))
+    space = SearchSpace(Budget.of(shape), 20, 2, ("v",), 0.1, rounding=rounding)
+    x = np.full(len(space.names), 0.3)
+    x[space.names.index("o/1")] = 1.0
+    ranks = space.ranks(x)
+    dense = {module.name for module in space.budget.modules if ranks[module.name] is None and module.type.name != "v"}
+    assert dense == {m.name for m in space.budget.modules if m.type.name == "o" and m.layer == 1}
+
+
+def test_what_is_given_back_stays_below_the_upper_bound() -> None:
+    free = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2)
+    capped = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2, bounds={"up": (0.2, 0.85)})
+    x = np.full(5, 0.3)
+    x[free.names.index("up/0")] = 0.85  # of 418.9, so 356.1
+    up = next(module.name for module in free.budget.modules if module.type.name == "up")
+    assert free.ranks(x)[up] == 360
+    assert capped.ranks(x)[up] == 352
+
+
+def test_down_gives_nothing_back() -> None:
+    x = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2).uniform()
+    down, back = (SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2, rounding=how) for how in ("down", "give-back"))
+    assert down.budget.parameters(down.ranks(x)) < back.budget.parameters(back.ranks(x))
+
+
+def test_ranks_shrink_where_the_least_rank_costs_more_than_was_asked_for() -> None:
+    """In a tiny model rank 8 is a quarter of break-even; the largest ranks pay for it, as little as they must."""
+    budget = Budget.of(ModelShape(**tiny.shape("llama")))
+    space = SearchSpace(budget, 60, 1, ("v",), 0.01, rounding="down")
+    x = space.onto_budget(np.array([1.0 if name == "gate/0" else 0.01 for name in space.names]))
+    wanted = {
+        module.name: rank_for(x[unit.variable], module.out_features, module.in_features)
+        for unit in space.units
+        for module in unit.modules
+    }
+    assert budget.parameters(wanted) > budget.allowed(60)
+    ranks = space.ranks(x)
+    assert budget.parameters(ranks) <= budget.allowed(60)
+    changed = {module.type.name for module in budget.modules if ranks[module.name] != wanted.get(module.name)}
+    assert changed == {"gate"}
+
+
+def test_a_matrix_too_narrow_for_rank_8_gets_what_it_can() -> None:
+    shape = ModelShape(**{**tiny.shape("llama-gqa"), "head_dim": 5, "heads": 2, "kv_heads": 1})
+    budget = Budget.of(shape)
+    key = next(module for module in budget.modules if module.type.name == "k")  # 5 x 64, breaks even at 4.6
+    assert largest_rank_worth_it(budget, key) == 4
+    space = SearchSpace(budget, 40, 1, ("v",), 0.1)
+    assert space.ranks(space.uniform())[key.name] in (4, None)
+    down = SearchSpace(budget, 40, 1, ("v",), 0.1, rounding="down")
+    assert down.ranks(down.uniform())[key.name] is None
+
+
+def test_even_the_smallest_ranks_can_be_too_much() -> None:
+    """The config check knows it before, so only a point that asks for ranks by itself meets it."""
+    shape = ModelShape(**tiny.shape("llama"))
+    with pytest.raises(RankwiseError, match="even ranks of 8 exceed the budget"):
+        SearchSpace(Budget.of(shape), 82, 1, (), 0.001)
