@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank.checkpoint import replace_linears
+from lowrank.checkpoint import replace_modules
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
@@ -68,7 +68,7 @@ def make_model(family: str, rank: int | None = None) -> PreTrainedModel:
             for linear in linear_modules(make_shape(family))
             if linear.type.name != "v"
         }
-        replace_linears(model, factors)
+        replace_modules(model, factors)
     return model
 
 

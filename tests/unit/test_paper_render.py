@@ -10,14 +10,17 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paper_samples import context, dense_results, row_results
 
 from lowrank.config.outputs import RowTable
-from lowrank.paper.render import latex_text, to_csv, to_html, to_latex, to_markdown
+from lowrank.paper.latex import LONG, latex_cell, latex_text
+from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import TableData, build_table
+from lowrank.paper.tables.data import Cell, Column, Line
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -102,11 +105,54 @@ def test_latex_is_a_balanced_booktabs_table() -> None:
     assert len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
 
 
-@given(st.text(alphabet=st.sampled_from("ab\\&%$#_{}~^±<>"), max_size=30))
+@given(st.text(alphabet=st.sampled_from("ab\\&%$#_{}~^±<>|`"), max_size=30))
 def test_no_special_character_reaches_latex_bare(text: str) -> None:
     escaped = latex_text(text)
-    commands = r"\\text(backslash|asciitilde|asciicircum|less|greater)\{\}|\\[&%$#_{}]|\$\\pm\$"
-    assert not set(re.sub(commands, "", escaped)) & set("\\&%$#_{}~^<>")
+    commands = r"\\text(backslash|asciitilde|asciicircum|asciigrave|bar|less|greater)\{\}|\\[&%$#_{}]|\$\\pm\$"
+    assert not set(re.sub(commands, "", escaped)) & set("\\&%$#_{}~^<>|`")
+
+
+@given(st.text(max_size=30))
+def test_latex_is_ascii_on_one_line_whatever_the_text(text: str) -> None:
+    assert latex_text(text).isascii()
+    assert latex_text(text).isprintable()
+
+
+def test_characters_that_plain_latex_lacks_are_named_and_accents_are_kept() -> None:
+    assert latex_text("naïve Café, größe") == r"na\"{\i}ve Caf\'{e}, gr\"{o}\ss{}e"
+    assert latex_text("你\x07") == "[U+4F60][U+0007]"
+
+
+def test_a_row_of_latex_never_begins_with_what_its_end_takes_for_an_argument() -> None:
+    text, name = Column("x", "text"), Column("x", "left")
+    assert latex_cell("[1] a", text) == "{}[1] a"
+    assert latex_cell("* a", name) == "{}* a"
+    assert latex_cell("你", name) == "{}[U+4F60]"
+    assert latex_cell("a\n\nb", text) == r"a\newline ~\newline b", "an empty line would end a paragraph"
+    assert latex_cell("a\nb", name) == "a b"
+
+
+def long_table(lines: int) -> TableData:
+    cells = tuple(Line((Cell(f"name {i}"), Cell(str(i)))) for i in range(lines))
+    return TableData("Title", ("Note.",), pd.DataFrame(), (Column("Name", "left"), Column("Number")), cells)
+
+
+@pytest.mark.parametrize(("lines", "environment"), [(LONG - 1, "table"), (LONG, "longtable")])
+def test_a_table_that_no_page_holds_is_broken_over_several(lines: int, environment: str) -> None:
+    text = to_latex(long_table(lines), "t")
+    begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
+    assert begun[0] == environment
+    assert sorted(begun) == sorted(ended)
+    assert all(f"name {i} & {i} \\\\\n" in text for i in range(lines))
+    assert text.count("Name & Number") == (2 if environment == "longtable" else 1), "headings on each page"
+    assert text.count(r"\begingroup") == text.count(r"\endgroup")
+
+
+def test_a_table_without_lines_is_rendered() -> None:
+    table = long_table(0)
+    assert "| Name" in to_markdown(table)
+    assert r"\midrule" in to_latex(table, "t")
+    assert "<tbody>" in to_html(table, "t")
 
 
 @pytest.mark.parametrize("render", [to_csv, to_markdown, lambda t: to_latex(t, "t"), lambda t: to_html(t, "t")])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lowrank.config.outputs import PublishedRow, RowTable
+from lowrank.config.outputs import ArithmeticTable, PublishedRow, RowTable
 from lowrank.errors import RankwiseError
 from lowrank.paper.published import find_published, published_problems, read_comments, read_published
 
@@ -20,9 +20,13 @@ def reference(**changes: object) -> PublishedRow:
     return PublishedRow(**{"file": "table_1", "model": "llama-2-7b", "method": "bolaco-5x1", "ratio": 20, **changes})
 
 
-@pytest.mark.parametrize("name", ["table_1", "table_6"])
-def test_printed_averages_are_the_means_of_their_seven_columns(name: str) -> None:
-    frame = read_published(FOLDER / f"{name}.csv")
+def tables_with(columns: list[str]) -> list[Path]:
+    return [path for path in FILES if set(columns) <= set(read_published(path).columns)]
+
+
+@pytest.mark.parametrize("path", tables_with([*TASKS, "average"]), ids=lambda path: path.stem)
+def test_printed_averages_are_the_means_of_their_seven_columns(path: Path) -> None:
+    frame = read_published(path)
     off = (frame[TASKS].mean(axis="columns") - frame["average"]).abs()
     assert off.max() < 0.011, frame[off >= 0.011]
 
@@ -37,11 +41,34 @@ def test_every_file_cites_the_paper_and_names_each_row_once(path: Path) -> None:
     assert len(frame) > 0
 
 
-def test_all_rows_of_the_main_table_are_there() -> None:
-    counts = read_published(FOLDER / "table_1.csv").groupby(["model", "ratio"]).size().to_dict()
-    assert counts == {
-        (model, ratio): 1 if ratio == 0 else 10 for model in ("llama-2-7b", "llama-2-13b") for ratio in (0, 20, 30)
-    }
+def test_the_tables_of_accuracy_are_those_of_the_paper() -> None:
+    assert [path.stem for path in tables_with(TASKS)] == ["table_1", "table_5", "table_6"]
+
+
+@pytest.mark.parametrize(("name", "model"), [("table_1", "llama-2-7b"), ("table_5", "llama-2-13b")])
+def test_all_rows_of_the_main_tables_are_there(name: str, model: str) -> None:
+    frame = read_published(FOLDER / f"{name}.csv")
+    assert set(frame["model"]) == {model}
+    assert frame.groupby("ratio").size().to_dict() == {0: 1, 20: 10, 30: 10}
+    assert len(frame["method"].unique()) == 11
+
+
+@pytest.mark.parametrize("name", ["table_2", "table_3", "table_4", "table_5"])
+def test_a_number_of_a_table_that_was_inferred_says_so(name: str) -> None:
+    citation, notes = read_comments(FOLDER / f"{name}.csv")
+    assert f"Table {name[-1]}" in citation
+    assert any(f"That it is Table {name[-1]} was inferred" in note for note in notes)
+
+
+def test_rows_that_several_tables_print_agree() -> None:
+    """The ablations repeat rows of the main table: LoRD is the naive covariance, 5x4 the search on the top 100."""
+
+    def row(file: str, method: str) -> dict[str, float | None]:
+        return find_published(FOLDER, reference(file=file, method=method), "x").values[0]
+
+    assert row("table_2", "naive")["average"] == row("table_1", "lord")["average"]
+    assert row("table_4", "validation-wikipedia-top100")["average"] == row("table_1", "bolaco-5x4")["average"]
+    assert row("table_2", "pooled") == row("table_3", "samples-1024")
 
 
 def test_printed_ranks_give_the_printed_parameters() -> None:
@@ -104,6 +131,17 @@ def test_all_wrong_references_are_listed_before_anything_runs() -> None:
         "tables.table_1.rows[0]",
         "tables.table_1.rows[2]",
     ]
+
+
+def test_ranks_and_statistics_of_two_rows_are_found_before_anything_runs() -> None:
+    ranks = reference(file="table_8")
+    checks = [
+        {"model": "m", "ranks": ranks, "statistics": reference(file="table_7")},
+        {"model": "m", "ranks": ranks, "statistics": reference(file="table_7", ratio=30)},
+    ]
+    table = ArithmeticTable(kind="arithmetic", title="t", checks=checks)
+    (problem,) = published_problems({"sums": table}, FOLDER)
+    assert problem.startswith("tables.sums.checks[1]: the ranks are of ratio '20', the statistics of '30'")
 
 
 @pytest.mark.parametrize(

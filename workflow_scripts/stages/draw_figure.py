@@ -1,32 +1,94 @@
 """Draw one figure: PDF, PNG and the CSV of what is drawn."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+from matplotlib.figure import Figure
 from snakemake.iocontainers import Snakemake
 
+from lowrank.config.outputs import Row
+from lowrank.config.presets import Search
 from lowrank.config.suites import PerplexitySuite
 from lowrank.files import read_json
+from lowrank.paper.figures.comparison import comparison_frame, draw_comparison
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
+from lowrank.paper.figures.predicted_loss import draw_predicted_loss, predicted_loss_frame
+from lowrank.paper.figures.search import Judge, draw_search, read_trials, search_frame
 from lowrank.paper.figures.sensitivity import draw_sensitivity, sensitivity_frame
 from lowrank.paper.figures.style import Outputs, save_figure
+from lowrank.paper.tables.data import RowResults
 from lowrank.stage import run_stage
+
+Settings = dict[str, Any]
+
+
+def sensitivity(settings: Settings) -> pd.DataFrame:
+    """What a figure of sensitivity shows."""
+    studies, paths = settings["figure"]["sensitivity"], settings["results"]["sensitivity"]
+    return sensitivity_frame({study: read_json(path) for study, path in zip(studies, paths, strict=True)})
+
+
+def perplexity(settings: Settings) -> pd.DataFrame:
+    """What a figure of perplexity against ratio shows."""
+    results = settings["results"]
+    dense = [read_json(path) for path in results["dense"]]
+    curves = {
+        method: {ratio: [read_json(path) for path in paths] for ratio, paths in curve.items()}
+        for method, curve in results["curves"].items()
+    }
+    return perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]))
+
+
+def predicted_loss(settings: Settings) -> pd.DataFrame:
+    """What a figure of predicted losses shows."""
+    results: dict[str, str] = settings["results"]["truncations"]
+    return predicted_loss_frame({preset: read_json(path) for preset, path in results.items()})
+
+
+def comparison(settings: Settings) -> pd.DataFrame:
+    """What a comparison of rows shows."""
+    results, suite = settings["results"], settings["figure"]["suite"]
+    rows = [
+        RowResults(
+            row=Row.model_validate(found["row"]),
+            evaluations={suite: [read_json(path) for path in found["evaluations"]]},
+            place=f"figures.{settings['name']}.rows[{index}]",
+        )
+        for index, found in enumerate(results["rows"])
+    ]
+    return comparison_frame(rows, suite, PerplexitySuite.model_validate(results["suite"]))
+
+
+def search(settings: Settings) -> pd.DataFrame:
+    """What a figure of searches shows."""
+    trials = {
+        method: {ratio: [read_trials(Path(path)) for path in paths] for ratio, paths in curve.items()}
+        for method, curve in settings["results"]["trials"].items()
+    }
+    judges = {
+        method: Judge(judge["validation"], Search.model_validate(judge["search"]))
+        for method, judge in settings["judges"].items()
+    }
+    return search_frame(trials, judges)
+
+
+KINDS: dict[str, tuple[Callable[[Settings], pd.DataFrame], Callable[[pd.DataFrame, str, bool], Figure]]] = {
+    "sensitivity": (sensitivity, draw_sensitivity),
+    "perplexity": (perplexity, draw_perplexity),
+    "comparison": (comparison, draw_comparison),
+    "search": (search, draw_search),
+    "predicted-loss": (predicted_loss, draw_predicted_loss),
+}
 
 
 def work(job: Snakemake) -> None:
     """Read the results that the rule names, draw them, write the three files."""
     settings = job.params.settings
-    title, smoke, results = settings["figure"]["title"], settings["smoke"], settings["results"]
-    if settings["figure"]["kind"] == "sensitivity":
-        frame = sensitivity_frame(read_json(results["sensitivity"][0]))
-        figure = draw_sensitivity(frame, title, smoke)
-    else:
-        dense = [read_json(path) for path in results["dense"]]
-        curves = {
-            method: {ratio: [read_json(path) for path in paths] for ratio, paths in curve.items()}
-            for method, curve in results["curves"].items()
-        }
-        frame = perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]))
-        figure = draw_perplexity(frame, title, smoke)
+    frame_of, draw = KINDS[settings["figure"]["kind"]]
+    frame = frame_of(settings)
+    figure = draw(frame, settings["figure"]["title"], settings["smoke"])
     save_figure(figure, frame, Outputs(Path(job.output.pdf), Path(job.output.png), Path(job.output.csv)))
 
 

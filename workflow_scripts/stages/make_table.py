@@ -1,4 +1,4 @@
-"""Make one table: CSV, Markdown, LaTeX and HTML from the evaluations of its rows."""
+"""Make one table: CSV, Markdown, LaTeX and HTML from the evaluations of its rows, or from other tables."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,7 @@ from lowrank.config.suites import Suite
 from lowrank.files import read_json, write_text
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, build_table
+from lowrank.paper.tables.agreement import read_compared
 from lowrank.stage import run_stage
 
 
@@ -20,18 +21,20 @@ def work(job: Snakemake) -> None:
     """Build the table from the files that the rule names and write it in all formats."""
     settings = job.params.settings
     suite_type: TypeAdapter[Any] = TypeAdapter(Suite)
+    table_type: TypeAdapter[Any] = TypeAdapter(Table)
     context = Context(
         suites={name: suite_type.validate_python(suite) for name, suite in settings["suites"].items()},
         smoke=settings["smoke"],
         shapes={name: ModelShape.model_validate(shape) for name, shape in settings["shape"].items()},
         published_folder=Path(settings["published_folder"]),
+        compared={Path(path).stem: read_compared(Path(path)) for path in job.input.compared},
     )
     folder = Path(job.output.csv).parent
     rows = [
         read_row(entry, f"tables.{settings['name']}.rows[{index}]", folder)
         for index, entry in enumerate(settings["rows"])
     ]
-    table = build_table(Table.model_validate(settings["table"]), rows, context)
+    table = build_table(table_type.validate_python(settings["table"]), rows, context)
     write_text(job.output.csv, to_csv(table))
     write_text(job.output.md, to_markdown(table))
     write_text(job.output.tex, to_latex(table, settings["name"]))

@@ -1,8 +1,9 @@
 """What a model costs: parameters and multiply-accumulates from its shapes, memory and speed measured.
 
 Conventions. A multiply-accumulate (MAC) is one multiplication and one addition, half of two "FLOPs". For T tokens:
-a dense layer of m x n weights T m n, a pair of rank r T r (m + n), attention 2 T^2 heads head_dim a block (scores and
-values; the causal half is not taken off), the head T V d. Norms, rotations, biases and activations are not counted.
+a dense layer (or a shortcut of the residual stream) of m x n weights T m n, a pair of rank r T r (m + n), attention
+2 T^2 heads head_dim a block (scores and values; the causal half is not taken off), the head T V d. Norms, rotations,
+biases and activations are not counted.
 """
 
 from __future__ import annotations
@@ -18,23 +19,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank.compression import shortcut_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.families import LinearModule, linear_modules
 from lowrank.losses import head_of
-from lowrank.modeling.modeling_rankwise import LowRankLinear
+from lowrank.modeling.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.runtime import peak_memory_mib
 
 log = logging.getLogger(__name__)
 
-CONVENTION = "T m n a dense layer, T r (m + n) a pair of rank r, 2 T^2 heads head_dim a block, T V d the head"
+CountedLayer = nn.Linear | LowRankLinear | IdentityBlockLinear
+
+CONVENTION = (
+    "T m n a dense layer or shortcut, T r (m + n) a pair of rank r, 2 T^2 heads head_dim a block, T V d the head"
+)
 
 
 def count_macs(model: PreTrainedModel, shape: ModelShape, tokens: int) -> dict[str, int]:
     """Multiply-accumulates of one forward pass over `tokens` tokens, by the conventions above."""
-    linears = tokens * sum(_weights(_module(model, linear)) for linear in linear_modules(shape))
-    attention = shape.layers * 2 * tokens**2 * shape.heads * shape.head_dim
+    modules = [(linear, _module(model, linear)) for linear in linear_modules(shape)]
+    linears = tokens * (sum(_weights(module) for _, module in modules) + shortcut_parameters(model))
+    width = sum(module.in_features for linear, module in modules if linear.type.site == "attention_output")
+    attention = 2 * tokens**2 * width
     head = tokens * head_of(model).weight.numel()
     return {"total": linears + attention + head, "linears": linears, "attention": attention, "head": head}
 
@@ -104,18 +112,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _module(model: PreTrainedModel, linear: LinearModule) -> nn.Linear | LowRankLinear:
+def _module(model: PreTrainedModel, linear: LinearModule) -> CountedLayer:
     try:
         module = model.get_submodule(linear.name)
     except AttributeError as error:
         raise RankwiseError(f"the model has no layer {linear.name}; does `shape` in the config describe it?") from error
-    if not isinstance(module, nn.Linear | LowRankLinear):
+    if not isinstance(module, CountedLayer):
         raise RankwiseError(f"{linear.name} is a {type(module).__name__}, whose cost is not known")
     return module
 
 
-def _weights(module: nn.Linear | LowRankLinear) -> int:
+def _weights(module: CountedLayer) -> int:
     """Weights of a layer without its bias: its multiply-accumulates for one token."""
     if isinstance(module, LowRankLinear):
         return int(module.down.weight.numel() + module.up.weight.numel())
+    if isinstance(module, IdentityBlockLinear):
+        return int(module.down.weight.numel() + module.rest.weight.numel())
     return module.weight.numel()

@@ -28,6 +28,7 @@ PACKAGES = (
     "gpytorch",
     "botorch",
     "deepspeed",
+    "peft",
     "lm_eval",
 )
 

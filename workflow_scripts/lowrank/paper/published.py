@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lowrank.config.outputs import ArithmeticTable, PublishedRow, Table
+from lowrank.config.outputs import ArithmeticRow, ArithmeticTable, PublishedRow, Table
 from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 
@@ -111,7 +111,22 @@ def published_problems(tables: dict[str, Table], folder: str | Path) -> list[str
                 find_published(folder, reference, f"tables.{name}.{place}")
             except RankwiseError as error:
                 problems.append(str(error))
+        for index, check in enumerate(table.checks if isinstance(table, ArithmeticTable) else ()):
+            if why := why_other_row(check):
+                problems.append(f"tables.{name}.checks[{index}]: {why}")
     return problems
+
+
+def why_other_row(check: ArithmeticRow) -> str | None:
+    """Why ranks and statistics cannot be of one published row, or None if they are."""
+    for key in KEY_COLUMNS:
+        ranks, statistics = getattr(check.ranks, key), getattr(check.statistics, key)
+        if ranks != statistics:
+            return (
+                f"the ranks are of {key} '{ranks}', the statistics of '{statistics}'; both must be published of one "
+                "model, ratio and method"
+            )
+    return None
 
 
 def published_references(table: Table) -> Iterator[tuple[str, PublishedRow]]:

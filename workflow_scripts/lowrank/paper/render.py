@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup
+from tabulate import tabulate
 
+from lowrank.paper.latex import LONG, latex_cell, latex_columns, latex_text
 from lowrank.paper.tables.data import Cell, Column, Line, TableData
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-_LATEX_CHARACTERS = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "–": "--",
-        "…": r"\ldots{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-    }
-)
-_MARKDOWN_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_|<>"})
+_MARKDOWN_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_|<>[]~&$"})
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_VISIBLE = "\ufffd"  # the replacement character
 
 
 @dataclass(frozen=True)
@@ -54,22 +37,20 @@ def to_csv(table: TableData) -> str:
 
 def to_markdown(table: TableData) -> str:
     """Title, table and notes; the best values are bold, published lines italic."""
-    frame = pd.DataFrame(
-        [[_markdown_cell(cell, line) for cell in line.cells] for line in table.lines],
-        columns=[_markdown_text(_full_title(column)) for column in table.columns],
-    )
-    body = frame.to_markdown(
-        index=False,
+    body = tabulate(
+        [[_markdown_cell(cell, line) for cell in line.cells] for line in table.lines]
+        or [[""] * len(table.columns)],  # it cannot align what has no lines
+        headers=[_markdown_text(_full_title(column)) for column in table.columns],
         tablefmt="pipe",
         disable_numparse=True,
-        colalign=[column.align for column in table.columns],
+        colalign=["right" if column.align == "right" else "left" for column in table.columns],
     )
     notes = "".join(f"\n- {_markdown_text(note)}" for note in table.notes)
     return f"**{_markdown_text(table.caption)}**\n\n{body}\n{notes}\n"
 
 
 def to_latex(table: TableData, label: str) -> str:
-    """A `table` environment to `\\input`; needs the packages booktabs and graphicx."""
+    """A `table` to `\\input`, or a `longtable` where a page does not hold it; its first line names the packages."""
     environment = jinja2.Environment(  # noqa: S701 - LaTeX, not HTML: the filter `latex` escapes
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -83,15 +64,21 @@ def to_latex(table: TableData, label: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["latex"] = latex_text
-    return environment.get_template("table.tex.j2").render(table=table, groups=groups_of(table.columns), label=label)
+    environment.filters |= {"latex": latex_text, "cell": latex_cell}
+    return environment.get_template("table.tex.j2").render(
+        table=table,
+        groups=groups_of(table.columns),
+        label=label,
+        types=latex_columns(table.columns),
+        long=len(table.lines) >= LONG,
+    )
 
 
 def to_html(table: TableData, name: str) -> str:
     """A fragment with its own style, in ASCII so that it reads right in any page's encoding."""
-    html = (
-        html_environment().get_template("table.html.j2").render(table=table, groups=groups_of(table.columns), name=name)
-    )
+    template = html_environment().get_template("table.html.j2")
+    html = template.render(table=table, grid=table.grid, groups=groups_of(table.grid.columns), name=name)
+    html = _CONTROL.sub(_VISIBLE, html)
     return html.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
@@ -123,18 +110,16 @@ def groups_of(columns: tuple[Column, ...]) -> list[Heading]:
     return groups
 
 
-def latex_text(value: Any) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return str(value).translate(_LATEX_CHARACTERS)
-
-
 def _full_title(column: Column) -> str:
     """Markdown has one row of headings, so perplexities say there what they are."""
-    return f"{column.title} (ppl)" if column.group.startswith("Perplexity") else column.title
+    if not column.group.startswith("Perplexity"):
+        return column.title
+    return f"{column.title} ({column.group.replace('Perplexity', 'ppl')})"
 
 
 def _markdown_text(text: str) -> str:
-    return text.translate(_MARKDOWN_SPECIAL)
+    """Text as it is: no mark-up, no second line, nothing that a terminal obeys."""
+    return _CONTROL.sub(_VISIBLE, text).translate(_MARKDOWN_SPECIAL).replace("\n", "<br>")
 
 
 def _markdown_cell(cell: Cell, line: Line) -> str:

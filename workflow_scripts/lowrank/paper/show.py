@@ -17,8 +17,8 @@ from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json
-from lowrank.paper.tables.accuracy import Measure, measures_of
 from lowrank.paper.tables.data import MISSING, Context
+from lowrank.paper.tables.measures import Measure, measures_of
 from lowrank.paper.tables.rows import estimate_text
 
 Record = dict[str, Any]
@@ -57,7 +57,7 @@ def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> 
     suites = {
         name: suite for name in table.suites if isinstance(suite := study.suites[name], ZeroShotSuite | PerplexitySuite)
     }
-    measures = measures_of(Context(suites=suites))
+    measures = measures_of(Context(suites=suites), table.tasks)
     console.print(Text(table.title, style="bold"))
     limits = [suite.limit for suite in suites.values() if isinstance(suite, ZeroShotSuite) and suite.limit]
     if study.smoke or limits:

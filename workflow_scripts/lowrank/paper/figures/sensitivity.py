@@ -2,66 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank.errors import RankwiseError
-from lowrank.paper.figures.style import (
+from lowrank.families import FAMILIES
+from lowrank.paper.figures.axes import (
+    TICKS_UP,
     draw_dense,
     is_wide,
-    logarithmic_axis,
     perplexity_label,
-    series_style,
+    readable_ticks,
     standard_errors,
-    style,
-    write_title,
 )
+from lowrank.paper.figures.panels import label_axes, legend_below, legend_entries, panel_grid, write_title
+from lowrank.paper.figures.style import series_style, style
 from lowrank.paper.tables.data import Json
 
 DENSE_TYPE = "dense"
+PANEL_HEIGHT = 2.5  # inches
 
 
-def sensitivity_frame(result: Json) -> pd.DataFrame:
-    """What is drawn: type, kept ratio, perplexity, standard error, removed share of all decoder linears.
+def sensitivity_frame(results: Mapping[str, Json]) -> pd.DataFrame:
+    """What is drawn: study, model, type, kept ratio, removed share of all decoder linears, perplexity, its error.
+
+    Args:
+        results: study -> what it measured.
 
     Raises:
-        RankwiseError: the result is of another kind.
+        RankwiseError: there is no result, or one is of another kind.
     """
+    if not results:
+        raise RankwiseError("a figure of sensitivity needs at least one study; name one in its `sensitivity`.")
+    records = [record for study, result in results.items() for record in _records(study, result)]
+    return pd.DataFrame(records).astype({"perplexity": "float64", "stderr": "float64"})
+
+
+def draw_sensitivity(frame: pd.DataFrame, title: str, smoke: bool = False) -> Figure:
+    """Draw the frame of `sensitivity_frame`: a panel a study, a line a type that looks the same in all panels.
+
+    The dense model is a horizontal line with a band of its standard error. All panels are logarithmic where one has
+    a wide range, each with its own limits, since models differ in perplexity more than types do.
+    """
+    studies = list(dict.fromkeys(frame["study"]))
+    parts = {study: frame[frame["study"] == study] for study in studies}
+    wide = any(is_wide(list(part["perplexity"])) for part in parts.values())
+    order = _type_order(frame)
+    with style():
+        figure, panels = panel_grid(len(studies), PANEL_HEIGHT)
+        for axes, (study, part) in zip(panels, parts.items(), strict=True):
+            _draw_panel(axes, part, order, wide)
+            axes.set_title(_panel_title(frame, study))
+        label_axes(panels, "kept ratio of the compressed type", perplexity_label(wide))
+        write_title(figure, title, smoke)
+        found = legend_entries(panels)
+        legend_below(figure, {name: found[name] for name in [DENSE_TYPE, *order]})
+    return figure
+
+
+def _records(study: str, result: Json) -> list[Json]:
     if result.get("kind") != "sensitivity":
-        raise RankwiseError(f"a result of kind '{result.get('kind')}' was given to a figure of sensitivity.")
+        raise RankwiseError(
+            f"sensitivity.{study}: a result of kind '{result.get('kind')}' was given to a figure of sensitivity. "
+            "Delete it and run the workflow again."
+        )
+    about = {"study": study, "model": result["subject"]["model"]}
     dense = {"type": DENSE_TYPE, "kept": 1.0, "removed_of_linears": 0.0, **_value(result["dense"])}
     points = [
         {"type": name, "kept": point["kept"], "removed_of_linears": point["removed"], **_value(point)}
         for name, measured in result["types"].items()
         for point in sorted(measured, key=lambda point: float(point["kept"]))
     ]
-    return pd.DataFrame([dense, *points])
+    return [about | record for record in [dense, *points]]
 
 
-def draw_sensitivity(frame: pd.DataFrame, title: str, smoke: bool = False) -> Figure:
-    """Draw the frame of `sensitivity_frame`: a line a type, the dense model as a band of its standard error."""
-    wide = is_wide(list(frame["perplexity"]))
-    with style():
-        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        if wide:
-            logarithmic_axis(axes, list(frame["perplexity"]))
-        (dense,) = frame[frame["type"] == DENSE_TYPE].to_dict(orient="records")
-        draw_dense(axes, dense["perplexity"], dense["stderr"], DENSE_TYPE)
-        series = frame[frame["type"] != DENSE_TYPE].groupby("type", sort=False)
-        for index, (name, points) in enumerate(series):
-            axes.errorbar(
-                points["kept"],
-                points["perplexity"],
-                yerr=standard_errors(points["perplexity"], points["stderr"]),
-                label=str(name),
-                **series_style(index),
-            )
-        axes.set_xlabel("kept ratio of the compressed type")
-        axes.set_ylabel(perplexity_label(wide))
-        write_title(figure, title, smoke)
-        figure.legend(loc="outside right center", frameon=False, title="compressed", alignment="left")
-    return figure
+def _type_order(frame: pd.DataFrame) -> dict[str, int]:
+    """Type -> number of its look, the same in every figure: the order in which the families list their types."""
+    known = dict.fromkeys(linear.name for family in FAMILIES.values() for linear in family.types)
+    drawn = set(frame["type"]) - {DENSE_TYPE}
+    return {name: index for index, name in enumerate(known) if name in drawn}
+
+
+def _panel_title(frame: pd.DataFrame, study: str) -> str:
+    """The model; with the study where several are about one model."""
+    names = frame[["study", "model"]].drop_duplicates()
+    (model,) = names[names["study"] == study]["model"]
+    alone = list(names["model"]).count(model) == 1
+    return str(model) if alone else f"{model}\n{study}"
+
+
+def _draw_panel(axes: Axes, frame: pd.DataFrame, order: Mapping[str, int], wide: bool) -> None:
+    if wide:
+        axes.set_yscale("log")
+    (dense,) = frame[frame["type"] == DENSE_TYPE].to_dict(orient="records")
+    draw_dense(axes, dense["perplexity"], dense["stderr"], DENSE_TYPE)
+    for name, points in frame[frame["type"] != DENSE_TYPE].groupby("type", sort=False):
+        axes.errorbar(
+            points["kept"],
+            points["perplexity"],
+            yerr=standard_errors(points["perplexity"], points["stderr"]),
+            label=str(name),
+            **series_style(order[str(name)]),
+        )
+    readable_ticks(axes.yaxis, TICKS_UP)
 
 
 def _value(measured: Json) -> Json:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lowrank.config.outputs import Table
 from lowrank.paper.tables.accuracy import build_accuracy
+from lowrank.paper.tables.agreement import build_agreement
 from lowrank.paper.tables.allocations import build_allocations
+from lowrank.paper.tables.arithmetic import build_arithmetic
 from lowrank.paper.tables.data import Context, RowResults, TableData
+from lowrank.paper.tables.generations import build_generations
 from lowrank.paper.tables.statistics import build_statistics
 from lowrank.paper.tables.times import build_times
 
 __all__ = ["Context", "RowResults", "TableData", "build_table"]
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[..., TableData]] = {
     "accuracy": build_accuracy,
     "statistics": build_statistics,
     "times": build_times,
     "allocations": build_allocations,
+    "generations": build_generations,
+    "agreement": build_agreement,
+    "arithmetic": build_arithmetic,
 }
 
 
@@ -32,4 +38,4 @@ def build_table(table: Table, rows: Sequence[RowResults], context: Context) -> T
     Raises:
         RankwiseError: results are missing, belong to another row or miss their ratio; or a published row is unknown.
     """
-    return BUILDERS[table.kind](table.title, rows, context)
+    return BUILDERS[table.kind](table, rows, context)

@@ -1,67 +1,52 @@
-"""Tables of accuracy and perplexity, methods by tasks (Tables 1, 5 and 6 of the paper)."""
+"""Tables of accuracy and perplexity, methods by tasks (Tables 1 to 6 and 10 of the paper)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank.config.outputs import RowTable
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
-from lowrank.errors import RankwiseError
 from lowrank.paper.published import Published
 from lowrank.paper.tables import rows as shared
-from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Json, Line, RowResults, TableData
+from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
+from lowrank.paper.tables.measures import (
+    PERPLEXITY,
+    TASK_TITLES,
+    Measure,
+    comparable_average,
+    match_corpora,
+    measures_of,
+)
 from lowrank.paper.tables.rows import Estimate
-
-TASK_TITLES = {
-    "boolq": "BoolQ",
-    "piqa": "PIQA",
-    "hellaswag": "HellaS.",
-    "winogrande": "WinoG.",
-    "arc_easy": "ARC-e",
-    "arc_challenge": "ARC-c",
-    "openbookqa": "OBQA",
-}
-ACCURACY = "Zero-shot accuracy (%)"
-PERPLEXITY = "Perplexity"
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One column of results.
+class Beside:
+    """Published values in the columns of a table.
 
     Attributes:
-        key: name of the CSV column; published files use the same names.
-        title, group: heading.
-        suite, kind: the evaluation that holds it.
-        read: evaluation -> (value, standard error) in the unit of the table.
-        details: evaluation -> further CSV columns (suffix -> value), e.g. how many documents were scored.
-        lower_is_better: for perplexity.
+        rows: number of a row -> what is published of it.
+        values: number of a row -> CSV column -> value.
+        corpora: published column -> CSV column of ours that it stands under.
+        alone: published perplexities of texts that are none of ours; they have columns of their own.
     """
 
-    key: str
-    title: str
-    group: str
-    suite: str
-    kind: str
-    read: Callable[[Json], tuple[float, float | None]]
-    details: Callable[[Json], Json]
-    lower_is_better: bool = False
-
-    @property
-    def digits(self) -> int:
-        """Decimals that are shown."""
-        return 2 if self.lower_is_better else 1
+    rows: dict[int, Published]
+    values: dict[int, dict[str, float | None]]
+    corpora: dict[str, str]
+    alone: list[str]
 
 
-def build_accuracy(title: str, rows: Sequence[RowResults], context: Context) -> TableData:
+def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
     """Build a table of zero-shot accuracy (percent) and perplexity.
 
     Raises:
         RankwiseError: results are missing or of another row, a method missed its ratio, or a published row is unknown.
     """
-    measures = measures_of(context)
+    measures = measures_of(context, table.tasks)
+    beside = _beside(rows, measures, context)
     estimates = [{measure.key: _estimate(measure, results) for measure in measures} for results in rows]
     kept = [shared.kept_percent(results) for results in rows]
     best = _best(rows, measures, estimates)
@@ -76,91 +61,63 @@ def build_accuracy(title: str, rows: Sequence[RowResults], context: Context) -> 
             )
             for m in measures
         ]
-        lines.append(Line((*map(Cell, texts), *cells), starts_block=starts_block))
-        records.append(_record(results, kept[index], measures, estimates[index]))
-        published = shared.published_of(results, context)
-        if published is not None:
-            values = _comparable(shared.single_values(published, results.place), context)
-            texts = [*shared.published_texts(rows, published), ""]
-            cells = [Cell(_published_text(values.get(m.key), m.digits)) for m in measures]
-            lines.append(Line((*map(Cell, texts), *cells), source="published"))
-            records.append(_published_record(published, measures, values))
+        missing = [Cell(MISSING)] * len(beside.alone)
+        lines.append(Line((*map(Cell, texts), *cells, *missing), starts_block=starts_block))
+        start = shared.record_start(results, index)
+        records.append(start | _record(results, kept[index], measures, estimates[index]))
+        if index in beside.rows:
+            lines.append(_published_line(rows, index, measures, beside))
+            start = shared.published_record(beside.rows[index], index)
+            keys = [*(m.key for m in measures), *map(_perplexity_key, beside.alone)]
+            records.append(start | {key: beside.values[index].get(key) for key in keys})
     leading = shared.leading_columns(rows)
     return TableData(
-        title=title,
-        notes=_notes(rows, context),
+        title=table.title,
+        notes=_notes(rows, context, beside),
         frame=shared.frame_of(records),
-        columns=(*leading, Column("Kept (%)"), *(Column(m.title, group=m.group) for m in measures)),
+        columns=(
+            *leading,
+            Column("Kept (%)"),
+            *(Column(m.title, group=m.group) for m in measures),
+            *(Column(name, group=f"{PERPLEXITY}, published only") for name in beside.alone),
+        ),
         lines=tuple(lines),
         heading=len(leading),
         warning=_warning(context),
     )
 
 
-def measures_of(context: Context) -> list[Measure]:
-    """The columns of results, suite by suite; a name that two suites share is preceded by its suite."""
-    measures: list[Measure] = []
-    for name, suite in context.suites.items():
-        if isinstance(suite, ZeroShotSuite):
-            measures += [_task_measure(name, task) for task in suite.tasks]
-            measures.append(_average_measure(name))
-        elif isinstance(suite, PerplexitySuite):
-            measures += [_corpus_measure(name, corpus) for corpus in suite.corpora]
-    counts = Counter(measure.key for measure in measures)
-    return [
-        measure
-        if counts[measure.key] == 1
-        else Measure(
-            **{**vars(measure), "key": f"{measure.suite}.{measure.key}", "group": f"{measure.group}: {measure.suite}"}
-        )
-        for measure in measures
-    ]
+def _beside(rows: Sequence[RowResults], measures: Sequence[Measure], context: Context) -> Beside:
+    found = {
+        index: published
+        for index, results in enumerate(rows)
+        if (published := shared.published_of(results, context)) is not None
+    }
+    printed = {index: shared.single_values(published, rows[index].place) for index, published in found.items()}
+    corpora, alone = match_corpora(measures, [name for values in printed.values() for name in values])
+    if not any(measure.kind == "perplexity" for measure in measures):
+        alone = []  # the table is not about perplexity
+    keys = {name: name for values in printed.values() for name in values}
+    keys |= {name: _perplexity_key(name) for name in alone} | corpora
+    values = {
+        index: {
+            keys[name]: value for name, value in row.items() if name != "average" or comparable_average(row, context)
+        }
+        for index, row in printed.items()
+    }
+    return Beside(found, values, corpora, alone)
 
 
-def _task_measure(suite: str, task: str) -> Measure:
-    def read(evaluation: Json) -> tuple[float, float]:
-        result = _part(evaluation, "tasks", task)
-        return _percent(result[result["metric"]]), _percent(result[f"{result['metric']}_stderr"])
-
-    def details(evaluation: Json) -> Json:
-        result = evaluation["tasks"][task]
-        return {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
-
-    return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
+def _perplexity_key(corpus: str) -> str:
+    return f"{corpus}_perplexity"
 
 
-def _average_measure(suite: str) -> Measure:
-    def read(evaluation: Json) -> tuple[float, float]:
-        return _percent(evaluation["average"]), _percent(evaluation["average_stderr"])
-
-    return Measure("average", "Average", ACCURACY, suite, "zero-shot", read, lambda evaluation: {})
-
-
-def _corpus_measure(suite: str, corpus: str) -> Measure:
-    def read(evaluation: Json) -> tuple[float, float | None]:
-        result = _part(evaluation, "corpora", corpus)
-        return result["perplexity"], result["stderr"]
-
-    def details(evaluation: Json) -> Json:
-        result = evaluation["corpora"][corpus]
-        return {"tokens": result["tokens"], "windows": result["windows"]}
-
-    key = f"{corpus}_perplexity"
-    return Measure(key, corpus, PERPLEXITY, suite, "perplexity", read, details, lower_is_better=True)
-
-
-def _percent(share: float) -> float:
-    """Percent, without the last digits that only the multiplication would add."""
-    return round(100 * share, 10)
-
-
-def _part(evaluation: Json, section: str, name: str) -> Json:
-    if name not in evaluation[section]:
-        raise RankwiseError(
-            f"an evaluation of {evaluation['subject']} lacks '{name}' in `{section}`; delete it and run again."
-        )
-    part: Json = evaluation[section][name]
-    return part
+def _published_line(rows: Sequence[RowResults], index: int, measures: Sequence[Measure], beside: Beside) -> Line:
+    values = beside.values[index]
+    texts = [*shared.published_texts(rows, beside.rows[index]), ""]
+    cells = [_published_text(values.get(m.key), m.digits) for m in measures]
+    cells += [_published_text(values.get(_perplexity_key(name)), 2) for name in beside.alone]
+    return Line((*map(Cell, texts), *map(Cell, cells)), source="published")
 
 
 def _estimate(measure: Measure, results: RowResults) -> Estimate:
@@ -187,8 +144,8 @@ def _best(
 def _record(
     results: RowResults, kept: Estimate, measures: Sequence[Measure], estimates: dict[str, Estimate]
 ) -> dict[str, Any]:
-    """A line of the CSV: accuracies and standard errors in percent, perplexities as they are."""
-    record = shared.record_start(results) | {"kept_percent": kept.value}
+    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are."""
+    record: dict[str, Any] = {"kept_percent": kept.value}
     for measure in measures:
         estimate = estimates[measure.key]
         evaluations = shared.evaluations_of(results, measure.suite, measure.kind)
@@ -200,28 +157,11 @@ def _record(
     return record | shared.evidence_record(results)
 
 
-def _published_record(
-    published: Published, measures: Sequence[Measure], values: dict[str, float | None]
-) -> dict[str, Any]:
-    return shared.published_record(published) | {m.key: values.get(m.key) for m in measures}
-
-
-def _comparable(values: dict[str, float | None], context: Context) -> dict[str, float | None]:
-    """Published values under the names of our columns; an average only where it is over the same tasks."""
-    shown = [set(suite.tasks) for suite in context.suites.values() if isinstance(suite, ZeroShotSuite)]
-    # A file that prints only the average (an ablation) means the paper's seven tasks.
-    printed = set(values) & set(TASK_TITLES).union(*shown) or set(TASK_TITLES)
-    comparable = dict(values)
-    if any(printed != tasks for tasks in shown):
-        comparable.pop("average", None)
-    return comparable | {f"{name}_perplexity": value for name, value in values.items()}
-
-
 def _published_text(value: float | None, digits: int) -> str:
     return MISSING if value is None else shared.number_text(value, digits)
 
 
-def _notes(rows: Sequence[RowResults], context: Context) -> tuple[str, ...]:
+def _notes(rows: Sequence[RowResults], context: Context, beside: Beside) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
         *shared.model_note(rows),
@@ -232,7 +172,21 @@ def _notes(rows: Sequence[RowResults], context: Context) -> tuple[str, ...]:
         *shared.seeds_note(rows),
         *(["The columns …_sd_over_seeds of the CSV hold the spread between seeds."] * (shared.most_seeds(rows) > 1)),
         *shared.published_notes(rows, context),
+        *_corpus_notes(beside),
     )
+
+
+def _corpus_notes(beside: Beside) -> list[str]:
+    """Says which published perplexity stands where: the texts and windows behind it are not ours."""
+    notes = []
+    if beside.corpora:
+        pairs = ", ".join(f"{name} under {key.removesuffix('_perplexity')}" for name, key in beside.corpora.items())
+        notes.append(
+            f"Published perplexities stand under our corpus of that name: {pairs}; text and windows may differ."
+        )
+    if beside.alone:
+        notes.append(f"No single corpus of ours answers to the published {', '.join(beside.alone)}.")
+    return notes
 
 
 def _warning(context: Context) -> str:

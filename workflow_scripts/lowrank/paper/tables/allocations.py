@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from lowrank.config.outputs import RowTable
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, Dimensions, linear_modules
@@ -16,7 +17,7 @@ DENSE = "NA"
 Ranks = dict[str, int | None]  # type of matrix -> rank; None: left dense
 
 
-def build_allocations(title: str, rows: Sequence[RowResults], context: Context) -> TableData:
+def build_allocations(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
     """Build a table of ranks. Consecutive layers with the same ranks in all types share a line.
 
     Raises:
@@ -27,7 +28,7 @@ def build_allocations(title: str, rows: Sequence[RowResults], context: Context) 
     headings = _headings(rows, context, types)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
-    for (results, starts_block), allocations in zip(shared.block_starts(rows), found, strict=True):
+    for number, ((results, starts_block), allocations) in enumerate(zip(shared.block_starts(rows), found, strict=True)):
         several_seeds = len(allocations) > 1
         texts = shared.leading_texts(rows, results)
         for seed, groups in allocations.items():
@@ -36,15 +37,16 @@ def build_allocations(title: str, rows: Sequence[RowResults], context: Context) 
                 cells = [*texts[:-1], name, _layers(first, last), *_rank_texts(headings, ranks)]
                 lines.append(Line(tuple(map(Cell, cells)), starts_block=starts_block))
                 starts_block = False
-                record = shared.record_start(results) | {"seed": seed, "first_layer": first, "last_layer": last}
+                record = shared.record_start(results, number)
+                record |= {"seed": seed, "first_layer": first, "last_layer": last}
                 records.append(record | {f"rank_{t}": ranks[t] for t in types} | shared.evidence_record(results))
         published = shared.published_of(results, context)
         if published is not None:
             lines += _published_lines(rows, published, headings)
-            records += _published_records(published)
+            records += _published_records(published, number)
     leading = shared.leading_columns(rows)
     return TableData(
-        title=title,
+        title=table.title,
         notes=(
             *shared.model_note(rows),
             f"Ranks of the low-rank factors by type of matrix and range of layers; {DENSE}: left dense. "
@@ -142,8 +144,8 @@ def _published_lines(
     return lines
 
 
-def _published_records(published: Published) -> list[dict[str, Any]]:
-    start = shared.published_record(published)
+def _published_records(published: Published, number: int) -> list[dict[str, Any]]:
+    start = shared.published_record(published, number)
     return [
         start | {"group" if key == "group" else f"rank_{key}": value for key, value in values.items()}
         for values in published.values

@@ -11,10 +11,10 @@ import pandas as pd
 
 from lowrank.config.outputs import Row
 from lowrank.config.sources import ModelShape
-from lowrank.config.suites import CostSuite, PerplexitySuite, ZeroShotSuite
+from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
 Json = dict[str, Any]
-AnySuite = PerplexitySuite | ZeroShotSuite | CostSuite
+AnySuite = PerplexitySuite | ZeroShotSuite | CostSuite | GenerationSuite
 MISSING = "–"
 
 
@@ -45,22 +45,27 @@ class Context:
     Attributes:
         suites: the suites that the table shows, in its order.
         smoke: the config says that this run is no measurement.
-        shapes: model -> shape; tables of allocations need it.
+        shapes: model -> shape; tables of allocations and of arithmetic need it.
         published_folder: folder of the published values.
+        compared: table -> the content of its CSV; tables of agreement read them.
     """
 
     suites: Mapping[str, AnySuite] = field(default_factory=dict)
     smoke: bool = False
     shapes: Mapping[str, ModelShape] = field(default_factory=dict)
     published_folder: Path = Path("config/published")
+    compared: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table that is shown; `group` is a heading above several columns."""
+    """A column of the table that is shown; `group` is a heading above several columns.
+
+    Numbers stand on the right and names on the left; `text` is for sentences, which may need several lines.
+    """
 
     title: str
-    align: Literal["left", "right"] = "right"
+    align: Literal["left", "right", "text"] = "right"
     group: str = ""
 
 
@@ -82,6 +87,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Another arrangement of a table, with columns, lines and heading as in `TableData`."""
+
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    heading: int = 1
+
+
+@dataclass(frozen=True)
 class TableData:
     """A table: full precision for machines in `frame`, rounded text for people in `columns` and `lines`.
 
@@ -91,6 +105,7 @@ class TableData:
         frame: one row a line of ours or of published values, see the column `source`.
         heading: number of first columns that name a line.
         warning: empty, or that this is no measurement; it belongs to the caption.
+        page: the arrangement for HTML, where that is another one.
     """
 
     title: str
@@ -100,6 +115,12 @@ class TableData:
     lines: tuple[Line, ...]
     heading: int = 1
     warning: str = ""
+    page: Grid | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """What HTML shows."""
+        return self.page or Grid(self.columns, self.lines, self.heading)
 
     @property
     def caption(self) -> str:

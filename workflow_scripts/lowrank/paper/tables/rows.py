@@ -15,6 +15,8 @@ from lowrank.paper.published import Published, find_published
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
 
 SCIENTIFIC = 1e5  # from here on with an exponent
+NAMING = ("source", "row", "model", "method", "label", "tuning", "target_removed_percent", "citation", "evidence")
+"""The columns of a CSV that name a line; all others hold its values."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,12 @@ def block_starts(rows: Sequence[RowResults]) -> Iterator[tuple[RowResults, bool]
         previous = block
 
 
-def record_start(results: RowResults) -> dict[str, Any]:
-    """The first columns of a CSV line of ours."""
+def record_start(results: RowResults, number: int) -> dict[str, Any]:
+    """The first columns of a CSV line of ours; `row` numbers the rows of the table, on published lines too."""
     row = results.row
     return {
         "source": "ours",
+        "row": number,
         "model": row.model,
         "method": row.method,
         "label": method_title(results),
@@ -198,11 +201,12 @@ def record_start(results: RowResults) -> dict[str, Any]:
     }
 
 
-def published_record(published: Published) -> dict[str, Any]:
-    """The first columns of a CSV line of published values."""
+def published_record(published: Published, number: int) -> dict[str, Any]:
+    """The first columns of a CSV line of published values; `row` is that of ours that they stand beside."""
     reference = published.reference
     return {
         "source": "published",
+        "row": number,
         "model": reference.model,
         "method": reference.method,
         "label": published.title,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lowrank.config.outputs import RowTable
 from lowrank.config.suites import CostSuite
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Json, Line, RowResults, TableData
@@ -14,7 +15,7 @@ MIB = 2**20
 MEASURES = ("parameters", "kept_percent", "macs", "weight_bytes", "disk_bytes")
 
 
-def build_statistics(title: str, rows: Sequence[RowResults], context: Context) -> TableData:
+def build_statistics(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
     """Build a table of counts; they are means over seeds where there are several.
 
     Raises:
@@ -25,17 +26,17 @@ def build_statistics(title: str, rows: Sequence[RowResults], context: Context) -
     units = _units(counts)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
-    for (results, starts_block), values in zip(shared.block_starts(rows), counts, strict=True):
+    for number, ((results, starts_block), values) in enumerate(zip(shared.block_starts(rows), counts, strict=True)):
         lines.append(_line(shared.leading_texts(rows, results), values, units, starts_block))
-        records.append(shared.record_start(results) | values | shared.evidence_record(results))
+        records.append(shared.record_start(results, number) | values | shared.evidence_record(results))
         published = shared.published_of(results, context)
         if published is not None:
             printed = _printed(shared.single_values(published, results.place))
             lines.append(_line(shared.published_texts(rows, published), printed, units, False, published=True))
-            records.append(shared.published_record(published) | printed)
+            records.append(shared.published_record(published, number) | printed)
     leading = shared.leading_columns(rows)
     return TableData(
-        title=title,
+        title=table.title,
         notes=_notes(rows, context, suite),
         frame=shared.frame_of(records),
         columns=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lowrank.config.outputs import RowTable
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables import rows as shared
@@ -17,7 +18,7 @@ SPEEDS = {
 }
 
 
-def build_times(title: str, rows: Sequence[RowResults], context: Context) -> TableData:
+def build_times(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
     """Build a table of measured times; values are means over seeds.
 
     Raises:
@@ -35,14 +36,14 @@ def build_times(title: str, rows: Sequence[RowResults], context: Context) -> Tab
         for (results, starts_block), values in zip(shared.block_starts(rows), measured, strict=True)
     ]
     records: list[dict[str, Any]] = [
-        shared.record_start(results)
+        shared.record_start(results, number)
         | {f"{key}_seconds" if key in STAGES else key: values.get(key) for key in keys}
         | shared.evidence_record(results)
-        for results, values in zip(rows, measured, strict=True)
+        for number, (results, values) in enumerate(zip(rows, measured, strict=True))
     ]
     leading = shared.leading_columns(rows)
     return TableData(
-        title=title,
+        title=table.title,
         notes=_notes(rows, context, suite),
         frame=shared.frame_of(records),
         columns=(*leading, *(Column(headings.get(key) or _peak_heading(key)) for key in keys)),

@@ -1,0 +1,158 @@
+"""The columns of results of a table of accuracy: what each reads, and which published value belongs under it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
+from lowrank.errors import RankwiseError
+from lowrank.paper.tables.data import Context, Json
+
+TASK_TITLES = {
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "hellaswag": "HellaS.",
+    "winogrande": "WinoG.",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "openbookqa": "OBQA",
+}
+ACCURACY = "Zero-shot accuracy (%)"
+PERPLEXITY = "Perplexity"
+PAPER_CORPORA = ("wikitext", "ptb", "c4")
+"""Columns of published files that hold perplexities."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of results.
+
+    Attributes:
+        key: name of the CSV column; published files use the same names.
+        title, group: heading; the title of a perplexity is the name of its corpus.
+        suite, kind: the evaluation that holds it.
+        read: evaluation -> (value, standard error) in the unit of the table.
+        details: evaluation -> further CSV columns (suffix -> value), e.g. how many documents were scored.
+        lower_is_better: for perplexity.
+    """
+
+    key: str
+    title: str
+    group: str
+    suite: str
+    kind: str
+    read: Callable[[Json], tuple[float, float | None]]
+    details: Callable[[Json], Json]
+    lower_is_better: bool = False
+
+    @property
+    def digits(self) -> int:
+        """Decimals that are shown."""
+        return 2 if self.lower_is_better else 1
+
+
+def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> list[Measure]:
+    """The columns of results, suite by suite; a name that two suites share is preceded by its suite.
+
+    Args:
+        context: its suites.
+        tasks: a column for each zero-shot task and their mean, or only the mean.
+    """
+    measures: list[Measure] = []
+    for name, suite in context.suites.items():
+        if isinstance(suite, ZeroShotSuite):
+            measures += [_task_measure(name, task) for task in (suite.tasks if tasks == "each" else ())]
+            measures.append(_average_measure(name))
+        elif isinstance(suite, PerplexitySuite):
+            measures += [_corpus_measure(name, corpus) for corpus in suite.corpora]
+    counts = Counter(measure.key for measure in measures)
+    return [
+        measure
+        if counts[measure.key] == 1
+        else replace(measure, key=f"{measure.suite}.{measure.key}", group=f"{measure.group}: {measure.suite}")
+        for measure in measures
+    ]
+
+
+def match_corpora(measures: Sequence[Measure], columns: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Decide under which of our perplexities the published ones stand.
+
+    A published column belongs to the corpus of that name, or whose name goes on after it with `-`, `_` or `.`:
+    `wikitext` to `wikitext-test`, but not to `wikitext103`. Where several of our columns answer to it, or none, it
+    keeps a column of its own: numbers of different texts are never mixed.
+
+    Args:
+        measures: columns of a table.
+        columns: columns of published files, of any kind.
+
+    Returns:
+        Published column -> key of our column; and the published perplexities that have none of ours.
+    """
+    accuracies = {*TASK_TITLES, "average", *(measure.key for measure in measures if measure.kind == "zero-shot")}
+    names = [name for name in dict.fromkeys(columns) if name not in accuracies]
+    owners: dict[str, list[str]] = {}
+    for measure in measures:
+        if measure.kind == "perplexity":
+            fitting = [name for name in names if re.fullmatch(rf"{re.escape(name)}([-_.].*)?", measure.title)]
+            if fitting:
+                owners.setdefault(max(fitting, key=len), []).append(measure.key)
+    placed = {name: keys[0] for name, keys in owners.items() if len(keys) == 1}
+    return placed, [name for name in names if name not in placed and (name in owners or name in PAPER_CORPORA)]
+
+
+def comparable_average(values: Mapping[str, float | None], context: Context) -> bool:
+    """Whether a published average is over the tasks that this table averages."""
+    shown = [set(suite.tasks) for suite in context.suites.values() if isinstance(suite, ZeroShotSuite)]
+    # A file that prints only the average (an ablation) means the paper's seven tasks.
+    printed = set(values) & set(TASK_TITLES).union(*shown) or set(TASK_TITLES)
+    return all(printed == tasks for tasks in shown)
+
+
+def _task_measure(suite: str, task: str) -> Measure:
+    def read(evaluation: Json) -> tuple[float, float]:
+        result = _part(evaluation, "tasks", task)
+        return _percent(result[result["metric"]]), _percent(result[f"{result['metric']}_stderr"])
+
+    def details(evaluation: Json) -> Json:
+        result = evaluation["tasks"][task]
+        return {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
+
+    return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
+
+
+def _average_measure(suite: str) -> Measure:
+    def read(evaluation: Json) -> tuple[float, float]:
+        return _percent(evaluation["average"]), _percent(evaluation["average_stderr"])
+
+    return Measure("average", "Average", ACCURACY, suite, "zero-shot", read, lambda evaluation: {})
+
+
+def _corpus_measure(suite: str, corpus: str) -> Measure:
+    def read(evaluation: Json) -> tuple[float, float | None]:
+        result = _part(evaluation, "corpora", corpus)
+        return result["perplexity"], result["stderr"]
+
+    def details(evaluation: Json) -> Json:
+        result = evaluation["corpora"][corpus]
+        return {"tokens": result["tokens"], "windows": result["windows"]}
+
+    key = f"{corpus}_perplexity"
+    return Measure(key, corpus, PERPLEXITY, suite, "perplexity", read, details, lower_is_better=True)
+
+
+def _percent(share: float) -> float:
+    """Percent, without the last digits that only the multiplication would add."""
+    return round(100 * share, 10)
+
+
+def _part(evaluation: Json, section: str, name: str) -> Json:
+    if name not in evaluation[section]:
+        raise RankwiseError(
+            f"an evaluation of {evaluation['subject']} lacks '{name}' in `{section}`; delete it and run again."
+        )
+    part: Json = evaluation[section][name]
+    return part
