@@ -1,5 +1,6 @@
 # make quickstart   a whole small study, installed and run
 # make test         the checks and the tests
+# make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # Both set up ./.venv first if it is missing.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint benchmark schema
+.PHONY: setup quickstart test lint plan benchmark memory schema
 
 setup: $(VENV)/.installed
 
@@ -32,8 +33,17 @@ lint: setup
 	PYTHONPATH=workflow_scripts mypy
 	snakemake --lint --configfile config/quickstart.yaml
 
+CONFIG ?= config/paper.yaml
+
+plan: setup
+	PYTHONPATH=workflow_scripts python -m lowrank.plan $(CONFIG)
+
 benchmark: setup
 	python tests/benchmarks/quickstart.py
+
+# Peaks of the stages on a small model, beside the plan's estimates: make memory MODEL=folder
+memory: setup
+	python tests/benchmarks/memory.py $(MODEL)
 
 # After a change of the config's sections: the schema that editors use.
 schema: setup

@@ -1,4 +1,5 @@
-# Needs a model and texts; makes calibration windows, the validation windows of the search, and type sensitivities.
+# Needs a model and texts; makes calibration windows, the validation windows of the search, and what it costs to
+# compress types of matrices or single ones.
 
 
 rule sample_calibration:
@@ -10,11 +11,13 @@ rule sample_calibration:
         f"{LOGS}/sample_calibration/{{model}}/{{calibration}}.log",
     conda:
         "../envs/rankwise.yaml"
+    resources:
+        **asks("sample_calibration"),
     params:
         settings=lambda wildcards: with_code(
             "sample_calibration",
             {
-                "calibration": STUDY.calibration[wildcards.calibration].plain(),
+                "calibration": calibration_settings(wildcards.calibration),
                 "model": wildcards.model,
             },
         ),
@@ -35,6 +38,8 @@ rule select_validation:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("select_validation"),
     params:
         settings=lambda wildcards: with_code(
             "select_validation",
@@ -56,6 +61,8 @@ rule measure_sensitivity:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("measure_sensitivity"),
     params:
         settings=lambda wildcards: with_code(
             "measure_sensitivity",
@@ -66,3 +73,24 @@ rule measure_sensitivity:
         "measuring the sensitivity of each type of matrix: {wildcards.sensitivity}"
     script:
         "../workflow_scripts/stages/measure_sensitivity.py"
+
+
+# For figures of kind predicted-loss, by their name.
+rule measure_truncations:
+    input:
+        unpack(truncation_files),
+    output:
+        f"{RUN}/truncations/{{figure}}/{{covariance}}.json",
+    log:
+        f"{LOGS}/measure_truncations/{{figure}}/{{covariance}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    resources:
+        **asks("measure_truncations"),
+    params:
+        settings=truncation_settings,
+    message:
+        "measuring what truncating single matrices costs: {wildcards.figure}, {wildcards.covariance}"
+    script:
+        "../workflow_scripts/stages/measure_truncations.py"

@@ -17,7 +17,9 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.fingerprint import fingerprint
 from lowrank.layout import Layout
+from lowrank.needs import memory_request, runtime_request
 from lowrank.paper.published import published_problems, published_references
+from lowrank.resources import LAYERS_PER_PASS, LAYERWISE, Estimator
 from lowrank.stage import share_library
 
 share_library(SCRIPTS)
@@ -124,6 +126,11 @@ def local_files(source):
     return sorted(str(file) for file in path.glob(getattr(source, "file", None) or "*") if file.is_file())
 
 
+def calibration_settings(name):
+    """What decides the windows themselves; how many of them are used for gradients does not."""
+    return {key: value for key, value in STUDY.calibration[name].plain().items() if key != "gradient_windows"}
+
+
 def model_sources(name):
     """What a model is fetched from on this machine: files of a `path:`, or the model that lends its tokenizer."""
     source = STUDY.models[name].source
@@ -223,14 +230,32 @@ def table_settings(wildcards):
 
 
 def figure_settings(wildcards):
+    figure = STUDY.figures[wildcards.figure]
+    methods = {name: STUDY.method(name) for name in figure.methods} if figure.kind == "search" else {}
+    judges = {
+        name: {"validation": method.validation, "search": STUDY.search[method.search].plain()}
+        for name, method in methods.items()
+        if method.search
+    }
     return with_code(
         "draw_figure",
         {
             "name": wildcards.figure,
-            "figure": STUDY.figures[wildcards.figure].plain(),
+            "figure": figure.plain(),
             "results": LAYOUT.figure_results(wildcards.figure),
             "smoke": STUDY.smoke,
-        },
+        }
+        | ({"judges": judges} if judges else {}),
+    )
+
+
+def truncation_settings(wildcards):
+    """All that a figure of predicted losses says of its measurements; not how it is drawn."""
+    plain = STUDY.figures[wildcards.figure].plain()
+    study = {key: value for key, value in plain.items() if key not in ("kind", "title")}
+    return with_code(
+        "measure_truncations",
+        model_settings(study["model"]) | {"truncations": study | {"covariance": wildcards.covariance}},
     )
 
 
@@ -272,6 +297,22 @@ def model_files(model):
     return {"model": ancient(f"{RUN}/models/{model}"), "model_manifest": f"{RUN}/models/{model}.json"}
 
 
+def statistics_files(model, calibration):
+    folder = f"{RUN}/statistics/{model}/{calibration}"
+    return {"statistics": ancient(f"{folder}/layers"), "statistics_manifest": f"{folder}/manifest.json"}
+
+
+def basis_files(wildcards):
+    """Statistics and, where the preset uses them, gradients."""
+    folder = f"{RUN}/{{}}/{wildcards.model}/{wildcards.calibration}"
+    files = {"layers": ancient(folder.format("statistics") + "/layers")}
+    files["manifest"] = folder.format("statistics") + "/manifest.json"
+    if STUDY.covariance[wildcards.covariance].gradients != "none":
+        files["gradients"] = ancient(folder.format("gradients") + "/layers")
+        files["gradients_manifest"] = folder.format("gradients") + "/manifest.json"
+    return files
+
+
 def bases_files(model, calibration, covariance):
     folder = LAYOUT.bases(model, calibration, covariance)
     return {"bases": ancient(f"{folder}/layers"), "bases_manifest": f"{folder}/manifest.json"}
@@ -308,6 +349,15 @@ def searching_methods():
     return [name for name in STUDY.methods if STUDY.method(name).search]
 
 
+def truncation_files(wildcards):
+    figure = STUDY.figures[wildcards.figure]
+    return (
+        model_files(figure.model)
+        | corpus_files(figure.corpus)
+        | bases_files(figure.model, figure.calibration, wildcards.covariance)
+    )
+
+
 def search_files(wildcards):
     """Bases, validation windows and, for a transfer, the allocation that was found for another model."""
     method = STUDY.method(wildcards.method)
@@ -321,9 +371,13 @@ def search_files(wildcards):
 
 
 def compression_files(wildcards):
-    """A preset with a covariance reads bases, one with a search reads an allocation."""
+    """A preset with a covariance reads bases, one with a search an allocation; a method may read its calibration too."""
     method = STUDY.method(wildcards.method)
     files = model_files(wildcards.model)
+    if "statistics" in method.reads:
+        files |= statistics_files(wildcards.model, method.calibration)
+    if "tokens" in method.reads:
+        files["tokens"] = f"{RUN}/calibration/{wildcards.model}/{method.calibration}.safetensors"
     if method.covariance:
         files |= bases_files(wildcards.model, method.calibration, method.covariance)
     if method.search:
@@ -357,3 +411,48 @@ def published_files(wildcards):
     """The published values that a table shows beside ours."""
     references = published_references(STUDY.tables[wildcards.table])
     return sorted({f"{CONFIG}/published/{reference.file}.csv" for _, reference in references})
+
+
+# --- resources: what a job asks its cluster for. Sizes are estimated in lowrank.resources; the site's part is in its
+# profile. On one machine they bind nothing: Snakemake limits memory and GPUs only if `--resources` says how much there is.
+
+
+def of_site(name):
+    """A value that the profile gives under `default-resources`, as text, or None."""
+    found = workflow.resource_settings._parsed_default_resources.get(name)
+    return None if found is None or found.raw is None else str(found.raw).strip("'\"")
+
+
+def of_rule(rule, name, default):
+    """A number that the profile gives a rule under `set-resources`, or the default."""
+    found = workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).get(name)
+    return default if found is None or found.raw is None else int(found.raw)
+
+
+ESTIMATOR = Estimator(STUDY, **{name: of_rule(name, "layers_per_pass", LAYERS_PER_PASS) for name in LAYERWISE})
+
+
+def gpus(rule, wildcards):
+    """How many GPUs a job holds: none if it does not compute on one, or if the profile hands out none."""
+    each = of_site("gpus_per_job")
+    if each is None and workflow.non_local_exec:
+        raise WorkflowError(
+            "the profile does not say whether jobs get GPUs. Add `gpus_per_job: 1` to its `default-resources`, or "
+            "`gpus_per_job: 0` to compute on CPUs (options on the command line replace those of the profile)."
+        )
+    return of_rule(rule, "gpu", int(each or 0)) if ESTIMATOR.need(rule, wildcards).gpu else 0
+
+
+def asks(rule):
+    """The resources of a rule that may run as a job of a cluster."""
+    return {
+        "gpu": lambda wildcards: gpus(rule, wildcards) or None,
+        "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
+        "gpu_model": lambda wildcards: of_site("gpu_type") if gpus(rule, wildcards) else None,
+        "mem_mb": lambda wildcards, attempt: memory_request(
+            ESTIMATOR.need(rule, wildcards), gpus(rule, wildcards), attempt
+        ),
+        "runtime": lambda wildcards, attempt, threads: runtime_request(
+            ESTIMATOR.need(rule, wildcards), gpus(rule, wildcards), threads, attempt
+        ),
+    }

@@ -12,6 +12,8 @@ rule compress_model:
     conda:
         "../envs/rankwise.yaml"
     threads: 4
+    resources:
+        **asks("compress_model"),
     params:
         settings=lambda wildcards: with_code(
             "compress_model",

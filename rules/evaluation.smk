@@ -1,4 +1,4 @@
-# Needs a checkpoint; makes one JSON a suite: perplexity, zero-shot accuracy, cost.
+# Needs a checkpoint; makes one JSON a suite: perplexity, zero-shot accuracy, cost, generated text.
 
 
 rule evaluate_perplexity:
@@ -13,6 +13,8 @@ rule evaluate_perplexity:
     conda:
         "../envs/rankwise.yaml"
     threads: 4
+    resources:
+        **asks("evaluate_perplexity"),
     params:
         settings=lambda wildcards: evaluation_settings("evaluate_perplexity", wildcards),
     message:
@@ -33,6 +35,8 @@ rule evaluate_zero_shot:
     conda:
         "../envs/rankwise.yaml"
     threads: 4
+    resources:
+        **asks("evaluate_zero_shot"),
     params:
         settings=lambda wildcards: evaluation_settings("evaluate_zero_shot", wildcards),
     message:
@@ -53,9 +57,33 @@ rule evaluate_cost:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("evaluate_cost"),
     params:
         settings=lambda wildcards: evaluation_settings("evaluate_cost", wildcards),
     message:
         "cost ({wildcards.suite}) of {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
     script:
         "../workflow_scripts/stages/evaluate_cost.py"
+
+
+rule evaluate_generation:
+    input:
+        unpack(checkpoint_files),
+    output:
+        EVALUATION,
+    log:
+        f"{LOGS}/evaluate_generation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.log",
+    wildcard_constraints:
+        suite=one_of(suites_of("generation")),
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 4
+    resources:
+        **asks("evaluate_generation"),
+    params:
+        settings=lambda wildcards: evaluation_settings("evaluate_generation", wildcards),
+    message:
+        "continuing prompts ({wildcards.suite}) with {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
+    script:
+        "../workflow_scripts/stages/evaluate_generation.py"

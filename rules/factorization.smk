@@ -1,4 +1,4 @@
-# Needs calibration windows; makes the per-layer moments of the inputs, and the principal bases of the outputs.
+# Needs calibration windows; makes the per-layer moments of inputs and of loss gradients, and the bases of the outputs.
 
 
 rule collect_statistics:
@@ -14,8 +14,9 @@ rule collect_statistics:
         "../envs/rankwise.yaml"
     threads: 8
     resources:
+        **asks("collect_statistics"),
         # Blocks whose accumulators are held at once: memory against passes, never a different result.
-        layers_per_pass=8,
+        layers_per_pass=LAYERS_PER_PASS,
     params:
         settings=lambda wildcards: with_code(
             "collect_statistics",
@@ -27,11 +28,41 @@ rule collect_statistics:
         "../workflow_scripts/stages/collect_statistics.py"
 
 
+# Only for presets of `covariance` that name `gradients`.
+rule collect_gradients:
+    input:
+        unpack(lambda wildcards: model_files(wildcards.model)),
+        tokens=f"{RUN}/calibration/{{model}}/{{calibration}}.safetensors",
+    output:
+        layers=directory(f"{RUN}/gradients/{{model}}/{{calibration}}/layers"),
+        manifest=f"{RUN}/gradients/{{model}}/{{calibration}}/manifest.json",
+    log:
+        f"{LOGS}/collect_gradients/{{model}}/{{calibration}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    resources:
+        **asks("collect_gradients"),
+        layers_per_pass=LAYERS_PER_PASS,
+    params:
+        settings=lambda wildcards: with_code(
+            "collect_gradients",
+            model_settings(wildcards.model)
+            | {
+                "state": LAYOUT.state,
+                "windows": STUDY.calibration[wildcards.calibration].gradient_windows,
+            },
+        ),
+    message:
+        "collecting loss gradients of {wildcards.model} on {wildcards.calibration}"
+    script:
+        "../workflow_scripts/stages/collect_gradients.py"
+
+
 rule compute_bases:
     input:
         unpack(lambda wildcards: model_files(wildcards.model)),
-        layers=ancient(f"{RUN}/statistics/{{model}}/{{calibration}}/layers"),
-        manifest=f"{RUN}/statistics/{{model}}/{{calibration}}/manifest.json",
+        unpack(basis_files),
     output:
         layers=directory(f"{RUN}/bases/{{model}}/{{calibration}}/{{covariance}}/layers"),
         manifest=f"{RUN}/bases/{{model}}/{{calibration}}/{{covariance}}/manifest.json",
@@ -40,6 +71,8 @@ rule compute_bases:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("compute_bases"),
     params:
         settings=lambda wildcards: with_code(
             "compute_bases",

@@ -14,6 +14,8 @@ rule post_train:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("post_train"),
     params:
         settings=post_training_settings,
     message:

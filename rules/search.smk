@@ -14,6 +14,8 @@ rule search_allocation:
     conda:
         "../envs/rankwise.yaml"
     threads: 8
+    resources:
+        **asks("search_allocation"),
     params:
         settings=search_settings,
     message:

@@ -38,6 +38,17 @@ SMOLLM = {  # SmolLM2-135M, a real shape with grouped queries
     "vocabulary": 49152,
     "tied_embeddings": True,
 }
+LLAMA_2_7B = {
+    "family": "llama",
+    "layers": 32,
+    "hidden": 4096,
+    "intermediate": 11008,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "vocabulary": 32000,
+    "tied_embeddings": False,
+}
 HIDDEN, INTERMEDIATE, LAYERS, HEAD_DIM = 64, 160, 2, 16
 
 
@@ -196,6 +207,7 @@ def config(folder: Path) -> dict[str, Any]:
         {**row, "method": "bolaco"},
         {**row, "method": "bolaco", "tuning": "scales"},
     ]
+    published = {"model": "llama-2-7b", "method": "bolaco-5x1", "ratio": 20}
     return {
         "run": "tiny",
         "smoke": True,
@@ -204,7 +216,17 @@ def config(folder: Path) -> dict[str, Any]:
                 "source": {"path": str(folder / "model")},
                 "shape": shape("llama-gqa", len(tokenizer())),
                 "max_length": 256,
-            }
+            },
+            "random": {
+                "source": {"random": 1, "tokenizer": "tiny"},
+                "shape": shape("mistral", len(tokenizer())),
+                "max_length": 256,
+            },
+            "llama-2-7b": {  # for the table of arithmetic, which needs a shape and no weights
+                "source": {"hub": "meta-llama/Llama-2-7b-hf", "revision": "0" * 40},
+                "shape": LLAMA_2_7B,
+                "max_length": 256,
+            },
         },
         "corpora": {name: {"source": {"path": str(folder / f"{name}.jsonl")}, "format": "jsonl"} for name in names},
         "instructions": {"tiny": {"source": {"path": str(folder / "instructions.jsonl")}, "format": "jsonl"}},
@@ -212,7 +234,11 @@ def config(folder: Path) -> dict[str, Any]:
             name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in metrics
         },
         "calibration": {"c8": {"corpus": "calibration", "windows": 8, "length": 64}},
-        "covariance": {"pooled": {"estimator": "pooled", "groups": 4}, "naive": {"estimator": "naive"}},
+        "covariance": {
+            "pooled": {"estimator": "pooled", "groups": 4},
+            "naive": {"estimator": "naive"},
+            "fisher": {"estimator": "pooled", "groups": 4, "gradients": "weigh"},
+        },
         "validation": {
             "top3": {
                 "corpora": ["validation"],
@@ -221,7 +247,7 @@ def config(folder: Path) -> dict[str, Any]:
                 "select": {"keep": 3, "allocations": 3, "groups": 2, "calibration": "c8", "covariance": "pooled"},
             }
         },
-        "search": {"bo": {"evaluations": 6, "initial": 3}},
+        "search": {"bo": {"evaluations": 6, "initial": 3}, "direct": {"evaluations": 1, "initial": 1, "start": []}},
         "sensitivity": {
             "types": {
                 "model": "tiny",
@@ -244,9 +270,20 @@ def config(folder: Path) -> dict[str, Any]:
                 "validation": "top3",
                 "search": "bo",
             },
+            "rankwise": {"kind": "rankwise", "calibration": "c8", "covariance": "fisher"},
+            "flap": {"kind": "flap", "calibration": "c8"},
+            "transferred": {
+                "kind": "bolaco",
+                "calibration": "c8",
+                "covariance": "pooled",
+                "validation": "top3",
+                "search": "direct",
+                "transfer": {"model": "tiny", "method": "bolaco"},
+            },
         },
         "tuning": {
             "scales": {
+                "kind": "scaled-subspace",
                 "instructions": "tiny",
                 "rank": 4,
                 "steps": 3,
@@ -263,6 +300,7 @@ def config(folder: Path) -> dict[str, Any]:
             "held-out": {"kind": "perplexity", "corpora": ["test-a", "test-b", "test-c"], "length": 64, "windows": 2},
             "zero-shot": {"kind": "zero-shot", "limit": 3, "max_length": 128, "tasks": metrics},
             "cost": {"kind": "cost", "prompt_tokens": 16, "new_tokens": 4, "repeats": 1},
+            "prompts": {"kind": "generation", "prompts": ["a word", "another"], "new_tokens": 5},
         },
         "tables": {
             "table_1": {
@@ -272,6 +310,31 @@ def config(folder: Path) -> dict[str, Any]:
                 "rows": [
                     {**rows[0], "published": {"file": "table_1", "model": "llama-2-7b", "method": "dense", "ratio": 0}},
                     *rows[1:],
+                ],
+            },
+            "table_2": {
+                "kind": "accuracy",
+                "title": "Means",
+                "suites": ["held-out", "zero-shot"],
+                "tasks": "mean",
+                "rows": [*rows[:3], {**row, "method": "rankwise"}, {**row, "method": "flap"}],
+            },
+            "table_9": {"kind": "generations", "title": "Texts", "suites": ["prompts"], "rows": [rows[0], *rows[3:]]},
+            "table_10": {
+                "kind": "allocations",
+                "title": "Transferred",
+                "rows": [{**row, "model": "random", "method": "transferred"}],
+            },
+            "agreement": {"kind": "agreement", "title": "Agreement", "tables": ["table_1"]},
+            "arithmetic": {
+                "kind": "arithmetic",
+                "title": "Arithmetic",
+                "checks": [
+                    {
+                        "model": "llama-2-7b",
+                        "ranks": {"file": "table_8", **published},
+                        "statistics": {"file": "table_7", **published},
+                    }
                 ],
             },
             "table_7": {"kind": "statistics", "title": "Statistics", "suites": ["cost"], "rows": rows[:4]},
@@ -286,6 +349,14 @@ def config(folder: Path) -> dict[str, Any]:
                 "model": "tiny",
                 "suite": "held-out",
                 "methods": ["svd", "lord", "bolaco"],
+                "ratios": [20],
+            },
+            "figure_5": {"kind": "comparison", "title": "Comparison", "suite": "held-out", "rows": rows},
+            "figure_6": {
+                "kind": "search",
+                "title": "Search",
+                "model": "tiny",
+                "methods": ["bolaco"],
                 "ratios": [20],
             },
         },

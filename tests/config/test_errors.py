@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from wrong import GONE, MODEL, ROW, SELECT, SHAPE, SOURCE, Change, changed, errors_of
 
+from lowrank.methods import method_modules
+
 NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 80), not"
 TOP = ", ".join(
     [
@@ -24,7 +26,8 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
         ("search", "bo-10", "estimator"),
         "naive",
         "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, "
-        "kl_direction, kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, start_at, upper)",
+        "kl_direction, kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, "
+        "start_at, upper)",
     ),
     ((*SHAPE, "layer"), 3, "models.smollm2-135m.shape.layer: unknown key - did you mean 'layers'?"),
     ((*SOURCE, "sha"), "0", "models.smollm2-135m.source.sha: unknown key - did you mean 'sha256'?"),
@@ -48,6 +51,7 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*ROW, "model"), GONE, f"tables.table_1.rows[1].model: missing; it {NAME.removesuffix(', not')}"),
 ]
 
+METHODS = ", ".join(method_modules())
 CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("tables", "table_1", "kind"),
@@ -68,9 +72,9 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("methods", "svd", "kind"),
         "SVD",
-        "methods.svd.kind: 'SVD' is not one of bolaco, dense, lord, svd - did you mean 'svd'?",
+        f"methods.svd.kind: 'SVD' is not one of {METHODS} - did you mean 'svd'?",
     ),
-    (("methods", "svd", "kind"), ["svd"], "methods.svd.kind: a list is not one of bolaco, dense, lord, svd"),
+    (("methods", "svd", "kind"), ["svd"], f"methods.svd.kind: a list is not one of {METHODS}"),
     (
         (*SHAPE, "family"),
         "gpt2",

@@ -117,7 +117,7 @@ SENSE: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("tables", "table_1", "rows", 0, "tuning"),
         "scales",
-        "tables.table_1.rows[0].tuning: post-training works on low-rank factors, and this row is dense",
+        "tables.table_1.rows[0].tuning: post-training heals what compression did, and this row is dense",
     ),
     (
         ("figures", "figure_3", "methods", 0),

@@ -59,10 +59,12 @@ def results(study: Path, pattern: str) -> list[Path]:
 def test_everything_that_was_asked_for_is_there(study: Path) -> None:
     tables = {path.name for path in results(study, "tables/*")}
     assert tables == {
-        f"{name}.{kind}" for name in ("table_1", "table_7", "table_8", "times") for kind in ("csv", "md", "tex", "html")
+        f"{name}.{kind}"
+        for name in (*(f"table_{number}" for number in (1, 2, 7, 8, 9, 10)), "agreement", "arithmetic", "times")
+        for kind in ("csv", "md", "tex", "html")
     }
     figures = {path.name for path in results(study, "figures/*")}
-    assert figures == {f"{name}.{kind}" for name in ("figure_1", "figure_3") for kind in ("pdf", "png", "csv")}
+    assert figures == {f"figure_{number}.{kind}" for number in (1, 3, 5, 6) for kind in ("pdf", "png", "csv")}
     report = (study / "results/tiny/report.html").read_text()
     assert "Accuracy" in report
     assert "Sensitivity" in report

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank.checkpoint import replace_linears, save_checkpoint
-from lowrank.config.presets import Tuning
+from lowrank.checkpoint import replace_modules, save_checkpoint
+from lowrank.config.presets import parse_tuning
 from lowrank.factors import LowRankFactors
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob
@@ -32,7 +32,7 @@ def tiny_model(compressed: bool = True) -> LlamaForCausalLM:
         u, s, v = torch.linalg.svd(model.get_submodule(name).weight.detach(), full_matrices=False)
         factors[name] = LowRankFactors(v[:6], u[:, :6] * s[:6], torch.full((len(u),), 0.01))
     if compressed:
-        replace_linears(model, factors)
+        replace_modules(model, factors)
     return model
 
 
@@ -55,11 +55,12 @@ def some_rows(count: int, seed: int) -> Examples:
 def a_job(checkpoint: Path, folder: Path, deepspeed: str = "zero2", seed: int = 0, **changes: Any) -> TrainingJob:
     """A job on the tiny model whose rows lie in its folder."""
     values = {
-        "instructions": "rows", "rank": 4, "learning_rate": 0.02, "steps": 6, "batch_size": 8, "micro_batch_size": 4,
-        "warmup_steps": 1, "validation_examples": 6, "evaluate_every": 2, "dtype": "float32",
+        "kind": "scaled-subspace", "instructions": "rows", "rank": 4, "learning_rate": 0.02, "steps": 6,
+        "batch_size": 8, "micro_batch_size": 4, "warmup_steps": 1, "validation_examples": 6, "evaluate_every": 2,
+        "dtype": "float32",
     } | changes  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     some_rows(20, seed=1).save(folder / TRAIN_FILE)
     some_rows(6, seed=2).save(folder / VALIDATION_FILE)
     engine = json.loads((REPOSITORY / "config" / "deepspeed" / f"{deepspeed}.json").read_text())
-    return TrainingJob(str(checkpoint), str(folder), Tuning.model_validate(values).plain(), engine, seed)
+    return TrainingJob(str(checkpoint), str(folder), parse_tuning(values).plain(), engine, seed)

@@ -17,7 +17,7 @@ from lowrank.checkpoint import (
     load_checkpoint,
     load_tokenizer,
     recipe_of,
-    replace_linears,
+    replace_modules,
     save_checkpoint,
 )
 from lowrank.compression import count_parameters
@@ -54,7 +54,7 @@ def compressed(kind: str, rank: int = 8, bias: bool = True) -> tuple[torch.nn.Mo
                     torch.randn(rank, n) / 8, torch.randn(m, rank) / 8, torch.randn(m) if bias else None
                 )
                 factors[name] = pair
-    replace_linears(model, factors)
+    replace_modules(model, factors)
     return model, factors
 
 
@@ -128,8 +128,8 @@ def test_factors_that_overflow_name_the_layer() -> None:
     model = tiny.model("llama-gqa").half()
     name = "model.layers.1.mlp.up_proj"
     m, n = model.get_submodule(name).weight.shape
-    with pytest.raises(RankwiseError, match=f"{name}: its factors are not finite in torch.float16"):
-        replace_linears(model, {name: LowRankFactors(torch.full((8, n), 1e6), torch.ones(m, 8))})
+    with pytest.raises(RankwiseError, match=f"{name}: its new weights are not finite in torch.float16"):
+        replace_modules(model, {name: LowRankFactors(torch.full((8, n), 1e6), torch.ones(m, 8))})
 
 
 def damage(folder: Path, what: str) -> None:

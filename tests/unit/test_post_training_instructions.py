@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lowrank.config.presets import Tuning
+from lowrank.config.presets import ScaledSubspaceTuning, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.post_training.instructions import IGNORED, Examples, prompt_of, read_rows, split, tokenise
 
@@ -38,6 +38,13 @@ def test_prompt_is_the_published_format() -> None:
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd {these}.\n\n### Response:\n"
     )
+
+
+def test_the_papers_settings_are_the_defaults() -> None:
+    tuning = ScaledSubspaceTuning(kind="scaled-subspace", instructions="alpaca")
+    assert (tuning.rank, tuning.subspace, tuning.learning_rate) == (256, "random", 2e-3)
+    assert (tuning.batch_size, tuning.steps, tuning.epochs, tuning.warmup_steps) == (64, None, 2, 100)
+    assert (tuning.max_length, tuning.mask_prompt, tuning.validation_examples) == (256, True, 2000)
 
 
 def test_only_the_response_and_the_end_are_scored(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from lowrank.checkpoint import load_checkpoint
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
+from lowrank.post_training.adapters import trained_numbers
 from lowrank.post_training.job import Progress
 from lowrank.post_training.launch import launch
-from lowrank.post_training.subspace import SubspaceVectors
+from lowrank.post_training.subspace import SubspaceVectors, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
@@ -80,9 +81,9 @@ def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: P
 
 
 def test_the_description_counts_both_vectors() -> None:
-    vectors = {"a": SubspaceVectors(torch.arange(2), torch.ones(2), torch.ones(8))}
+    vectors = pack_vectors({"a": SubspaceVectors(torch.arange(2), torch.ones(2), torch.ones(8))})
     progress = Progress(step=3, loss=[(1, 2.0)], validation=[(0, 3.0), (3, 2.5)], best=3, seconds=1.5)
-    described = describe_training(progress, vectors, parameters=1000, processes=2)
+    described = describe_training(progress, trained_numbers(vectors), parameters=1000, processes=2)
     assert described["trainable"] == 10
     assert described["trainable_share"] == 0.01
     assert described["best_step"] == 3

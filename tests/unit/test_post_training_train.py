@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from post_training_samples import REPOSITORY, a_job, save_tiny_model, some_rows, tiny_model
 from torch import nn
 
-from lowrank.config.presets import Tuning
+from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.post_training.instructions import IGNORED
@@ -54,10 +55,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def plain_training(tuning: Tuning, seed: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+def plain_training(model: nn.Module, tuning: Tuning, seed: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     """What the paper's training is, with none of our loop: full batches, full logits, torch's AdamW."""
-    model = tiny_model()
-    attach_subspaces(model, tuning.rank, tuning.subspace, seed)
     rows = some_rows(20, seed=1)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1.0, weight_decay=tuning.weight_decay)
@@ -82,11 +81,56 @@ def test_every_shipped_engine_trains_as_plain_torch_does(engine: str, checkpoint
     trainer = Trainer(job)
     trainer.validate()
     trainer.run()
-    expected, losses = plain_training(Tuning(**job.tuning), job.seed)
+    tuning, model = ScaledSubspaceTuning(**job.tuning), tiny_model()
+    attach_subspaces(model, tuning.rank, tuning.subspace, job.seed)
+    expected, losses = plain_training(model, tuning, job.seed)
     assert [loss for _, loss in trainer.progress.loss] == pytest.approx(losses, rel=1e-5)
     for name, learnt in trainer.vectors().items():
         for field in ("inner", "outer"):
             torch.testing.assert_close(vars(learnt)[field], expected[f"{name}.{field}"], rtol=1e-3, atol=2e-6)
+
+
+class PlainLora(nn.Module):
+    """LoRA as its paper writes it, without dropout."""
+
+    def __init__(self, weight: nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.weight, self.scale = weight, scale
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight(x) + self.scale * (x @ self.a.T) @ self.b.T
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_trains_in_the_same_loop_as_plain_torch_does(engine: str, checkpoint: Path, tmp_path: Path) -> None:
+    job = a_job(checkpoint, tmp_path, deepspeed=engine, kind="lora", dropout=0.0, alpha=12.0)
+    trainer = Trainer(job)
+    model = tiny_model().requires_grad_(False)
+    for name, learnt in trainer.vectors().items():
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, child, PlainLora(getattr(module, child), learnt.a.clone(), learnt.b.clone(), scale=12 / 4))
+    trainer.validate()
+    trainer.run()
+    expected, losses = plain_training(model, LoraTuning(**job.tuning), job.seed)
+    assert len(expected) == 2 * 2 * (3 + 2 * 4)  # two matrices, two blocks of three dense layers and four pairs
+    assert [loss for _, loss in trainer.progress.loss] == pytest.approx(losses, rel=1e-5)
+    for name, learnt in trainer.vectors().items():
+        for field in ("a", "b"):
+            torch.testing.assert_close(vars(learnt)[field], expected[f"{name}.{field}"], rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_is_drawn_in_steps_and_not_in_validation(checkpoint: Path, tmp_path: Path) -> None:
+    without, first, again, other = (
+        train(a_job(checkpoint, tmp_path / str(n), kind="lora", dropout=dropout, steps=2, seed=seed))
+        for n, (dropout, seed) in enumerate([(0.0, 0), (0.5, 0), (0.5, 0), (0.5, 1)])
+    )
+    assert first.validation[0] == pytest.approx(without.validation[0], rel=1e-6)
+    assert first.loss[0] == pytest.approx(without.loss[0], rel=1e-6)  # updates are zero before the first step
+    assert first.loss[1] != pytest.approx(without.loss[1], rel=1e-6)
+    assert first == replace(again, seconds=first.seconds)
+    assert first.loss != other.loss
 
 
 def test_vectors_move_the_loss_falls_and_the_rest_stays(checkpoint: Path, tmp_path: Path) -> None:
@@ -133,10 +177,12 @@ def test_the_best_vectors_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deepspeed").glob("step*")] == ["step12"]
 
 
+@pytest.mark.parametrize("kind", ["scaled-subspace", "lora"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_job_gives_the_same_bits(engine: str, checkpoint: Path, tmp_path: Path) -> None:
-    whole = train(a_job(checkpoint, tmp_path / "whole", deepspeed=engine))
-    job = a_job(checkpoint, tmp_path / "cut", deepspeed=engine)
+def test_a_resumed_job_gives_the_same_bits(engine: str, kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """LoRA has dropout here, which is drawn anew."""
+    whole = train(a_job(checkpoint, tmp_path / "whole", deepspeed=engine, kind=kind))
+    job = a_job(checkpoint, tmp_path / "cut", deepspeed=engine, kind=kind)
     first = Trainer(job)
     first.validate()
     done = [first.train_step(step) for step in range(2)]
@@ -151,6 +197,15 @@ def test_a_resumed_job_gives_the_same_bits(engine: str, checkpoint: Path, tmp_pa
     ours, theirs = (load_tensors(vectors_file(tmp_path / name, whole.best)) for name in ("cut", "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_job_has_nothing_left_to_do(checkpoint: Path, tmp_path: Path) -> None:
+    """A job of several stages meets its finished ones again when it goes on."""
+    job = a_job(checkpoint, tmp_path, kind="lora", stages=["up"], steps=2)
+    done = train(job)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train(job) == done
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 @pytest.mark.parametrize(("layer", "what"), [("mlp.down_proj", "loss"), ("self_attn.q_proj", "(loss|gradient)")])

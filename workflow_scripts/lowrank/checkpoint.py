@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
-from lowrank.factors import LowRankFactors
 from lowrank.families import FAMILIES, Family
 from lowrank.files import atomic_path, link_or_copy, sha256_file
 from lowrank.modeling import modeling_rankwise
-from lowrank.modeling.modeling_rankwise import LowRankLinear
+from lowrank.replacements import KeptHeads, Replacements, ResidualShortcuts
 
 log = logging.getLogger(__name__)
 
@@ -98,36 +97,34 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def recipe_of(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What each module became, as `config.json` stores it; read off the model itself."""
-    return {
-        name: {"kind": "low_rank", "rank": module.rank, "bias": module.up.bias is not None}
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear)
-    }
+    return {name: module.recipe_entry() for name, module in model.named_modules() if hasattr(module, "recipe_entry")}
 
 
-def replace_linears(model: PreTrainedModel, factors: dict[str, LowRankFactors]) -> None:
-    """Put low-rank layers into a model, in place, in the dtype and on the device of the layers they replace.
+def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
+    """Change modules of a model, in place, in its dtype and on its device.
 
     Raises:
-        RankwiseError: a factor is not finite; the layer is named.
+        RankwiseError: a new weight is not finite; the module is named.
     """
-    for name, pair in factors.items():
+    for name, replacement in replacements.items():
         parent, _, child = name.rpartition(".")
-        dense = model.get_submodule(name)
-        layer = pair.as_module(dense.weight.dtype, dense.weight.device)
-        for parameter in layer.parameters():
+        if isinstance(replacement, KeptHeads | ResidualShortcuts):
+            replacement.change(model.get_submodule(name), model.dtype, model.device)
+        else:
+            setattr(model.get_submodule(parent), child, replacement.as_module(model.dtype, model.device))
+    for name in replacements:
+        for parameter in model.get_submodule(name).parameters():
             if not bool(parameter.isfinite().all()):
                 raise RankwiseError(
-                    f"{name}: its factors are not finite in {parameter.dtype}. "
+                    f"{name}: its new weights are not finite in {parameter.dtype}. "
                     "Set `dtype: float32` for this model in the config, or look for outliers in its statistics."
                 )
-        setattr(model.get_submodule(parent), child, layer)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer_from: str | Path, target: str | Path) -> dict[str, str]:
     """Write a checkpoint folder, atomically: safetensors, config with recipe, model code, tokenizer.
 
-    A model without low-rank layers is written as a plain checkpoint of its base architecture.
+    A model in which nothing changed is written as a plain checkpoint of its base architecture.
 
     Returns:
         File name -> SHA-256 of its content.

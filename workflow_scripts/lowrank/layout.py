@@ -10,8 +10,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.outputs import AgreementTable, ComparisonFigure, Row, SearchFigure, SensitivityFigure
-from lowrank.config.sources import TokensSource
+from lowrank.config.outputs import (
+    AgreementTable,
+    ComparisonFigure,
+    PerplexityFigure,
+    PredictedLossFigure,
+    Row,
+    SearchFigure,
+    SensitivityFigure,
+)
+from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 
 TABLE_FORMATS = ("csv", "md", "tex", "html")
@@ -45,11 +53,25 @@ class Layout:
     def fetched(self) -> list[str]:
         """Everything that comes from outside."""
         return [
-            *(f"{self.run}/models/{name}.json" for name in self.study.models),
+            *(f"{self.run}/models/{name}.json" for name in self.used_models()),
             *(f"{self.run}/corpora/{name}.json" for name in self.study.corpora),
             *(f"{self.run}/instructions/{name}.jsonl" for name in self.study.instructions),
             *(f"{self.run}/tasks/{name}.json" for name in self.study.tasks),
         ]
+
+    def used_models(self) -> list[str]:
+        """The models whose weights something needs: a table of arithmetic needs no more than their shapes."""
+        tables, figures = self.study.tables.values(), self.study.figures.values()
+        used = {row.model for table in tables for row in table.rows}
+        used |= {row.model for figure in figures for row in getattr(figure, "rows", [])}
+        drawn = PerplexityFigure | SearchFigure | PredictedLossFigure
+        used |= {figure.model for figure in figures if isinstance(figure, drawn)}
+        used |= {study.model for study in self.study.sensitivity.values()}
+        transfers = [self.study.method(method).transfer for method in self.study.methods]
+        used |= {transfer.model for transfer in transfers if transfer is not None}
+        sources = [self.study.models[name].source for name in used]
+        used |= {source.tokenizer for source in sources if isinstance(source, RandomSource)}
+        return [name for name in self.study.models if name in used]
 
     def bases(self, model: str, calibration: str, covariance: str) -> str:
         """Folder of the bases of one covariance."""
@@ -135,6 +157,10 @@ class Layout:
         figure = self.study.figures[name]
         if isinstance(figure, SensitivityFigure):
             return {"sensitivity": [f"{self.run}/sensitivity/{study}.json" for study in figure.sensitivity]}
+        if isinstance(figure, PredictedLossFigure):
+            return {
+                "truncations": {preset: f"{self.run}/truncations/{name}/{preset}.json" for preset in figure.covariance}
+            }
         if isinstance(figure, SearchFigure):
             return {
                 "trials": {
@@ -175,13 +201,12 @@ class Layout:
         return [f"{self.run}/figures/{name}.{kind}" for name in self.study.figures for kind in FIGURE_FORMATS]
 
     def evidence(self) -> list[str]:
-        """Every result that a table or figure shows."""
-        return _unique(
-            [
-                *chain.from_iterable(self.table_inputs(name) for name in self.study.tables),
-                *chain.from_iterable(self.figure_inputs(name) for name in self.study.figures),
-            ]
+        """Every result that a table or figure shows; for the log of a search, the account beside it."""
+        shown = chain(
+            chain.from_iterable(self.table_inputs(name) for name in self.study.tables),
+            chain.from_iterable(self.figure_inputs(name) for name in self.study.figures),
         )
+        return _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
 
 
 def _paths(results: Any, start: str) -> Iterable[str]:

@@ -21,6 +21,7 @@ RECORDED_PACKAGES = (
     "botorch",
     "lm_eval",
     "deepspeed",
+    "peft",
     "snakemake",
     "numpy",
 )
@@ -30,9 +31,13 @@ def pick_device() -> torch.device:
     """CUDA if there is a device, else the CPU; the choice is logged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        log.info("device: cuda (%s)", torch.cuda.get_device_name(device))
+        size = torch.cuda.get_device_properties(device).total_memory / 2**30
+        name = f"{torch.cuda.get_device_name(device)}, {size:.0f} GiB"
+        log.info("device: cuda (%s), torch %s", name, torch.__version__)
     else:
-        log.info("device: cpu (no CUDA device is visible), %d threads", torch.get_num_threads())
+        log.info(
+            "device: cpu (no CUDA device is visible), %d threads, torch %s", torch.get_num_threads(), torch.__version__
+        )
     return device
 
 

@@ -12,11 +12,12 @@ def work(job: Snakemake) -> None:
     """Run the method; the dense model's files are linked, not copied."""
     from lowrank.bases import Bases
     from lowrank.budget import Budget
-    from lowrank.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
+    from lowrank.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.compression import compress_model, count_parameters
     from lowrank.config.sources import ModelShape
-    from lowrank.files import read_json, write_json
+    from lowrank.files import load_tensors, read_json, write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
+    from lowrank.statistics import Statistics
 
     started = time.monotonic()
     settings = job.params.settings
@@ -37,11 +38,13 @@ def work(job: Snakemake) -> None:
             "seed": seed,
             "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
             "allocation": allocation,
+            "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
+            "tokens": load_tensors(job.input.tokens)["tokens"].long() if job.input.get("tokens") else None,
         },
     )
-    unchanged = all(rank is None for rank in ranks.values())
     target = job.output.checkpoint
-    files = link_checkpoint(job.input.model, target) if unchanged else save_checkpoint(model, job.input.model, target)
+    changed = bool(recipe_of(model))
+    files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
     parameters = count_parameters(model, shape)
     write_json(
         job.output.manifest,

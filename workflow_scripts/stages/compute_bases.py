@@ -9,10 +9,11 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Block by block: estimate covariances, decompose, write."""
-    from lowrank.bases import bases_of_block
+    from lowrank.block_bases import bases_of_block
     from lowrank.checkpoint import family_of, load_checkpoint
     from lowrank.config.presets import Covariance
     from lowrank.files import atomic_path, layer_files, save_tensors, sha256_file, write_json
+    from lowrank.output_gradients import load_output_gradients
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
     from lowrank.stage import log
     from lowrank.statistics import load_moments
@@ -25,13 +26,15 @@ def work(job: Snakemake) -> None:
     family = family_of(model)
     blocks = model.get_submodule(family.blocks)
     sources = layer_files(job.input.layers, len(blocks))
+    gradients = layer_files(job.input.gradients, len(blocks)) if job.input.get("gradients") else None
     with atomic_path(job.output.layers) as folder:
         folder.mkdir()
         for layer, source in enumerate(sources):
             modules = {linear: blocks[layer].get_submodule(linear.path) for linear in family.types}
             linears = {linear.name: (linear.site, module.weight, module.bias) for linear, module in modules.items()}
             moments = load_moments(source, family.sites)
-            bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}")
+            loaded = load_output_gradients(gradients[layer], linears) if gradients else None
+            bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}", loaded)
             save_tensors(folder / source.name, bases)
             log.info("bases: block %d of %d", layer + 1, len(blocks))
     write_json(

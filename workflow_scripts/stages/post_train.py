@@ -1,4 +1,4 @@
-"""Post-train a compressed checkpoint with DeepSpeed and merge the result (paper, Equation 9)."""
+"""Post-train a checkpoint with DeepSpeed, by scaled subspaces (paper, Equation 9) or LoRA, and merge the result."""
 
 from snakemake.iocontainers import Snakemake
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
-from lowrank.config.outputs import ComparisonFigure, Row
+from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure
 from lowrank.config.references import references
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
@@ -28,6 +28,7 @@ def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset(
         *_overlaps(study),
         *_covariance_groups(study),
         *_transfers(study),
+        *_predicted_losses(study),
         *problems_of_fit(study),
     ]
 
@@ -61,11 +62,15 @@ def _dense_and_ratio(study: Study) -> Iterator[str]:
         if not dense and not row.ratio:
             yield f"{place}.ratio: 0 or missing; write how many percent '{row.method}' is to remove, 1 to 90"
         if dense and row.tuning != "none":
-            yield f"{place}.tuning: post-training works on low-rank factors, and this row is dense"
+            yield f"{place}.tuning: post-training heals what compression did, and this row is dense"
     for name, figure in study.figures.items():
         for index, method in enumerate(getattr(figure, "methods", [])):
-            if method in study.methods and study.method(method).kind == "dense":
+            if method not in study.methods:
+                continue
+            if study.method(method).kind == "dense":
                 yield f"figures.{name}.methods[{index}]: '{method}' is dense and drawn anyway; leave it out"
+            elif isinstance(figure, SearchFigure) and study.method(method).search is None:
+                yield f"figures.{name}.methods[{index}]: '{method}' has no search whose progress could be drawn"
 
 
 def _table_suites(study: Study) -> Iterator[str]:
@@ -83,6 +88,10 @@ def _table_suites(study: Study) -> Iterator[str]:
             if suite in study.suites and not isinstance(study.suites[suite], allowed[table.kind]):
                 kind = study.suites[suite].kind
                 yield f"tables.{name}.suites[{index}]: a table of {table.kind} does not show a {kind} suite"
+        for index, shown in enumerate(getattr(table, "tables", [])):
+            if shown in study.tables and study.tables[shown].kind not in ("accuracy", "statistics"):
+                of = f"'{shown}' is a table of {study.tables[shown].kind}"
+                yield f"tables.{name}.tables[{index}]: {of}; name tables of accuracy or statistics"
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
     for name, figure in study.figures.items():
@@ -98,7 +107,7 @@ def _limits(study: Study) -> Iterator[str]:
 
 
 def _overlaps(study: Study) -> Iterator[str]:
-    """No perplexity is reported on text that calibration or validation saw."""
+    """No perplexity is reported on text that calibration or validation saw, no loss on what predicted it."""
     seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in [c.corpus]}
     seen |= {corpus: f"validation.{name}" for name, v in study.validation.items() for corpus in v.corpora}
     for name, suite in study.suites.items():
@@ -111,6 +120,14 @@ def _overlaps(study: Study) -> Iterator[str]:
                         f"suites.{name}.corpora[{index}]: '{tested}' shares documents with '{used}', which {where} "
                         "uses; give them disjoint `documents:` ranges of the file, or different files"
                     )
+    for name, figure in study.figures.items():
+        if isinstance(figure, PredictedLossFigure) and figure.calibration in study.calibration:
+            used = study.calibration[figure.calibration].corpus
+            if figure.corpus in study.corpora and used in study.corpora and _share(study, figure.corpus, used):
+                yield (
+                    f"figures.{name}.corpus: '{figure.corpus}' shares documents with '{used}', which "
+                    f"calibration.{figure.calibration} uses; predictions are to be tested on other text"
+                )
 
 
 def _share(study: Study, first: str, second: str) -> bool:
@@ -134,6 +151,25 @@ def _transfers(study: Study) -> Iterator[str]:
             yield f"methods.{name}.transfer.method: '{source}' has no search of its own to take an allocation from"
 
 
+def _predicted_losses(study: Study) -> Iterator[str]:
+    """What allocates by predicted loss needs bases that know it."""
+    for name in study.methods:
+        method = study.method(name)
+        covariance = study.covariance.get(method.covariance or "")
+        if method.kind == "rankwise" and covariance is not None and covariance.gradients == "none":
+            yield (
+                f"methods.{name}.covariance: '{method.covariance}' has `gradients: none`, and '{method.kind}' "
+                "allocates by the loss that they predict; write `gradients: weigh` (or `predict`) there"
+            )
+    for name, figure in study.figures.items():
+        for index, preset in enumerate(figure.covariance if isinstance(figure, PredictedLossFigure) else []):
+            if preset in study.covariance and study.covariance[preset].gradients == "none":
+                yield (
+                    f"figures.{name}.covariance[{index}]: '{preset}' has `gradients: none`, so it predicts no loss; "
+                    "write `gradients: weigh` (or `predict`) there"
+                )
+
+
 def _covariance_groups(study: Study) -> Iterator[str]:
     pairs: list[tuple[str, str | None, str | None]] = []
     for name in study.methods:
@@ -143,6 +179,9 @@ def _covariance_groups(study: Study) -> Iterator[str]:
         pairs.append((f"validation.{name}.select", validation.select.calibration, validation.select.covariance))
     for name, sensitivity in study.sensitivity.items():
         pairs.append((f"sensitivity.{name}", sensitivity.calibration, sensitivity.covariance))
+    for name, figure in study.figures.items():
+        if isinstance(figure, PredictedLossFigure):
+            pairs += [(f"figures.{name}", figure.calibration, preset) for preset in figure.covariance]
     for place, calibration, covariance in pairs:
         if calibration in study.calibration and covariance in study.covariance:
             groups, windows = study.covariance[covariance].groups or 1, study.calibration[calibration].windows

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank.budget import ALIGNMENT, Budget, largest_rank, lord_kept
-from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, SearchFigure
+from lowrank import reach
+from lowrank.budget import Budget, lord_kept
+from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
+from lowrank.config.presets import Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
-from lowrank.config.suites import CostSuite, PerplexitySuite
+from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES
 
@@ -47,36 +49,22 @@ def problems_of_fit(study: Study) -> Iterator[str]:
         yield from _validation_problems(study, use)
 
 
-def why_out_of_reach(shape: ModelShape, ratio: int, uncompressed: Sequence[str], lower: float) -> str | None:
+def why_out_of_reach(
+    shape: ModelShape, ratio: int, uncompressed: Sequence[str], lower: float, search: Search | None = None
+) -> str | None:
     """Why no allocation removes this share, or None if there is one.
-
-    The conditions are those of `lowrank.search_space.SearchSpace`, here without torch; all blocks of a model have the
-    same shapes, so one stands for all.
 
     Args:
         shape: of the model.
         ratio: percent of the decoder's linear weights to remove.
         uncompressed: types that stay dense.
         lower: smallest kept ratio of a compressed matrix.
+        search: whose other bounds hold as well.
     """
     budget = Budget.of(shape.model_copy(update={"layers": 1}))
-    free = [module for module in budget.modules if module.type.name not in uncompressed]
-    weights = sum(module.parameters for module in free)
-    fixed = budget.dense_parameters - weights
-    biases = sum(budget.cost(module, 0) for module in free)
-    left = budget.allowed(ratio) - fixed
-    if left - biases <= lower * weights:
-        least = 100 * (fixed + biases + lower * weights) / budget.dense_parameters
-        bound = f" and at least {100 * lower:g} % of every other matrix" if lower else ""
-        cure = "lower `lower`, " if lower else ""
-        return (
-            f"removing {ratio} % is out of reach: with {_listed(uncompressed)} dense{bound}, {least:.1f} % stays; "
-            f"{cure}compress more types, or remove less"
-        )
-    ranks = [max(1, min(ALIGNMENT, largest_rank(module.out_features, module.in_features))) for module in free]
-    if sum(budget.cost(module, rank) for module, rank in zip(free, ranks, strict=True)) > left:
-        return f"removing {ratio} % is out of reach: even ranks of {ALIGNMENT} exceed the budget; remove less"
-    return None
+    if search is None:
+        return reach.why_out_of_reach(budget, ratio, uncompressed, lower)
+    return reach.why_out_of_reach(budget, ratio, uncompressed, lower, search.upper, search.bounds, search.band)
 
 
 def _uses(study: Study) -> Iterator[Use]:
@@ -110,11 +98,52 @@ def _method_problems(study: Study, use: Use) -> Iterator[str]:
         return
     yield from _groups_and_types(place, use.model, shape, getattr(method, "groups", 1), uncompressed)
     search = study.search.get(method.search or "")
-    if use.ratio and not _unknown_types(shape, uncompressed) and (search or not method.search):
-        why = why_out_of_reach(shape, use.ratio, uncompressed, search.lower if search else 0.0)
+    if _unknown_types(shape, uncompressed) or (method.search and not search):
+        return
+    if search:
+        unknown = list(_unsearched_types(f"search.{method.search}", use, shape, uncompressed, search))
+        yield from unknown
+        if unknown:
+            return
+    if method.transfer:
+        yield from _transfer_problems(study, use, shape, uncompressed)
+    if use.ratio:
+        why = why_out_of_reach(shape, use.ratio, uncompressed, search.lower if search else 0.0, search)
         if why:
             by = f", `search.{method.search}`" if search else ""
             yield f"{use.place}: {why} (`{place}`{by}, model '{use.model}')"
+
+
+def _unsearched_types(
+    place: str, use: Use, shape: ModelShape, uncompressed: Sequence[str], search: Search
+) -> Iterator[str]:
+    """Bounds and starting ratios of types that have no variable, and variables without a starting ratio."""
+    modules = Budget.of(shape.model_copy(update={"layers": 1})).modules
+    free = reach.tied_types(module for module in modules if module.type.name not in uncompressed)
+    where = f"that `methods.{use.method}` searches in model '{use.model}'"
+    for key, named in (("bounds", search.bounds), ("start_at", search.start_at or {})):
+        for name in named:
+            if name not in free:
+                yield f"{place}.{key}.{name}: is no type of matrices {where} (there are: {_listed(free)})"
+    if search.start_at is not None and (missing := [name for name in free if name not in search.start_at]):
+        yield f"{place}.start_at: has no ratio for {_listed(missing)}, {where}"
+
+
+def _transfer_problems(study: Study, use: Use, shape: ModelShape, uncompressed: Sequence[str]) -> Iterator[str]:
+    """A transfer needs a model with the same types of layers."""
+    transfer = study.method(use.method).transfer
+    if transfer is None or transfer.model not in study.models:
+        return
+    source = study.models[transfer.model].shape
+    there = {linear.tied for linear in FAMILIES[source.family].types}
+    modules = Budget.of(shape.model_copy(update={"layers": 1})).modules
+    free = reach.tied_types(module for module in modules if module.type.name not in uncompressed)
+    if missing := [name for name in free if name not in there]:
+        yield (
+            f"methods.{use.method}.transfer.model: '{transfer.model}' (family '{source.family}') has no layers of type "
+            f"{_listed(missing)}, as '{use.model}' (family '{shape.family}') has; choose a model with the same "
+            "types of layers"
+        )
 
 
 def _validation_problems(study: Study, use: Use) -> Iterator[str]:
@@ -164,6 +193,10 @@ def _lengths_used(study: Study) -> Iterator[tuple[str, str, int]]:
     for name, sensitivity in study.sensitivity.items():
         yield sensitivity.model, f"sensitivity.{name}.length", sensitivity.length
         yield from _calibration_length(study, sensitivity.model, sensitivity.calibration)
+    for name, figure in study.figures.items():
+        if isinstance(figure, PredictedLossFigure):
+            yield figure.model, f"figures.{name}.length", figure.length
+            yield from _calibration_length(study, figure.model, figure.calibration)
     for use in _uses(study):
         if use.method in study.methods:
             method = study.method(use.method)
@@ -178,6 +211,8 @@ def _lengths_used(study: Study) -> Iterator[tuple[str, str, int]]:
             suite = study.suites.get(name)
             if isinstance(suite, PerplexitySuite):
                 yield use.model, f"suites.{name}.length", suite.length
+            if isinstance(suite, GenerationSuite):
+                yield use.model, f"suites.{name}.new_tokens", suite.new_tokens
             if isinstance(suite, CostSuite):
                 together = suite.prompt_tokens + suite.new_tokens
                 yield use.model, f"suites.{name}.prompt_tokens (with `new_tokens`)", together

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank.config.base import Distinct, Name, Number, Percent, Section, Text
+from lowrank.config.base import Distinct, Name, Number, Percent, Positive, Section, Seed, Share, Text
 
 
 class PublishedRow(Section):
@@ -132,4 +132,25 @@ class SearchFigure(Section):
     ratios: Distinct[Percent] = Field(min_length=1)
 
 
-Figure = Annotated[SensitivityFigure | PerplexityFigure | ComparisonFigure | SearchFigure, Field(discriminator="kind")]
+class PredictedLossFigure(Section):
+    """What truncating single matrices was predicted to cost, against what it costs: one panel a covariance."""
+
+    kind: Literal["predicted-loss"]
+    title: Text
+    model: Name
+    calibration: Name
+    covariance: Distinct[Name] = Field(min_length=1, description="presets that name `gradients`")
+    corpus: Name = Field(description="measured on; no text that the calibration saw")
+    windows: Positive
+    length: Positive
+    seed: Seed = 0
+    matrices: Positive = Field(default=42, description="how many are truncated, each alone; as many of every type")
+    kept: Distinct[Share] = Field(
+        default=[0.2, 0.4, 0.6, 0.8], min_length=1, description="shares of a matrix's possible rank that are tried"
+    )
+
+
+Figure = Annotated[
+    SensitivityFigure | PerplexityFigure | ComparisonFigure | SearchFigure | PredictedLossFigure,
+    Field(discriminator="kind"),
+]

@@ -5,9 +5,9 @@ Stages rebuild a section from the plain dict that their rule passes, so these mo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from lowrank.config.base import (
     AtLeastTwo,
@@ -32,6 +32,15 @@ class Calibration(Section):
     windows: Positive
     length: Positive
     seed: Seed = 0
+    gradient_windows: Positive | None = Field(
+        default=None, description="loss gradients are collected on the first so many windows; null: on all"
+    )
+
+    @model_validator(mode="after")
+    def _gradients_on_windows_that_are_there(self) -> Calibration:
+        if self.gradient_windows is not None and self.gradient_windows > self.windows:
+            raise wrong("gradient_windows", f"{self.gradient_windows} is more than `windows: {self.windows}`")
+        return self
 
 
 class Covariance(Section):
@@ -39,6 +48,11 @@ class Covariance(Section):
 
     estimator: Literal["pooled", "naive", "uncentred"]
     groups: Positive | None = Field(default=None, description="pooled only: number of groups of windows")
+    gradients: Literal["none", "predict", "weigh"] = Field(
+        default="none",
+        description="predict: the bases say what leaving out a direction costs the loss; weigh: and are chosen by it",
+    )
+    damping: Share = Field(default=0.01, description="weigh: share of the mean added to the gradient's second moment")
 
     @model_validator(mode="after")
     def _groups_go_with_pooling(self) -> Covariance:
@@ -79,6 +93,10 @@ class Validation(Section):
         return self
 
 
+Kept = Annotated[Number, Field(gt=0, le=1)]
+"""A kept ratio of a matrix; 1 means dense."""
+
+
 class LengthScales(Section):
     """Length scales of the search's kernel, in units of the variables' range (paper: attention 1.0, MLP 0.8)."""
 
@@ -91,16 +109,18 @@ class Search(Section):
     """Bayesian optimisation of the kept ratios (paper, Section 3.3; GPyTorch model, BoTorch acquisition)."""
 
     evaluations: Positive = Field(default=50, description="in total, the initial ones included")
-    initial: Positive = Field(default=5, description="first points: those of `start`, then points far from each other")
+    initial: Positive = Field(
+        default=5, description="first points: transferred, `start`, `start_at`, then points far from each other"
+    )
     start: Distinct[Literal["uniform", "lord"]] = Field(
         default=["uniform", "lord"], description="allocations to begin with: all ratios equal, and LoRD's"
     )
-    start_at: dict[Name, Share] | None = Field(
+    start_at: dict[Name, Kept] | None = Field(
         default=None, description="a further allocation to begin with: tied type (as `qk`) -> kept ratio"
     )
     lower: Share = Field(default=0.2, description="smallest kept ratio of a matrix")
-    upper: Annotated[Number, Field(gt=0, le=1)] = Field(default=1.0, description="largest kept ratio; 1 means dense")
-    bounds: dict[Name, tuple[Share, Annotated[Number, Field(gt=0, le=1)]]] = Field(
+    upper: Kept = Field(default=1.0, description="largest kept ratio; 1 means dense")
+    bounds: dict[Name, tuple[Share, Kept]] = Field(
         default_factory=dict, description="tied type (as `qk`) -> smallest and largest kept ratio of its own"
     )
     kl_weight: Annotated[Number, Field(ge=0)] = Field(
@@ -126,6 +146,15 @@ class Search(Section):
         default=0.0, description="share of the steps that try a random allocation"
     )
     length_scales: LengthScales | None = Field(default=None, description="null: one a variable, learned")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_are_pairs(cls, value: Any) -> Any:
+        """YAML and JSON write a pair as a list, which a strict check would refuse."""
+        if not isinstance(value, dict) or not isinstance(bounds := value.get("bounds"), dict):
+            return value
+        pairs = {name: tuple(pair) if isinstance(pair, list) else pair for name, pair in bounds.items()}
+        return {**value, "bounds": pairs}
 
     @model_validator(mode="after")
     def _initial_points_fit(self) -> Search:
@@ -154,12 +183,9 @@ class SensitivityStudy(Section):
 
 
 class Tuning(Section):
-    """Post-training of the low-rank factors by two diagonal vectors (paper, Equation 9), with DeepSpeed."""
+    """Post-training on instructions with DeepSpeed: what every kind has in common."""
 
-    kind: Literal["scaled-subspace"] = "scaled-subspace"
     instructions: Name
-    rank: Positive = Field(default=256, description="r', how many rank dimensions get a trained scale")
-    subspace: Literal["random", "top", "bottom"] = "random"
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
     steps: Positive | None = Field(default=None, description="optimiser steps; from `epochs` if null")
     epochs: Annotated[Number, Field(gt=0)] = 2
@@ -183,6 +209,42 @@ class Tuning(Section):
         return self
 
 
+class ScaledSubspaceTuning(Tuning):
+    """Two diagonal vectors on every low-rank pair (paper, Equation 9)."""
+
+    kind: Literal["scaled-subspace"]
+    rank: Positive = Field(default=256, description="r', how many rank dimensions get a trained scale")
+    subspace: Literal["random", "top", "bottom"] = "random"
+
+
+class LoraTuning(Tuning):
+    """LoRA on dense layers and on the factors of low-rank pairs, merged afterwards; the paper's baselines have it."""
+
+    kind: Literal["lora"]
+    rank: Positive = Field(default=8, description="of the update of one matrix")
+    alpha: Annotated[Number, Field(gt=0)] = Field(default=16, description="an update counts alpha / rank times")
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.05, description="of the inputs of the updates")
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    targets: Annotated[Distinct[Text], Field(min_length=1)] | None = Field(
+        default=None, description="types of linear layers; null: all of the model's family"
+    )
+    stages: Distinct[Literal["all", "up", "down"]] = Field(
+        default=["all"],
+        min_length=1,
+        description="what is trained, one after the other, each for all of `steps` or `epochs`: dense layers and both "
+        "factors of pairs (all), or one of the factors; SVD-LLM has [up, down]",
+    )
+
+
+AnyTuning = Annotated[ScaledSubspaceTuning | LoraTuning, Field(discriminator="kind")]
+
+
+def parse_tuning(plain: dict[str, Any]) -> ScaledSubspaceTuning | LoraTuning:
+    """The preset that `plain()` gave to a rule, typed again."""
+    adapter: TypeAdapter[ScaledSubspaceTuning | LoraTuning] = TypeAdapter(AnyTuning)
+    return adapter.validate_python(plain)
+
+
 class Transfer(Section):
     """An allocation found elsewhere, at the same ratio and seed: its kept ratios are used, never its ranks."""
 
@@ -195,7 +257,13 @@ class MethodSettings(Section):
 
     A preset with a `covariance` reads factor bases, one with a `search` reads an allocation, one with a `transfer`
     begins that search with the ratios found for another model.
+
+    Attributes:
+        reads: what the method reads of its calibration besides: `statistics` (moments of the inputs of all layers),
+            `tokens` (the windows themselves).
     """
+
+    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ()
 
     kind: str
     calibration: Name | None = None

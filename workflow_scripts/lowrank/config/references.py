@@ -9,6 +9,7 @@ from lowrank.config.outputs import (
     ArithmeticTable,
     ComparisonFigure,
     PerplexityFigure,
+    PredictedLossFigure,
     Row,
     SearchFigure,
     SensitivityFigure,
@@ -85,8 +86,14 @@ def _paper_references(study: Study) -> Iterator[tuple[str, str, str]]:
             yield f"figures.{name}.suite", "suites", figure.suite
         if isinstance(figure, ComparisonFigure):
             yield from _row_references(f"figures.{name}", figure.rows)
-        if isinstance(figure, PerplexityFigure | SearchFigure):
+        if isinstance(figure, PredictedLossFigure):
+            yield f"figures.{name}.calibration", "calibration", figure.calibration
+            yield f"figures.{name}.corpus", "corpora", figure.corpus
+            for index, covariance in enumerate(figure.covariance):
+                yield f"figures.{name}.covariance[{index}]", "covariance", covariance
+        if isinstance(figure, PerplexityFigure | SearchFigure | PredictedLossFigure):
             yield f"figures.{name}.model", "models", figure.model
+        if isinstance(figure, PerplexityFigure | SearchFigure):
             for index, method in enumerate(figure.methods):
                 yield f"figures.{name}.methods[{index}]", "methods", method
 

@@ -9,7 +9,15 @@ from pydantic import Field
 from lowrank.config.base import Distinct, Name, Section, Seed, Text
 from lowrank.config.messages import suggestion as suggestion
 from lowrank.config.outputs import Figure, Table
-from lowrank.config.presets import Calibration, Covariance, MethodSettings, Search, SensitivityStudy, Tuning, Validation
+from lowrank.config.presets import (
+    AnyTuning,
+    Calibration,
+    Covariance,
+    MethodSettings,
+    Search,
+    SensitivityStudy,
+    Validation,
+)
 from lowrank.config.sources import Corpus, Instructions, Model, TaskFile
 from lowrank.config.suites import Suite
 from lowrank.methods import settings_classes
@@ -34,7 +42,7 @@ class Study(Section):
     search: dict[Name, Search] = Field(default_factory=dict)
     sensitivity: dict[Name, SensitivityStudy] = Field(default_factory=dict)
     methods: dict[Name, MethodPreset] = Field(min_length=1)  # type: ignore[valid-type]
-    tuning: dict[Name, Tuning] = Field(default_factory=dict)
+    tuning: dict[Name, AnyTuning] = Field(default_factory=dict)
     suites: dict[Name, Suite] = Field(min_length=1)
     tables: dict[Name, Table] = Field(default_factory=dict)
     figures: dict[Name, Figure] = Field(default_factory=dict)

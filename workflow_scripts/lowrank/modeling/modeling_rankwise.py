@@ -1,11 +1,16 @@
-"""Models whose linear layers may be low-rank pairs, as their recipe says.
+"""Models whose modules may be smaller than those of their architecture, as their recipe says.
 
 This file is copied into every compressed checkpoint, so it needs nothing but torch and transformers:
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` opens the checkpoint anywhere.
 
 The recipe in `config.json` maps module names to what each became:
 
-    {"model.layers.0.mlp.up_proj": {"kind": "low_rank", "rank": 312, "bias": true}, ...}
+    "model.layers.0.mlp.up_proj":  {"kind": "low_rank", "rank": 312, "bias": true}
+    "model.layers.0.mlp.down_proj": {"kind": "identity_block", "rank": 400, "bias": true}
+    "model.layers.0.mlp.gate_proj": {"kind": "linear", "in_features": 576, "out_features": 1200, "bias": false}
+    "model.layers.0.self_attn": {"kind": "heads", "heads": 6, "kv_heads": 2}
+    "model.layers.0.input_layernorm": {"kind": "rms_norm", "divisor": 576, "eps": 1e-05}
+    "model.layers.0": {"kind": "shortcuts", "attention": [576, 480], "mlp": [480, 480]}
 
 Modules that it does not name are those of the base architecture.
 """
@@ -44,14 +49,165 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        """What follows `down`: (..., rank) to (..., out_features)."""
+        y: torch.Tensor = self.up(z)
+        return y
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        y: torch.Tensor = self.up(self.down(x))
-        return y
+        return self.expand(self.down(x))
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this layer."""
+        return {"kind": "low_rank", "rank": self.rank, "bias": self.up.bias is not None}
+
+
+class IdentityBlockLinear(nn.Module):
+    """A linear layer of rank r whose second factor has an r x r identity block: r (m + n - r) weights, not r (m + n).
+
+    The outputs of the first factor, `z = down(x)` (r), are r of the m outputs; the others are `rest(z)`. `rows` says
+    which outputs those r are, in increasing order; the others follow in theirs.
+    """
+
+    rows: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.rest = nn.Linear(rank, out_features - rank, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.register_buffer("rows", torch.arange(rank, dtype=torch.int32))
+        self._placed: tuple[torch.Tensor, int, torch.Tensor] | None = None
+
+    def places(self) -> torch.Tensor:
+        """For each output, its index among `z` followed by `rest(z)`: m. It is computed once for given `rows`."""
+        rows = self.rows
+        if rows.is_inference():  # such tensors do not say whether they changed
+            return self._places(rows)
+        if self._placed is None or self._placed[0] is not rows or self._placed[1] != rows._version:
+            with torch.inference_mode(False):  # else a later backward pass could not keep them
+                self._placed = rows, rows._version, self._places(rows)
+        return self._placed[2]
+
+    def _places(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.long()
+        others = torch.ones(self.out_features, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+        order = torch.cat([rows, others.nonzero().squeeze(1)])
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        """What follows `down`: (..., rank) to (..., out_features)."""
+        y = torch.cat([z, self.rest(z)], dim=-1)
+        y = y.gather(-1, self.places().expand(y.shape))  # several times as fast as `index_select` in half precision
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return self.expand(self.down(x))
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this layer."""
+        return {"kind": "identity_block", "rank": self.rank, "bias": self.bias is not None}
+
+
+class ResizedLinear(nn.Linear):
+    """A dense linear layer with fewer inputs or outputs than its architecture gives it, or with a bias it had not."""
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this layer."""
+        bias = self.bias is not None
+        return {"kind": "linear", "in_features": self.in_features, "out_features": self.out_features, "bias": bias}
+
+
+class GainFreeRMSNorm(nn.Module):
+    """Root mean square norm without a gain; the mean is taken over `divisor` channels, however many there are."""
+
+    def __init__(self, divisor: int, eps: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale (..., k) by the reciprocal root of its sum of squares over `divisor`, in float32."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) / self.divisor + self.eps)).to(x.dtype)
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this norm."""
+        return {"kind": "rms_norm", "divisor": self.divisor, "eps": self.eps}
+
+
+class FewerHeads:
+    """Mixed into the class of an attention module that lost heads; widths of its layers are entries of their own."""
+
+    kept_heads: tuple[int, int]
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this attention module."""
+        heads, kv_heads = self.kept_heads
+        return {"kind": "heads", "heads": heads, "kv_heads": kv_heads}
+
+
+class Shortcuts:
+    """Mixed into the class of a block whose residual stream changes its basis: `x S + attention(norm(x))`, and so on.
+
+    The block's two branches and their norms are those of the Llama architecture and its relatives.
+    """
+
+    attention_shortcut: nn.Linear
+    mlp_shortcut: nn.Linear
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Map (batch, tokens, k) to (batch, tokens, k'), with each residual in the basis of its branch."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **arguments)
+        hidden_states = self.attention_shortcut(hidden_states) + attended
+        fed = self.mlp(self.post_attention_layernorm(hidden_states))
+        result: torch.Tensor = self.mlp_shortcut(hidden_states) + fed
+        return result
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this block."""
+        attention, mlp = self.attention_shortcut, self.mlp_shortcut
+        return {
+            "kind": "shortcuts",
+            "attention": [attention.in_features, attention.out_features],
+            "mlp": [mlp.in_features, mlp.out_features],
+        }
+
+
+def mix_in(module: nn.Module, mixin: type) -> None:
+    """Give one module a class that is `mixin` before its own."""
+    if not isinstance(module, mixin):
+        module.__class__ = type(f"{mixin.__name__}{type(module).__name__}", (mixin, type(module)), {})
+
+
+def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
+    """Tell an attention module how many heads its layers have now."""
+    mix_in(attention, FewerHeads)
+    attention.kept_heads = (heads, kv_heads)
+    present = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_key_value_groups": heads // kv_heads}
+    for name, value in present.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+
+
+def set_shortcuts(block: Any, attention: nn.Linear, mlp: nn.Linear) -> None:
+    """Put shortcuts into a block."""
+    mix_in(block, Shortcuts)
+    block.attention_shortcut = attention
+    block.mlp_shortcut = mlp
 
 
 def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: str = "") -> None:
-    """Replace the modules that `recipe` names, in place; their weights are loaded afterwards.
+    """Change the modules that `recipe` names, in place; their weights are loaded afterwards.
 
     Raises:
         ValueError: a module that does not exist, or a kind that this file does not know.
@@ -61,12 +217,25 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
         parent_name, _, child = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)
-            linear: Any = parent.get_submodule(child)
+            module: Any = parent.get_submodule(child)
         except AttributeError as error:
             raise ValueError(f"the recipe names {full_name}, which this model does not have") from error
-        if entry["kind"] != "low_rank":
+        options = {key: value for key, value in entry.items() if key != "kind"}
+        if entry["kind"] == "low_rank":
+            setattr(parent, child, LowRankLinear(module.in_features, module.out_features, **options))
+        elif entry["kind"] == "identity_block":
+            setattr(parent, child, IdentityBlockLinear(module.in_features, module.out_features, **options))
+        elif entry["kind"] == "linear":
+            setattr(parent, child, ResizedLinear(**options))
+        elif entry["kind"] == "rms_norm":
+            setattr(parent, child, GainFreeRMSNorm(**options))
+        elif entry["kind"] == "heads":
+            set_heads(module, **options)
+        elif entry["kind"] == "shortcuts":
+            (entered, between), (_, left) = options["attention"], options["mlp"]
+            set_shortcuts(module, nn.Linear(entered, between, bias=False), nn.Linear(between, left, bias=False))
+        else:
             raise ValueError(f"{full_name}: unknown kind {entry['kind']!r} in the recipe; use a newer rankwise")
-        setattr(parent, child, LowRankLinear(linear.in_features, linear.out_features, entry["rank"], entry["bias"]))
 
 
 def _base_model(base: type, config_class: type) -> Any:

@@ -1,1 +1,1 @@
-"""Post-training of a low-rank checkpoint (paper, Equation 9) and the exact merge of what was trained."""
+"""Post-training of a compressed checkpoint (paper, Equation 9, or LoRA) and the exact merge of what was trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ class TrainingJob:
     Attributes:
         checkpoint: folder of the compressed model.
         folder: state of the job: the tokenised rows lie there, progress and vectors are written there.
-        tuning: a `Tuning` section as a plain dict.
+        tuning: a preset of `tuning` as a plain dict.
         deepspeed: content of a file of config/deepspeed.
-        seed: of the random subspace and of the order of rows.
+        seed: of the random subspace or matrices, of dropout, and of the order of rows.
+        earlier: files of what the stages before this one learnt, which are merged first.
     """
 
     checkpoint: str
@@ -30,6 +32,7 @@ class TrainingJob:
     tuning: dict[str, Any]
     deepspeed: dict[str, Any]
     seed: int
+    earlier: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -72,6 +75,19 @@ class Progress:
         values = read_json(folder / PROGRESS_FILE)
         curves = {name: [(step, loss) for step, loss in values[name]] for name in ("loss", "validation")}
         return cls(**{**values, **curves})
+
+
+def joined(stages: Sequence[Progress]) -> Progress:
+    """One progress of stages that followed each other: steps count on, and the best is the last stage's."""
+    whole = Progress()
+    for stage in stages:
+        curves = {
+            name: [*getattr(whole, name), *((whole.step + step, loss) for step, loss in getattr(stage, name))]
+            for name in ("loss", "validation")
+        }
+        best = None if stage.best is None else whole.step + stage.best
+        whole = Progress(whole.step + stage.step, best=best, seconds=whole.seconds + stage.seconds, **curves)
+    return whole
 
 
 def vectors_file(folder: Path, step: int) -> Path:

@@ -7,6 +7,9 @@ dimensions, I, and trains two vectors, one for the inner dimensions and one for 
 
 `inner` starts at 0.1 and `outer` at 0, so that training starts at the compressed model. Since `A_I` are rows
 of `A`, the result is a low-rank layer of the same rank: `B[:, i] += outer * B[:, i] * inner[i]` for i in I.
+
+A pair whose `B` has an identity block is trained in the same way, with that `B`. The merge makes of the identity a
+diagonal matrix, which goes over into `A`: so the block is an identity again.
 """
 
 from __future__ import annotations
@@ -19,11 +22,16 @@ import torch
 from torch import nn
 
 from lowrank.errors import RankwiseError
-from lowrank.modeling.modeling_rankwise import LowRankLinear
+from lowrank.factors import LowRankFactors
+from lowrank.modeling.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.replacements import IdentityBlockFactors
 
 Strategy = Literal["random", "top", "bottom"]
+PairLinear = LowRankLinear | IdentityBlockLinear
 
 INNER_START = 0.1
+SMALLEST_SCALE = 0.1
+"""Of a merged identity block; with a smaller one, dividing by it would lose digits, and other rows are chosen."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +59,15 @@ class ScaledSubspaceLinear(nn.Module):
     indices: torch.Tensor
     subspace: torch.Tensor
 
-    def __init__(self, layer: LowRankLinear, indices: torch.Tensor) -> None:
+    def __init__(self, layer: PairLinear, indices: torch.Tensor) -> None:
         super().__init__()
-        weight = layer.up.weight
+        weight = layer.down.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         indices = indices.to(weight.device)
         self.layer = layer.requires_grad_(False)
         self.register_buffer("indices", indices)
         # A copy of B_I (m x r'): indexing B in each forward pass would cost this copy every time.
-        self.register_buffer("subspace", weight.detach()[:, indices].clone(), persistent=False)
+        self.register_buffer("subspace", second_factor(layer).detach()[:, indices].clone(), persistent=False)
         self.inner = nn.Parameter(torch.full((len(indices),), INNER_START, dtype=dtype, device=weight.device))
         self.outer = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=weight.device))
 
@@ -68,8 +76,15 @@ class ScaledSubspaceLinear(nn.Module):
         inside = self.layer.down(x)
         scaled = (self.inner * inside[..., self.indices]).to(inside.dtype)
         update = self.outer * nn.functional.linear(scaled, self.subspace)
-        compressed: torch.Tensor = self.layer.up(inside)
-        return compressed + update.to(inside.dtype)
+        return self.layer.expand(inside) + update.to(inside.dtype)
+
+
+def second_factor(layer: PairLinear) -> torch.Tensor:
+    """B, m x r; an identity block is written out."""
+    if isinstance(layer, LowRankLinear):
+        return layer.up.weight
+    rest = layer.rest.weight
+    return torch.cat([torch.eye(layer.rank, dtype=rest.dtype, device=rest.device), rest])[layer.places()]
 
 
 def choose_indices(rank: int, count: int, strategy: Strategy, generator: torch.Generator) -> torch.Tensor:
@@ -84,13 +99,13 @@ def choose_indices(rank: int, count: int, strategy: Strategy, generator: torch.G
     return torch.arange(first, first + count)
 
 
-def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, PairLinear]]:
     """Name and module of all low-rank layers, in the order of the model.
 
     Raises:
         RankwiseError: the model has none.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PairLinear)]
     if not layers:
         raise RankwiseError(
             "this checkpoint has no low-rank layer, so there is nothing to post-train. "
@@ -112,12 +127,18 @@ def attach_subspaces(model: nn.Module, count: int, strategy: Strategy, seed: int
         Name of the layer -> its trainable wrapper.
 
     Raises:
-        RankwiseError: the model has no low-rank layer.
+        RankwiseError: the model has no low-rank layer, or one with an identity block, whose dimensions have no order,
+            and a strategy that needs one.
     """
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     wrapped: dict[str, ScaledSubspaceLinear] = {}
     for name, layer in low_rank_layers(model):
+        if strategy != "random" and isinstance(layer, IdentityBlockLinear):
+            raise RankwiseError(
+                f"{name}: its pair has an identity block, so its dimensions are in no order of variance and "
+                f"`subspace: {strategy}` means nothing. Write `subspace: random` in this tuning."
+            )
         wrapper = ScaledSubspaceLinear(layer, choose_indices(layer.rank, count, strategy, generator))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapper)
@@ -134,17 +155,40 @@ def merge_subspaces(model: nn.Module, vectors: Mapping[str, SubspaceVectors]) ->
     Args:
         model: the compressed model as it was before training.
         vectors: layer name -> what was learnt.
+
+    Raises:
+        RankwiseError: what was learnt leaves a pair with an identity block without its full rank; the layer is named.
     """
     for name, learnt in vectors.items():
-        weight = model.get_submodule(name).get_parameter("up.weight")
+        layer = model.get_submodule(name)
+        if isinstance(layer, IdentityBlockLinear):
+            _merge_identity_block(layer, learnt, name)
+            continue
+        weight = layer.get_parameter("up.weight")
         indices = learnt.indices.to(weight.device)
         columns = weight[:, indices].double()
         change = learnt.outer.to(columns)[:, None] * columns * learnt.inner.to(columns)
         weight[:, indices] = (columns + change).to(weight.dtype)
 
 
-def pack_vectors(vectors: Mapping[str, SubspaceVectors]) -> dict[str, torch.Tensor]:
-    """As named tensors, for a safetensors file."""
+def _merge_identity_block(layer: IdentityBlockLinear, learnt: SubspaceVectors, name: str) -> None:
+    """The same for a pair with an identity block, which becomes diag(scale): `A = diag(scale) A`, `B = B / scale`."""
+    up = second_factor(layer).double()
+    indices, rows = learnt.indices.to(up.device), layer.rows.long()
+    up[:, indices] += learnt.outer.to(up)[:, None] * up[:, indices] * learnt.inner.to(up)
+    down, scale = layer.down.weight.double(), up[rows].diagonal()
+    if bool(scale.abs().min() >= SMALLEST_SCALE):
+        others = torch.ones(len(up), dtype=torch.bool, device=up.device).index_fill_(0, rows, False)
+        merged = IdentityBlockFactors(layer.rows, scale[:, None] * down, up[others] / scale)
+    else:
+        merged = IdentityBlockFactors.of(LowRankFactors(down, up), name)
+    layer.rows.copy_(merged.rows)
+    layer.down.weight.copy_(merged.down)
+    layer.rest.weight.copy_(merged.rest)
+
+
+def pack_vectors(vectors: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """As named tensors, for a safetensors file; of each layer a dataclass of tensors."""
     return {f"{name}:{field}": tensor for name, learnt in vectors.items() for field, tensor in vars(learnt).items()}
 
 

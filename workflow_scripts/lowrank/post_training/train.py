@@ -1,6 +1,6 @@
-"""The training loop: DeepSpeed with torch's AdamW on the vectors of `subspace.py`, everything else frozen.
+"""The training loop: DeepSpeed with torch's AdamW on what `adapters.py` attaches, everything else frozen.
 
-The engine runs in float32 mode although the frozen model may be bfloat16: the trained vectors, their gradients
+The engine runs in float32 mode although the frozen model may be bfloat16: the trained numbers, their gradients
 and the moments of Adam are float32, and nothing is rounded on the way out. ZeRO shares them between processes.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,14 +20,15 @@ import torch
 import torch.distributed as dist
 
 from lowrank.checkpoint import family_of, load_checkpoint
-from lowrank.config.presets import Tuning
+from lowrank.config.presets import parse_tuning
 from lowrank.errors import RankwiseError
-from lowrank.files import save_tensors
+from lowrank.files import load_tensors, save_tensors
+from lowrank.post_training.adapters import Learnt, attach, learnt_by, merge, trained_numbers
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, vectors_file
 from lowrank.post_training.loss import InstructionLoss
 from lowrank.post_training.schedule import engine_config, learning_rate, rows_of_step, total_steps
-from lowrank.post_training.subspace import SubspaceVectors, attach_subspaces, pack_vectors
+from lowrank.post_training.subspace import pack_vectors
 from lowrank.runtime import parse_dtype, peak_memory_mib, pick_device
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def train(job: TrainingJob) -> Progress:
     With one process a resumed job gives the same bits as an uninterrupted one.
 
     Raises:
-        RankwiseError: no low-rank layer, a batch that cannot be shared, a warm-up that is too long, or a loss
+        RankwiseError: nothing to train, a batch that cannot be shared, a warm-up that is too long, or a loss
             that is not finite.
     """
     trainer = Trainer(job)
@@ -54,8 +56,9 @@ class Trainer:
     """A DeepSpeed engine around one compressed model, its data and its progress."""
 
     def __init__(self, job: TrainingJob) -> None:
-        self.tuning = Tuning(**job.tuning)
+        self.tuning = parse_tuning(job.tuning)
         self.seed = job.seed
+        self.stage = len(job.earlier)
         self.folder = Path(job.folder)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.training = Examples.load(self.folder / TRAIN_FILE)
@@ -65,14 +68,16 @@ class Trainer:
         self.device = pick_device()
         config = engine_config(job.deepspeed, self.tuning, self.world)
         model = load_checkpoint(job.checkpoint, parse_dtype(self.tuning.dtype), self.device)
-        self.wrapped = attach_subspaces(model, self.tuning.rank, self.tuning.subspace, self.seed)
+        for learnt in job.earlier:
+            merge(model, self.tuning, load_tensors(Path(learnt)))
+        self.wrapped = attach(model, self.tuning, self.stage, self.seed)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.tuning.learning_rate, weight_decay=self.tuning.weight_decay)
         self.engine = _initialize(InstructionLoss(model, family_of(model).decoder), optimizer, config, self.device)
-        # `load_checkpoint` left the model in eval mode: no dropout, as in the frozen model's own statistics.
+        # Neither in steps has the frozen model dropout, as in its own statistics; what is trained may have.
         self.engine.eval()
         if self.rank == 0:
-            count = sum(w.inner.numel() + w.outer.numel() for w in self.vectors().values())
+            count = trained_numbers(pack_vectors(self.vectors()))
             log.info("training %d numbers in %d layers, %d process(es)", count, len(self.wrapped), self.world)
 
     def resume(self) -> None:
@@ -113,8 +118,9 @@ class Trainer:
         """One optimiser step. Returns the mean loss of a scored token before it, and the tokens of the batch.
 
         Gradients are those of the mean over all scored tokens of the whole batch, so neither the size of the
-        micro-batches nor the number of processes matters.
+        micro-batches nor the number of processes matters, except for what dropout draws.
         """
+        self._set_dropout(step)
         batch = self.training.rows(rows_of_step(step, self.tuning.batch_size, len(self.training), self.seed))
         scored = int(batch.scored.sum())
         rate = learning_rate(step, self.steps, self.tuning.warmup_steps, self.tuning.learning_rate)
@@ -138,6 +144,7 @@ class Trainer:
     def validate(self) -> None:
         """Add the validation loss at this step to the progress."""
         started = time.monotonic()
+        self._set_dropout(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in self._shares(len(self.validation)):
             # With ZeRO 3 all processes must run the same number of passes: one without rows repeats the last row.
@@ -167,14 +174,21 @@ class Trainer:
             self._remove_older()
         dist.barrier()
 
-    def vectors(self) -> dict[str, SubspaceVectors]:
-        """The vectors as they are now, complete on every process."""
-        found = {}
+    def vectors(self) -> dict[str, Learnt]:
+        """The trained numbers as they are now, complete on every process."""
+        found: dict[str, Learnt] = {}
         for name, layer in self.wrapped.items():
-            with deepspeed.zero.GatheredParameters([layer.inner, layer.outer]):  # does nothing below ZeRO 3
-                copies = [tensor.detach().cpu().clone() for tensor in (layer.indices, layer.inner, layer.outer)]
-            found[name] = SubspaceVectors(*copies)
+            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            with deepspeed.zero.GatheredParameters(trained):  # does nothing below ZeRO 3
+                found[name] = learnt_by(layer)
         return found
+
+    def _set_dropout(self, step: int | None) -> None:
+        """Dropout in what is trained, drawn anew from the step alone, so that a resumed job draws the same; or none."""
+        for layer in self.wrapped.values():
+            layer.train(step is not None)
+        if step is not None:
+            torch.manual_seed(random.Random(f"{self.seed} {self.stage} {step} {self.rank}").getrandbits(63))
 
     def _shares(self, rows: int) -> Iterator[list[int]]:
         """This process's rows of each micro-batch round; empty where the rows do not suffice for all."""

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
-from lowrank.config.presets import Tuning
+from lowrank.config.presets import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_json, write_json
+from lowrank.post_training.adapters import merge, stages_of, trained_numbers
 from lowrank.post_training.instructions import read_rows, split, tokenise
-from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, vectors_file
+from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, joined, vectors_file
 from lowrank.post_training.launch import launch, process_count
 from lowrank.post_training.schedule import engine_config, total_steps
-from lowrank.post_training.subspace import SubspaceVectors, merge_subspaces, unpack_vectors
 from lowrank.runtime import describe_environment, parse_dtype
 from lowrank.state import resumable_state
 
@@ -44,28 +44,31 @@ def tune_checkpoint(
     Raises:
         RankwiseError: bad settings or data, or a failed training process.
     """
-    tuning = Tuning(**settings["tuning"])
+    tuning = parse_tuning(settings["tuning"])
     processes = process_count(on_cpu=settings.get("processes") or 1)
     engine_config(settings["deepspeed"], tuning, processes)  # its complaints come before any work
     # A DeepSpeed checkpoint belongs to a number of processes: with another number, the job starts afresh.
     key = {name: value for name, value in settings.items() if name != "state"} | {"processes": processes}
     inputs = {"manifest": manifest, "instructions": instructions}
     with resumable_state(settings["state"], "post_train", key, inputs) as folder:
-        _tokenise(instructions, checkpoint, tuning, folder)
+        folders = [folder / f"stage{stage}" for stage in range(len(stages_of(tuning)))]
+        _tokenise(instructions, checkpoint, tuning, folders)
         seed = settings["subject"]["seed"]
-        launch(
-            TrainingJob(str(checkpoint), str(folder), settings["tuning"], settings["deepspeed"], seed),
-            processes,
-            threads,
-        )
-        progress = Progress.load(folder)
-        if progress.best is None:
-            raise RankwiseError(f"{folder}: the training ended without a result. Delete this folder and run again.")
+        results: list[Path] = []
+        for name, part in zip(stages_of(tuning), folders, strict=True):
+            log.info("post-training: %s", name)
+            earlier = [str(path) for path in results]
+            job = TrainingJob(str(checkpoint), str(part), settings["tuning"], settings["deepspeed"], seed, earlier)
+            launch(job, processes, threads)
+            results.append(_result(part))
+        progress = joined([Progress.load(part) for part in folders])
         _warn_if_worse(progress)
-        vectors = unpack_vectors(load_tensors(vectors_file(folder, progress.best)))
         model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]))
-        merge_subspaces(model, vectors)
+        learnt = [load_tensors(path) for path in results]
+        for tensors in learnt:
+            merge(model, tuning, tensors)
         files = save_checkpoint(model, checkpoint, target)
+        trainable = sum(map(trained_numbers, learnt))
         total = sum(parameter.numel() for parameter in model.parameters())
         write_json(
             target_manifest,
@@ -74,18 +77,22 @@ def tune_checkpoint(
                 "subject": settings["subject"],
                 "files": files,
                 "tuning": settings["tuning"],
-                "training": describe_training(progress, vectors, total, processes),
+                "training": describe_training(progress, trainable, total, processes),
                 "seconds": progress.seconds,
                 "environment": describe_environment(),
             },
         )
 
 
-def describe_training(
-    progress: Progress, vectors: dict[str, SubspaceVectors], parameters: int, processes: int
-) -> dict[str, Any]:
-    """The `training` part of a tuned checkpoint's manifest; losses are means over scored tokens, in nats."""
-    trainable = sum(learnt.inner.numel() + learnt.outer.numel() for learnt in vectors.values())
+def describe_training(progress: Progress, trainable: int, parameters: int, processes: int) -> dict[str, Any]:
+    """The `training` part of a tuned checkpoint's manifest; losses are means over scored tokens, in nats.
+
+    Args:
+        progress: of all stages together.
+        trainable: how many numbers they trained, together.
+        parameters: of the model.
+        processes: that trained it.
+    """
     return {
         "steps": progress.step,
         "best_step": progress.best,
@@ -98,15 +105,29 @@ def describe_training(
     }
 
 
-def _tokenise(instructions: str | Path, checkpoint: str | Path, tuning: Tuning, folder: Path) -> None:
-    """Leave the tokenised training and validation rows in the job's folder."""
+def _result(folder: Path) -> Path:
+    """What a finished job learnt.
+
+    Raises:
+        RankwiseError: it learnt nothing.
+    """
+    best = Progress.load(folder).best
+    if best is None:
+        raise RankwiseError(f"{folder}: the training ended without a result. Delete this folder and run again.")
+    return vectors_file(folder, best)
+
+
+def _tokenise(instructions: str | Path, checkpoint: str | Path, tuning: Tuning, folders: list[Path]) -> None:
+    """Leave the tokenised training and validation rows in the folder of every stage's job."""
     rows = read_rows(instructions)
     tokenizer = load_tokenizer(checkpoint)
     training, validation = split(tokenise(rows, tokenizer, tuning.max_length, tuning.mask_prompt), tuning)
     steps = total_steps(tuning, len(training))
     log.info("%d rows to train on, %d to validate, %d steps", len(training), len(validation), steps)
-    training.save(folder / TRAIN_FILE)
-    validation.save(folder / VALIDATION_FILE)
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        training.save(folder / TRAIN_FILE)
+        validation.save(folder / VALIDATION_FILE)
 
 
 def _warn_if_worse(progress: Progress) -> None:

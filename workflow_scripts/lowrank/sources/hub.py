@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,39 @@ def fetch_snapshot(source: HubSource) -> list[Path]:
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
     if not files:
         raise RankwiseError(f"hub: {source.hub} at {source.revision}: no file matches {', '.join(patterns)}.")
+    return files
+
+
+def fetch_files(source: HubSource) -> list[Path]:
+    """The files of a data set that `source.file` names, as they lie in the repository at its pinned revision.
+
+    Nothing else of the repository is fetched or looked at, so this also reads one that has a loading script.
+
+    Raises:
+        RankwiseError: gated, missing, or not reachable, no such file, or a split or subset is chosen besides; it names
+            the repository, the revision and what to do.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    pattern = source.file
+    assert pattern is not None
+    if source.split or source.subset:
+        raise RankwiseError(f"hub: {source.hub}: `file:` says what is read; leave out `split:` and `subset:`.")
+    log.info("fetching %s of the data set %s at %s from the hub", pattern, source.hub, source.revision)
+    try:
+        if not any(sign in pattern for sign in "*?["):  # one file needs no list of all, which is long for large sets
+            return [Path(hf_hub_download(source.hub, pattern, repo_type="dataset", revision=source.revision))]
+        folder = Path(
+            snapshot_download(source.hub, repo_type="dataset", revision=source.revision, allow_patterns=[pattern])
+        )
+    except Exception as error:  # the client's own types and those of its HTTP library
+        raise RankwiseError(_message(source, error)) from error
+    # The folder also holds what was fetched from this revision before.
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and fnmatch(file.relative_to(folder).as_posix(), pattern)
+    )
+    if not files:
+        raise RankwiseError(f"hub: {source.hub} at {source.revision}: no file matches {pattern}.")
     return files
 
 
@@ -97,6 +131,8 @@ def _message(source: HubSource, error: BaseException) -> str:
             f"{place}: it is not in the hub's cache on this machine, and the hub cannot be reached. Go online "
             "(and unset HF_HUB_OFFLINE), or point `path:` at a copy."
         )
+    if "EntryNotFoundError" in {type_.__name__ for type_ in type(error).__mro__}:  # as a cause, it may be a mere probe
+        return f"{place}: it has no file `{source.file}`. Take the file's path from its page of the hub."
     return f"{place}: cannot be loaded ({type(error).__name__}: {_without_tokens(str(error))})"
 
 

@@ -89,10 +89,13 @@ def fetch_instructions(name: str, instructions: Instructions, cache: Path, rows:
 
 @contextmanager
 def _texts(corpus: Corpus, cache: Path) -> Iterator[Iterator[str]]:
-    """All documents of a corpus's source. A data set of the hub is rows whatever `format` says."""
+    """All documents of a corpus's source. A data set of the hub without `file:` is rows whatever `format` says."""
     source = corpus.source
     assert not isinstance(source, TokensSource)
     if isinstance(source, HubSource):
+        if source.file:
+            yield iter_texts(hub.fetch_files(source), corpus.format, corpus.field)
+            return
         dataset = hub.load_rows(source)
         yield (text_of(row, corpus.field, f"{source.hub}, row {n}") for n, row in enumerate(dataset))
         return
@@ -104,6 +107,9 @@ def _texts(corpus: Corpus, cache: Path) -> Iterator[Iterator[str]]:
 def _records(instructions: Instructions, cache: Path) -> Iterator[Iterator[tuple[str, Record]]]:
     source = instructions.source
     if isinstance(source, HubSource):
+        if source.file:
+            yield iter_records(hub.fetch_files(source), instructions.format, INSTRUCTION_COLUMNS)
+            return
         yield ((f"{source.hub}, row {n}", row) for n, row in enumerate(hub.load_rows(source)))
         return
     with source_files(source, cache) as files:

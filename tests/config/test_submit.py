@@ -1,0 +1,204 @@
+"""What would be submitted to SLURM: the plugin's own lines for every job of the paper; and plans without a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wrong import REPOSITORY
+
+from lowrank.config.load import load_study
+from lowrank.needs import memory_request, runtime_request
+from lowrank.planned_jobs import Job, planned_jobs
+from lowrank.resources import Estimator
+
+pytest.importorskip("snakemake_executor_plugin_slurm", reason="the SLURM plugin of Snakemake is not installed")
+
+PARTITIONS = REPOSITORY / "profiles/slurm/partitions.example.yaml"
+PAPER = REPOSITORY / "config/paper.yaml"
+ON_THE_HEAD = {
+    *("all", "fetch_model", "fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
+    *("make_table", "draw_figure", "write_provenance", "write_report"),
+}
+ON_PROCESSORS = {"sample_calibration"}
+Described = dict[str, Any]
+
+
+def without_slurm(folder: Path) -> dict[str, str]:
+    """An environment in which no program of SLURM can be found."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder)}
+
+
+def plan(folder: Path, *arguments: str, partitions: Path | str = PARTITIONS) -> subprocess.CompletedProcess[str]:
+    """What `submitted.py` says of a Snakemake command."""
+    script = Path(__file__).with_name("submitted.py")
+    return subprocess.run(
+        [sys.executable, str(script), str(partitions), *arguments, "--directory", str(folder)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=without_slurm(folder),
+    )
+
+
+def jobs_of(run: subprocess.CompletedProcess[str]) -> list[list[Described]]:
+    """Each job at its first and at its second try."""
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("JOBS ")]
+    found: list[list[Described]] = json.loads(line.removeprefix("JOBS "))
+    return found
+
+
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> list[list[Described]]:
+    """The literal command of the README, from a fresh clone, with a GPU type of the site."""
+    folder = tmp_path_factory.mktemp("cluster")
+    return jobs_of(plan(folder, "all", "--profile", "slurm"))
+
+
+def test_the_profile_takes_the_papers_study_without_a_cluster(submitted: list[list[Described]]) -> None:
+    found = {Job.of(job["rule"], **job["wildcards"]) for job, _ in submitted if job["rule"] != "all"}
+    assert found == set(planned_jobs(load_study(PAPER)))
+
+
+def test_only_the_head_node_fetches_and_writes_tables(submitted: list[list[Described]]) -> None:
+    assert {job["rule"] for job, _ in submitted if job["local"]} == ON_THE_HEAD - {"fetch_token_corpus"}
+
+
+def test_every_job_asks_for_what_is_estimated_for_it(submitted: list[list[Described]]) -> None:
+    estimator = Estimator(load_study(PAPER))
+    for tries in submitted:
+        for attempt, job in enumerate(tries, start=1):
+            if job["local"]:
+                continue
+            assert job["rule"] in estimator.rules
+            need = estimator.need(job["rule"], job["wildcards"])
+            gpus = int(need.gpu)
+            asked = job["resources"]
+            assert asked.get("gpu", 0) == gpus, job
+            assert asked["mem_mb"] == memory_request(need, gpus, attempt), job
+            assert asked["runtime"] == runtime_request(need, gpus, job["threads"], attempt), job
+
+
+def test_the_lines_say_gpu_memory_time_and_threads(submitted: list[list[Described]]) -> None:
+    seen: dict[tuple[str, bool], str] = {}
+    for job, _ in submitted:
+        if job["local"]:
+            continue
+        line, asked = job["line"], job["resources"]
+        assert f" --mem {asked['mem_mb']} " in line
+        assert f" -t {asked['runtime']} " in line
+        assert f" --cpus-per-task={job['threads']} " in line
+        assert " --requeue " in line
+        gpu = asked.get("gpu", 0)
+        assert (" --gpus=1" in line) == (gpu == 1), line
+        assert (" --nodes=1" in line) == (gpu == 1), line
+        assert (" --ntasks=1" in line) == (gpu == 0), line
+        assert job["partition"] == ("gpu" if gpu else "cpu"), line
+        seen[job["rule"], bool(gpu)] = line
+    assert {rule for rule, gpu in seen if not gpu} == ON_PROCESSORS | {
+        "compress_model"
+    }  # slices of bases that are there
+    assert ("compress_model", True) in seen  # SVD decomposes
+
+
+def test_a_further_try_gets_more(submitted: list[list[Described]]) -> None:
+    for first, second in submitted:
+        if not first["local"]:
+            assert second["resources"]["mem_mb"] > first["resources"]["mem_mb"]
+            assert second["resources"]["runtime"] > first["resources"]["runtime"]
+
+
+def test_a_site_decides_number_and_type_of_gpus(tmp_path: Path) -> None:
+    """By a profile of its own beside ours: four GPUs of one type for post-training, and all accumulators at once."""
+    profile = {
+        "default-resources": {"gpus_per_job": 1, "gpu_type": "a100", "slurm_account": "'account'"},
+        "set-resources": {"post_train": {"gpu": 4}, "collect_statistics": {"layers_per_pass": 40}},
+    }
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/profile.yaml").write_text(yaml.safe_dump(profile))
+    jobs = jobs_of(plan(tmp_path, "all", "--profile", "slurm", "--profile", str(tmp_path / "site")))
+    lines = {job["rule"]: job["line"] for job, _ in jobs if not job["local"] and job["resources"].get("gpu")}
+    assert " --gpus=a100:4" in lines["post_train"]
+    assert " --nodes=1" in lines["post_train"]
+    assert all(" --gpus=a100:1" in line for rule, line in lines.items() if rule != "post_train")
+    assert not any("a100" in job["line"] for job, _ in jobs if not job["local"] and not job["resources"].get("gpu"))
+    training = [job for job, _ in jobs if job["rule"] == "post_train"]
+    estimator = Estimator(load_study(PAPER))
+    for job in training:  # each process loads the model on its way to its GPU
+        assert job["resources"]["mem_mb"] == memory_request(estimator.need("post_train", job["wildcards"]), 4)
+    passes = {job["resources"]["layers_per_pass"] for job, _ in jobs if job["rule"] == "collect_statistics"}
+    assert passes == {40}
+
+
+def test_a_cluster_without_gpus_is_asked_for_memory_instead(tmp_path: Path) -> None:
+    jobs = jobs_of(
+        plan(tmp_path, "all", "--profile", "slurm", "--default-resources", "gpus_per_job=0", "--resources", "gpu=0")
+    )
+    searches = [job for job, _ in jobs if job["rule"] == "search_allocation" and "13b" in job["wildcards"]["model"]]
+    assert all("--gpus" not in job["line"] for job, _ in jobs if not job["local"])
+    assert all(job["resources"]["mem_mb"] > 60_000 for job in searches)
+
+
+def test_a_command_line_that_loses_the_gpus_is_refused(tmp_path: Path) -> None:
+    """`--default-resources` on the command line replaces all of the profile's; a week on a processor is worse."""
+    run = plan(tmp_path, "all", "--profile", "slurm", "--default-resources", "slurm_account=mine")
+    assert run.returncode != 0
+    assert "the profile does not say whether jobs get GPUs" in run.stdout + run.stderr
+
+
+def dry_run(folder: Path, *arguments: str) -> str:
+    """What a plain dry run prints."""
+    run = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", *arguments, "--directory", str(folder)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=without_slurm(folder),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def planned(shown: str) -> dict[str, int]:
+    """Rule -> jobs."""
+    listed = shown.partition("Job stats:")[2].partition("total")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", listed, re.MULTILINE)}
+
+
+def counted(config: str) -> dict[str, int]:
+    """Rule -> jobs of our own plan."""
+    counts: dict[str, int] = {"all": 1}
+    for job in planned_jobs(load_study(REPOSITORY / f"config/{config}.yaml")):
+        counts[job.rule] = counts.get(job.rule, 0) + 1
+    return counts
+
+
+def test_a_config_on_the_command_line_wins_over_the_profiles(tmp_path: Path) -> None:
+    shown = dry_run(tmp_path, "all", "--profile", "slurm", "--configfile", "config/quickstart.yaml")
+    assert planned(shown) == counted("quickstart")
+
+
+def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> None:
+    arguments = ("all", "--profile", "profiles/local", "--configfile", "config/mini-paper.yaml")
+    shown = dry_run(tmp_path, *arguments)
+    assert planned(shown) == counted("mini-paper")
+    assert "Provided resources" not in shown  # no limit on memory or GPUs that a job could wait for
+    for job, _ in jobs_of(plan(tmp_path, *arguments, partitions="none")):
+        assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
+
+
+@pytest.mark.parametrize("config", ["paper", "quickstart"])
+def test_data_fetches_everything_and_nothing_else(tmp_path: Path, config: str) -> None:
+    found = planned(dry_run(tmp_path, "data", "--configfile", f"config/{config}.yaml"))
+    wanted = {rule: count for rule, count in counted(config).items() if rule.startswith("fetch_")}
+    assert found == wanted | {"data": 1}

@@ -1,0 +1,143 @@
+"""Refitting of the up factors on what flows through the compressed model (SVD-LLM's closed-form update).
+
+A factorised model changes the inputs of its own later layers. With X the inputs of a layer W in the dense model, X' its
+inputs in the compressed one, and V its down factor, the up factor that is best there solves
+
+    min_U ||W X - U V X'||^2,    U = W X X'' V' (V X' X'' V')^-1,
+
+where '' is the transpose of X'. Layers are refitted in the order of the forward pass, each on inputs that come through
+those refitted before it. Biases stay as they are, since both sides have the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank.budget import Budget
+from lowrank.checkpoint import family_of
+from lowrank.factors import LowRankFactors
+from lowrank.families import LinearModule
+from lowrank.partial_forward import block_input, exchanged, input_of
+from lowrank.whitening import cholesky_factor
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Products:
+    """Sums of X X'' and X' X'' over batches, n x n, formed in float32 (float64 for float64 inputs), kept in float64."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.cross = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.own = torch.zeros_like(self.cross)
+
+    def add(self, dense: torch.Tensor, compressed: torch.Tensor) -> None:
+        """Add a batch of both inputs, ... x n."""
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        x, y = (states.flatten(0, -2).to(wide) for states in (dense, compressed))
+        self.cross += (x.T @ y).double()
+        self.own += (y.T @ y).double()
+
+
+def refit_up_factors(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    budget: Budget,
+    factors: Mapping[str, LowRankFactors],
+    device: torch.device,
+) -> dict[str, LowRankFactors]:
+    """Refit the up factor of every low-rank pair, site by site in the order of the forward pass.
+
+    Args:
+        model: the dense model, on `device`; changed, and changed back.
+        tokens: windows x length token ids.
+        budget: of the model.
+        factors: layer -> its pair; layers that are not named are dense.
+        device: where the model is.
+
+    Raises:
+        RankwiseError: a layer's inputs in the compressed model are zero or not finite; it is named.
+    """
+    batches = list(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
+    refitted: dict[str, LowRankFactors] = {}
+    with torch.inference_mode():
+        dense = [block_input(model, ids.to(device)).cpu() for ids in batches]
+        compressed = dense
+        for layer in range(budget.dimensions.layers):
+            pairs: dict[str, torch.nn.Module] = {}
+            for modules in _sites(budget, layer):
+                changed = [module for module in modules if module.name in factors]
+                if not changed:
+                    continue
+                products = _products(model, modules[0], batches, (dense, compressed), pairs, device)
+                for module in changed:
+                    weight = model.get_submodule(module.name).weight
+                    new = _refitted(factors[module.name], weight, products, module.name)
+                    refitted[module.name] = new
+                    pairs[module.name] = new.as_module(model.dtype, device)
+            log.info("update: block %d of %d", layer + 1, budget.dimensions.layers)
+            if layer + 1 < budget.dimensions.layers:
+                name = f"{family_of(model).blocks}.{layer + 1}"
+                dense = _inputs(model, name, batches, layer, dense, device)
+                with exchanged(model, pairs):
+                    compressed = _inputs(model, name, batches, layer, compressed, device)
+    return refitted
+
+
+def _sites(budget: Budget, layer: int) -> list[list[LinearModule]]:
+    """The linear layers of a block that read the same input, in the order of the forward pass."""
+    sites: dict[str, list[LinearModule]] = {}
+    for module in budget.modules:
+        if module.layer == layer:
+            sites.setdefault(module.type.site, []).append(module)
+    return list(sites.values())
+
+
+def _products(
+    model: PreTrainedModel,
+    module: LinearModule,
+    batches: list[torch.Tensor],
+    entering: tuple[list[torch.Tensor], list[torch.Tensor]],
+    pairs: Mapping[str, torch.nn.Module],
+    device: torch.device,
+) -> _Products:
+    """Products of what a layer reads in the dense model and in the compressed one."""
+    products = _Products(module.in_features, device)
+    for ids, *hidden in zip(batches, *entering, strict=True):
+        on_device = ids.to(device)
+        x = input_of(model, module.name, on_device, module.layer, hidden[0].to(device))
+        with exchanged(model, pairs):
+            y = input_of(model, module.name, on_device, module.layer, hidden[1].to(device))
+        products.add(x, y)
+    return products
+
+
+def _refitted(pair: LowRankFactors, weight: torch.Tensor, products: _Products, where: str) -> LowRankFactors:
+    """A pair with the best up factor for its down factor."""
+    like = products.own
+    down, up, w = pair.down.to(like), pair.up.to(like), weight.to(like)
+    gram = down @ products.own @ down.T
+    root = cholesky_factor(gram, where)
+    missing = w @ products.cross @ down.T - up @ gram
+    return replace(pair, up=(up + torch.cholesky_solve(missing.T, root).T).to(pair.up))
+
+
+def _inputs(
+    model: PreTrainedModel,
+    name: str,
+    batches: list[torch.Tensor],
+    layer: int,
+    entering: list[torch.Tensor],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """What a block reads, batch by batch, on the CPU."""
+    return [
+        input_of(model, name, ids.to(device), layer, hidden.to(device)).cpu()
+        for ids, hidden in zip(batches, entering, strict=True)
+    ]

@@ -1,0 +1,34 @@
+"""AFM (atomic feature mimicking): principal bases of the outputs with a bias, at one kept ratio for all layers.
+
+The paper's starting point (Section 3.1): the covariance is the plain one over all tokens, so a preset names one with
+`estimator: naive`; every linear layer is compressed, v too. The biases count towards the budget.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lowrank.config.base import Name
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+
+
+class Settings(MethodSettings):
+    """AFM reads the bases of one covariance."""
+
+    kind: Literal["afm"]
+    calibration: Name
+    covariance: Name
+    uncompressed: tuple[str, ...] = ()
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Slice the bases at the ranks that the uniform ratio buys."""
+    from lowrank.allocation import sliced_factors
+    from lowrank.uniform import uniform_layers
+
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
+    return sliced_factors(task.required_bases(), task.budget, {module.name: rank for module, rank in layers})

@@ -1,0 +1,119 @@
+"""ASVD: each weight matrix is decomposed with its columns scaled by the size of what they read.
+
+The scale of column j is s_j = mean(|x_j|)^alpha + 1e-6 over the calibration tokens, and the factors minimise
+||(W - W') diag(s)||. Ranks come from the losses of the model with one layer factorised at a time
+(`allocation: strs`, see `lowrank.sensitivity_search`), or from one kept ratio for all.
+
+Two departures from the authors' program: the decomposition is exact (theirs is `decomposition: randomised`), and the
+budget is that of the decoder's linear layers, so the head, which they also factorise, stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowrank.budget import Budget
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+    from lowrank.families import LinearModule
+
+_LEAST_SCALE = 1e-6
+
+
+class Settings(MethodSettings):
+    """ASVD reads the mean size of all inputs, and calibration windows for its search."""
+
+    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+
+    kind: Literal["asvd"]
+    calibration: Name
+    alpha: Annotated[Number, Field(ge=0, le=1)] = Field(
+        default=0.5, description="exponent of the inputs' mean size; 0 is plain SVD"
+    )
+    decomposition: Literal["exact", "randomised"] = Field(
+        default="exact", description="randomised: two power iterations on random directions, as the authors do"
+    )
+    allocation: Literal["strs", "uniform"] = Field(
+        default="strs", description="strs: ranks by the sensitivity of each layer; uniform: one kept ratio for all"
+    )
+    kept: Distinct[Share] = Field(
+        default=[0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1, description="strs: kept ratios at which layers are tried"
+    )
+    windows: Positive | None = Field(default=32, description="strs: at most so many calibration windows; null: all")
+    length: AtLeastTwo | None = Field(default=None, description="strs: at most so many tokens of each; null: all")
+    rounding: Literal["budget", "down"] = Field(
+        default="budget", description="strs: whether what the cut leaves of the budget is spent in steps of 8"
+    )
+    uncompressed: tuple[str, ...] = ()
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Find the ranks, and decompose every matrix with scaled columns.
+
+    Raises:
+        RankwiseError: the ratio is out of reach, or a decomposition fails; the layer is named.
+    """
+    from lowrank.runtime import pick_device
+    from lowrank.uniform import layers_with_ranks, uniform_layers
+
+    if not task.ratio:
+        return {}
+    device = pick_device()
+    budget = replace(task.budget, adds_bias=False)
+    factorise = _factoriser(task, device)
+    if task.settings.allocation == "uniform":
+        layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+    else:
+        layers = layers_with_ranks(budget, _search_ranks(task, budget, factorise, device))
+    return {module.name: factorise(module)(rank) for module, rank in layers}
+
+
+def _factoriser(
+    task: CompressionTask, device: torch.device
+) -> Callable[[LinearModule], Callable[[int], LowRankFactors]]:
+    """From a layer to its factors of any rank."""
+    from lowrank.weighted_svd import weigh_columns, weigh_columns_randomised
+
+    moments = lru_cache(maxsize=1)(task.required_statistics().of)
+
+    def factorise(module: LinearModule) -> Callable[[int], LowRankFactors]:
+        layer, name = task.model.get_submodule(module.name), module.name
+        weight = layer.weight.to(device)
+        scale = moments(module.layer)[module.type.site].absolute_mean.double() ** task.settings.alpha + _LEAST_SCALE
+        if task.settings.decomposition == "exact":
+            ordered = weigh_columns(weight, scale, name)
+            return lambda rank: ordered.factors(rank, layer.bias)
+        return lambda rank: weigh_columns_randomised(weight, scale, rank, task.seed, name).factors(rank, layer.bias)
+
+    return factorise
+
+
+def _search_ranks(
+    task: CompressionTask,
+    budget: Budget,
+    factorise: Callable[[LinearModule], Callable[[int], LowRankFactors]],
+    device: torch.device,
+) -> dict[str, int | None]:
+    """The ranks of the sensitivity-based search."""
+    from lowrank.partial_forward import on_device
+    from lowrank.sensitivity_search import candidate_ranks, cut_trials, measure_layers, spend_rest
+    from lowrank.uniform import first_windows
+
+    settings = task.settings
+    windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
+    candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
+    with on_device(task.model, device):
+        trials = measure_layers(task.model, windows, budget, candidates, factorise, device)
+    ranks = cut_trials(trials, budget, task.ratio)
+    return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "budget" else ranks

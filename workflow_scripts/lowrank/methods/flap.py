@@ -1,0 +1,146 @@
+"""FLAP (An et al., AAAI 2024): prune heads and neurons whose inputs fluctuate least, and keep their mean as a bias.
+
+What a channel contributes to its layer is its mean, which a bias replaces exactly, and its fluctuation around it,
+which is lost. So the score of an input channel j of o or down is its variance times |W_j|^2, over the whole model on
+one scale: z-scores within each branch of each block. Groups are worth more than neurons, so units are counted by
+their parameters when the threshold is sought. Biases that are added count against the budget.
+
+The released code squares the scores of attention channels before it standardises them, which its paper does not say;
+`square_attention` decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lowrank.config.base import Name, Positive, wrong
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowrank.compression import CompressionTask
+    from lowrank.moments import Moments
+    from lowrank.replacements import Replacements
+    from lowrank.structured import Counts, Structure
+
+
+class Settings(MethodSettings):
+    """FLAP reads means and variances of the inputs of o and down."""
+
+    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics",)
+
+    kind: Literal["flap"]
+    calibration: Name
+    metric: Literal["wifv", "ifv", "wifn"] = Field(
+        default="wifv", description="variance x |W_j|^2; the variance alone; or mean |W_ij| x root mean square of x_j"
+    )
+    structure: Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"] = Field(
+        default="AL-AM",
+        description="AL: one threshold for all blocks, UL: each block loses the same; "
+        "MM: `remove_heads` heads and the rest from neurons, else heads and neurons together",
+    )
+    remove_heads: Positive | None = Field(default=None, description="MM only: query heads to remove from the model")
+    square_attention: bool = Field(default=True, description="square the scores of attention, as the released code")
+
+    @model_validator(mode="after")
+    def _heads_go_with_mm(self) -> Settings:
+        if self.structure.endswith("MM") != (self.remove_heads is not None):
+            raise wrong("remove_heads", "is needed by `structure: AL-MM` and `UL-MM`, and only by them")
+        return self
+
+
+def compress(task: CompressionTask) -> Replacements:
+    """Prune what fluctuates least until the budget is met.
+
+    Raises:
+        RankwiseError: the ratio is out of reach, or the channels of a layer cannot be told apart.
+    """
+    from lowrank.structured import Structure, cut, kept_units
+
+    if task.ratio == 0:
+        return {}
+    structure = Structure.of(task.budget)
+    scores, means = _scores_and_means(task, structure)
+    removed = _removal(task, structure, scores)
+    return cut(task.model, structure, kept_units(scores, removed), means)
+
+
+def _removal(task: CompressionTask, structure: Structure, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
+    """How many units each branch loses."""
+    from lowrank.errors import RankwiseError
+    from lowrank.structured import even_removal, lowest_removal, lowest_units
+
+    allowed, settings = task.budget.allowed(task.ratio), task.settings
+    if settings.structure == "AL-AM":
+        return lowest_removal(structure, scores, allowed)
+    if settings.structure == "UL-UM":
+        return even_removal(structure, allowed)
+    layers = task.budget.dimensions.layers if settings.structure == "UL-MM" else 1
+    step = structure.heads_per_group * layers
+    groups, rest = divmod(settings.remove_heads, step)
+    if rest:
+        raise RankwiseError(
+            f"flap: `remove_heads: {settings.remove_heads}` must be a multiple of {step}: query heads go together with "
+            f"the key/value head that they share{', and from every block the same' if layers > 1 else ''}"
+        )
+    if structure.attention.cost * groups * layers > task.budget.dense_parameters - allowed:
+        raise RankwiseError(f"flap: `remove_heads: {settings.remove_heads}` alone removes more than {task.ratio} %")
+    if settings.structure == "UL-MM":
+        return even_removal(structure, allowed, groups=groups)
+    neurons = {place: values for place, values in scores.items() if place[1] == structure.mlp.name}
+    attention = {place: values for place, values in scores.items() if place not in neurons}
+    return lowest_removal(structure, neurons, allowed, lowest_units(structure, attention, groups))
+
+
+def _scores_and_means(
+    task: CompressionTask, structure: Structure
+) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tuple[int, str], torch.Tensor]]:
+    """Branch -> the score of each unit: the mean over its channels of their z-scores; and the mean of each channel."""
+    scores, means = {}, {}
+    statistics = task.required_statistics()
+    for layer in range(task.budget.dimensions.layers):
+        moments = statistics.of(layer)
+        for place, branch in structure.places([layer]):
+            name = structure.layer_name(layer, branch.reader)
+            inputs = moments[branch.reader.site]
+            values = _channel_scores(task.model.get_submodule(name).weight, inputs, task.settings.metric)
+            if task.settings.square_attention and branch is structure.attention:
+                values = values**2
+            scores[place] = standardised(values, name).view(branch.units, -1).mean(dim=1)
+            means[place] = inputs.mean
+    return scores, means
+
+
+def _channel_scores(weight: torch.Tensor, inputs: Moments, metric: str) -> torch.Tensor:
+    """One score per input channel of a layer, n in float64.
+
+    wifv: Var(x_j) sum_i W_ij^2. ifv: Var(x_j). wifn: mean_i |W_ij| sqrt(E x_j^2).
+    """
+    within, window_means = inputs.within.diagonal().double(), inputs.window_means.double()
+    wide = weight.detach().cpu().double()
+    if metric == "wifn":
+        values: torch.Tensor = wide.abs().mean(dim=0) * (within + (window_means**2).mean(dim=0)).sqrt()
+        return values
+    variance = within + ((window_means - inputs.mean) ** 2).mean(dim=0)
+    variance = variance * (inputs.tokens / max(1, inputs.tokens - 1))
+    return variance if metric == "ifv" else variance * (wide**2).sum(dim=0)
+
+
+def standardised(values: torch.Tensor, where: str) -> torch.Tensor:
+    """Values less their mean, over their standard deviation.
+
+    Raises:
+        RankwiseError: all are the same, so no channel is better than another; `where` names the layer.
+    """
+    from lowrank.errors import RankwiseError
+
+    deviation = values.std()
+    if not bool(deviation > 0):
+        raise RankwiseError(
+            f"{where}: its input channels all fluctuate alike (score {float(values[0]):.3g}), so none can be chosen. "
+            "Look at the calibration text: is it more than one repeated token?"
+        )
+    return (values - values.mean()) / deviation

@@ -1,0 +1,61 @@
+"""FWSVD: each weight matrix is decomposed with its rows weighted by how much the loss depends on them.
+
+The weight of row i is d_i = sqrt(sum_s sum_j g_sij^2), with g_s the gradient of a calibration window's loss: the
+square root of the row's share of the diagonal of the empirical Fisher information. The factors minimise
+||diag(d) (W - W')||. Like plain SVD it ignores what flows through W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from lowrank.config.base import Name, Positive
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+
+
+class Settings(MethodSettings):
+    """FWSVD reads calibration windows, for gradients."""
+
+    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
+
+    kind: Literal["fwsvd"]
+    calibration: Name
+    sequences: Positive | None = Field(
+        default=None, description="calibration windows to take gradients on, the first ones; null: all"
+    )
+    uncompressed: tuple[str, ...] = ()
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Decompose every matrix with weighted rows, at the rank that the uniform ratio buys.
+
+    Raises:
+        RankwiseError: the loss depends on no weight of a layer, a gradient is not finite, or a decomposition fails;
+            the layer is named.
+    """
+    from lowrank.gradients import sum_gradients
+    from lowrank.runtime import pick_device
+    from lowrank.uniform import first_windows, uniform_layers
+    from lowrank.weighted_svd import weigh_rows
+
+    layers = uniform_layers(replace(task.budget, adds_bias=False), task.ratio, task.settings.uncompressed)
+    if not layers:
+        return {}
+    device = pick_device()
+    tokens = first_windows(task.required_tokens(), task.settings.sequences, "sequences")
+    names = [module.name for module, _ in layers]
+    squares = sum_gradients(task.model, tokens, names, device, squared=True)
+    factors: dict[str, LowRankFactors] = {}
+    for module, rank in layers:
+        layer = task.model.get_submodule(module.name)
+        importance = squares.pop(module.name).double().sum(dim=1).sqrt()
+        ordered = weigh_rows(layer.weight.to(device), importance, module.name)
+        factors[module.name] = ordered.factors(rank, layer.bias)
+    return factors

@@ -1,0 +1,63 @@
+"""Ranks by predicted loss, directions by the Fisher information, factors with an identity block: no search at all.
+
+One backward pass says how much the loss cares about each direction of each output. That gives the directions to keep
+(`lowrank.fisher_bases`), the loss that every rank is predicted to cost, and with it the best allocation under the
+budget (`lowrank.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
+See docs/rankwise.md for the derivation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lowrank.config.base import Name
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    from lowrank.compression import CompressionTask
+    from lowrank.replacements import Replacements
+
+
+class Settings(MethodSettings):
+    """It reads bases whose preset of `covariance` names `gradients`, for these say what a direction is worth."""
+
+    kind: Literal["rankwise"]
+    calibration: Name
+    covariance: Name
+    identity_block: bool = Field(default=True, description="store pairs with an identity block: more rank a parameter")
+    uncompressed: tuple[str, ...] = Field(default=(), description="types that stay dense")
+
+
+def compress(task: CompressionTask) -> Replacements:
+    """Allocate ranks by predicted loss and slice the bases.
+
+    Raises:
+        RankwiseError: the bases hold no predicted losses; the layer is named.
+    """
+    import logging
+
+    from lowrank.allocation import sliced_factors
+    from lowrank.errors import RankwiseError
+    from lowrank.predicted_loss import allocate
+    from lowrank.replacements import IdentityBlockFactors
+
+    bases = task.required_bases()
+    losses = {}
+    for module in task.budget.modules:
+        predicted = bases.of(module.layer, module.type.name).losses
+        if predicted is None:
+            raise RankwiseError(
+                f"{module.name}: its basis says nothing of the loss. The preset `covariance: "
+                f"{task.settings.covariance}` must name `gradients: weigh` or `gradients: predict`."
+            )
+        losses[module.name] = predicted.double().numpy()
+    budget = replace(task.budget, identity_block=task.settings.identity_block)
+    allocation = allocate(budget, task.ratio, losses, task.settings.uncompressed)
+    logging.getLogger(__name__).info("predicted rise of the loss: %.4f nats per token", allocation.loss)
+    factors = sliced_factors(bases, budget, allocation.ranks)
+    if not task.settings.identity_block:
+        return factors
+    return {name: IdentityBlockFactors.of(pair, name) for name, pair in factors.items()}

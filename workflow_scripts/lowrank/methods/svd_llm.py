@@ -1,0 +1,92 @@
+"""SVD-LLM: truncation-aware whitening, at one kept ratio for all layers.
+
+With S S' = E[x x'] the truncation of W S, times S^-1, minimises the mean square error of the layer's outputs. It is
+also what DRONE's joint decomposition of W and X gives, and what uncentred principal bases give (see
+`lowrank.whitening`); SVD-LLM-V2 reaches the same truncation by eigenvectors. They are no methods of their own here.
+
+A dense layer's own bias stays as it is. `update: true` adds the closed-form update: the up factors are refitted on the
+inputs that the compressed model gives (see `lowrank.least_squares_update`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lowrank.config.base import Name, Positive, wrong
+from lowrank.config.presets import MethodSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowrank.compression import CompressionTask
+    from lowrank.factors import LowRankFactors
+
+
+class Settings(MethodSettings):
+    """SVD-LLM reads second moments, and calibration windows for its update."""
+
+    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+
+    kind: Literal["svd-llm"]
+    calibration: Name
+    update: bool = Field(default=False, description="refit the up factors on the inputs in the compressed model")
+    windows: Positive | None = Field(
+        default=None, description="update: calibration windows to refit on, the first ones; null: all"
+    )
+    uncompressed: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _windows_are_for_the_update(self) -> Settings:
+        if self.windows is not None and not self.update:
+            raise wrong("windows", "is for `update: true` only; the whitening reads the statistics of all windows")
+        return self
+
+
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+    """Whiten and truncate every matrix at the rank that the uniform ratio buys.
+
+    Raises:
+        RankwiseError: a layer's inputs are all zero, or a decomposition fails; the layer is named.
+    """
+    from lowrank.least_squares_update import refit_up_factors
+    from lowrank.partial_forward import on_device
+    from lowrank.runtime import pick_device
+    from lowrank.uniform import first_windows, uniform_layers
+    from lowrank.whitening import whitened_factors
+
+    budget = replace(task.budget, adds_bias=False)
+    layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+    if not layers:
+        return {}
+    device = pick_device()
+    roots = _Roots(task, device)
+    factors: dict[str, LowRankFactors] = {}
+    for module, rank in layers:
+        layer = task.model.get_submodule(module.name)
+        root = roots.of(module.layer, module.type.site)
+        factors[module.name] = whitened_factors(layer.weight.to(device), root, module.name).factors(rank, layer.bias)
+    if not task.settings.update:
+        return factors
+    windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
+    with on_device(task.model, device):
+        return refit_up_factors(task.model, windows, budget, factors, device)
+
+
+class _Roots:
+    """Cholesky factors of the second moments; the last one is kept, for the layers that share an input."""
+
+    def __init__(self, task: CompressionTask, device: torch.device) -> None:
+        self._moments = lru_cache(maxsize=1)(task.required_statistics().of)
+        self._device = device
+        self.of = lru_cache(maxsize=1)(self._root)
+
+    def _root(self, layer: int, site: str) -> torch.Tensor:
+        from lowrank.config.presets import Covariance
+        from lowrank.whitening import cholesky_factor
+
+        second_moment, _ = self._moments(layer)[site].estimate(Covariance(estimator="uncentred"))
+        return cholesky_factor(second_moment.to(self._device), f"block {layer}, input '{site}'")
