@@ -112,12 +112,13 @@ def test_a_perplexity_is_what_transformers_computes(study: Path) -> None:
 
 def test_the_budget_holds_for_every_checkpoint(study: Path) -> None:
     manifests = results(study, "compressed/tiny/*/20/seed0/manifest.json")
-    assert len(manifests) == 3
+    assert {path.parts[-4] for path in manifests} == {"svd", "lord", "bolaco", "rankwise", "flap"}
     for path in manifests:
         manifest = json.loads(path.read_text())
         assert 0.75 < manifest["kept"]["linears"] <= 0.80, path
         model = load_checkpoint(path.parent / "checkpoint", torch.float32)
-        assert manifest["parameters"]["total"] == model.num_parameters()
+        indices = sum(tensor.numel() for name, tensor in model.state_dict().items() if name.endswith(".rows"))
+        assert manifest["parameters"]["total"] == model.num_parameters() + indices
 
 
 def test_post_training_keeps_the_ranks_and_changes_the_factors(study: Path) -> None:
@@ -132,7 +133,7 @@ def test_post_training_keeps_the_ranks_and_changes_the_factors(study: Path) -> N
     assert changed == {"up"}
 
 
-AFTER_A_CHECKPOINT = {"evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost"}
+AFTER_A_CHECKPOINT = {"evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost", "evaluate_generation"}
 PAPER = {"make_table", "write_provenance", "write_report"}
 
 
@@ -142,7 +143,7 @@ PAPER = {"make_table", "write_provenance", "write_report"}
         ("cache", "elsewhere", {"write_provenance", "write_report"}),
         ("models", {"tiny": {"license": "MIT"}}, {"write_provenance", "write_report"}),
         ("tables", {"table_8": {"title": "Other words"}}, PAPER),
-        ("tuning", {"scales": {"learning_rate": 0.5}}, {"post_train"} | AFTER_A_CHECKPOINT | PAPER),
+        ("tuning", {"scales": {"learning_rate": 0.5}}, {"post_train", "draw_figure"} | AFTER_A_CHECKPOINT | PAPER),
         (
             "search",
             {"bo": {"evaluations": 7}},
