@@ -304,12 +304,11 @@ def statistics_files(model, calibration):
 
 def basis_files(wildcards):
     """Statistics and, where the preset uses them, gradients."""
-    folder = f"{RUN}/{{}}/{wildcards.model}/{wildcards.calibration}"
-    files = {"layers": ancient(folder.format("statistics") + "/layers")}
-    files["manifest"] = folder.format("statistics") + "/manifest.json"
+    statistics = f"{RUN}/statistics/{wildcards.model}/{wildcards.calibration}"
+    files = {"layers": ancient(f"{statistics}/layers"), "manifest": f"{statistics}/manifest.json"}
     if STUDY.covariance[wildcards.covariance].gradients != "none":
-        files["gradients"] = ancient(folder.format("gradients") + "/layers")
-        files["gradients_manifest"] = folder.format("gradients") + "/manifest.json"
+        gradients = f"{RUN}/gradients/{wildcards.model}/{wildcards.calibration}"
+        files |= {"gradients": ancient(f"{gradients}/layers"), "gradients_manifest": f"{gradients}/manifest.json"}
     return files
 
 

@@ -53,7 +53,11 @@ def test_the_figure_is_accepted_and_reads_one_result_a_covariance() -> None:
         ("model", "zzz", "model: 'zzz' is not in `models` (there is: smollm2-135m)"),
         ("calibration", "zzz", "calibration: 'zzz' is not in `calibration` (there is: c4-32)"),
         ("covariance", ["fishr"], "covariance[0]: 'fishr' is not in `covariance` - did you mean 'fisher'?"),
-        ("corpus", "wiki-validation", "corpus: 'wiki-validation' is not in `corpora` - did you mean 'wikipedia-validation'?"),
+        (
+            "corpus",
+            "wiki-validation",
+            "corpus: 'wiki-validation' is not in `corpora` - did you mean 'wikipedia-validation'?",
+        ),
         ("length", 4096, "length: 4096 tokens, more than the `max_length` of model 'smollm2-135m' (2048)"),
         (
             *("covariance", ["fisher", "naive"]),
