@@ -9,6 +9,7 @@ PARTITIONS is `none`, the jobs are those of one machine, and have no line.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 partitions, *arguments = sys.argv[1:]
+known = None if partitions == "none" else read_partition_file(Path(partitions))
 planned: list[Any] = []
+places: set[str] = set()
 run_job = dryrun.Executor.run_job
 
 
 def remember(self: dryrun.Executor, job: Any) -> None:
     planned.append(job)
+    places.add(os.getcwd())
     run_job(self, job)
 
 
@@ -38,17 +42,17 @@ dryrun.Executor.run_job = remember  # type: ignore[method-assign]
 def described(job: Any, attempt: int) -> dict[str, Any]:
     """A job at its first or a further try; those of the head node have neither resources nor a line."""
     known_by = {"rule": job.rule.name, "wildcards": dict(job.wildcards.items()), "local": job.is_local}
-    if job.is_local and partitions != "none":
+    if job.is_local and known:
         return known_by
     job.attempt = attempt  # Snakemake evaluates the resources anew
     values = {name: value for name, value in job.resources.items() if type(value) in (int, str)}
     known_by |= {"threads": job.threads, "resources": values}
-    return known_by if partitions == "none" else known_by | submitted(job)
+    return known_by | submitted(job) if known else known_by
 
 
 def submitted(job: Any) -> dict[str, str]:
     """Partition and line."""
-    partition = get_best_partition(read_partition_file(Path(partitions)), job, logger)
+    partition = get_best_partition(known, job, logger)
     parameters = {
         "run_uuid": "uuid",
         "slurm_logfile": "log",
@@ -66,7 +70,9 @@ try:
 except SystemExit as ended:
     if ended.code:
         raise
-if partitions != "none":
+(place,) = places
+os.chdir(place)  # Snakemake has left it, and resources look at the inputs
+if known:
     for job in planned:  # from here on they are SLURM's
         job.dag.workflow._executor_plugin = ExecutorPluginRegistry().get_plugin("slurm")
 print("JOBS " + json.dumps([[described(job, attempt) for attempt in (1, 2)] for job in planned]))

@@ -53,11 +53,7 @@ def test_the_figure_is_accepted_and_reads_one_result_a_covariance() -> None:
         ("model", "zzz", "model: 'zzz' is not in `models` (there is: smollm2-135m)"),
         ("calibration", "zzz", "calibration: 'zzz' is not in `calibration` (there is: c4-32)"),
         ("covariance", ["fishr"], "covariance[0]: 'fishr' is not in `covariance` - did you mean 'fisher'?"),
-        (
-            "corpus",
-            "wiki-validation",
-            "corpus: 'wiki-validation' is not in `corpora` - did you mean 'wikipedia-validation'?",
-        ),
+        ("corpus", "c4-tests", "corpus: 'c4-tests' is not in `corpora` - did you mean 'c4-test'?"),
         ("length", 4096, "length: 4096 tokens, more than the `max_length` of model 'smollm2-135m' (2048)"),
         (
             *("covariance", ["fisher", "naive"]),
@@ -98,3 +94,19 @@ def test_a_method_that_allocates_by_predicted_loss_needs_bases_that_predict_it()
 def test_gradients_are_collected_on_windows_that_are_there() -> None:
     (message,) = errors_of(study((("calibration", "c4-32", "gradient_windows"), 33)))
     assert message == "calibration.c4-32.gradient_windows: 33 is more than `windows: 32`"
+
+
+def test_identity_blocks_need_all_directions() -> None:
+    block = (("methods", "lord", "identity_block"), True)
+    (message,) = errors_of(changed(block))
+    assert message == (
+        "methods.lord.identity_block: 'naive' holds directions up to the break-even rank of plain pairs only; write "
+        "`directions: all` there"
+    )
+    assert errors_of(changed(block, (("covariance", "naive", "directions"), "all"))) == []
+    assert errors_of(changed(block, (("covariance", "naive", "gradients"), "predict"))) == []
+    down = (("methods", "lord", "rounding"), "down")
+    (message,) = errors_of(changed(block, down, (("covariance", "naive", "directions"), "all")))
+    assert message == "methods.lord.identity_block: the published ranks (`rounding: down`) are those of plain pairs"
+    (message,) = errors_of(changed((("methods", "dense", "identity_block"), True)))
+    assert message.startswith("methods.dense.identity_block: unknown key")

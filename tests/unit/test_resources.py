@@ -236,7 +236,7 @@ def test_the_papers_models_fit_one_gpu_of_80_gb(shape: dict[str, Any]) -> None:
     for rule, wildcards in JOBS.items():
         need = estimator.need(rule, wildcards)
         assert need.gpu
-        assert need.gpu_bytes < 60 * GIB, rule
+        assert need.gpu_bytes < 72 * GIB, rule
 
 
 def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:
@@ -245,7 +245,7 @@ def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:
         Estimator(study, collect_statistics=layers).need("collect_statistics", CALIBRATION) for layers in (1, 16)
     )
     means = 1024 * (3 * 8192 + 28672)  # of the windows, besides the squares
-    assert many.device_bytes - few.device_bytes == 15 * 8 * (3 * 8192**2 + 28672**2 + means)
+    assert many.device_bytes - few.device_bytes == 30 * 8 * (3 * 8192**2 + 28672**2 + means)  # two passes overlap
     assert (few.disk, few.scratch) == (many.disk, many.scratch)
     assert few.work.half == many.work.half
 
@@ -258,7 +258,7 @@ def test_the_parts_of_the_largest_jobs_of_7b() -> None:
     assert need.host["dense hidden states"] == 409_600 * 4096 * 2
     statistics_need = Estimator(study_of(LLAMA_7B)).need("collect_statistics", CALIBRATION)
     means = 1024 * (3 * 4096 + 11008)
-    assert statistics_need.device["accumulators"] == 8 * (3 * 4096**2 + 11008**2 + means) * 8
+    assert statistics_need.device["accumulators"] == 2 * 8 * (3 * 4096**2 + 11008**2 + means) * 8  # two passes overlap
     assert statistics_need.scratch == 2 * 1024 * 4096 * 4096 * 2
     assert statistics_need.disk == pytest.approx(32 * (4 * (3 * 4096**2 + 11008**2) + 8 * means), rel=1e-3)
 

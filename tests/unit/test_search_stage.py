@@ -22,7 +22,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.files import save_tensors
 
 STAGE = Path(__file__).parents[2] / "workflow_scripts/stages/search_allocation.py"
-METHOD = {"kind": "bolaco", "groups": 2, "uncompressed": ["v"]}
+METHOD = {"kind": "bolaco", "groups": 2, "uncompressed": ["v"], "identity_block": False}
 
 
 @pytest.fixture(autouse=True)

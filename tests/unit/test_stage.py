@@ -100,7 +100,7 @@ def test_what_was_not_fetched_is_said_in_one_line(tmp_path: Path, work: str) -> 
     code, log = run(tmp_path, work)
     assert code == 1
     assert "Something was not fetched" in log
-    assert "`snakemake data`" in log
+    assert "`snakemake data --profile profiles/local --configfile FILE`" in log
     assert "Traceback" not in log
 
 

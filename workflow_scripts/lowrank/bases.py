@@ -91,7 +91,7 @@ def principal_basis(
     m, n = w.shape
     cov, mu_x = covariance.double().to(w.device), mean.double().to(w.device)
     try:
-        u, eigenvalues = _wide(w, cov) if m > n else _narrow(w, cov)
+        u, eigenvalues = output_directions(w, cov)
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the eigendecomposition of its output covariance failed: {error}") from error
     k = min(m, n) if all_directions else largest_rank(m, n)
@@ -116,6 +116,11 @@ def require_finite(basis: PrincipalBasis, where: str) -> PrincipalBasis:
     if not all(bool(tensor.isfinite().all()) for tensor in basis.tensors("").values()):
         raise RankwiseError(f"{where}: its basis is not finite; its weights or its statistics are damaged")
     return basis
+
+
+def output_directions(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors of W C W' in columns by decreasing eigenvalue, and the eigenvalues; n of them if m > n, else m."""
+    return _wide(w, cov) if w.shape[0] > w.shape[1] else _narrow(w, cov)
 
 
 def _narrow(w: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,14 +40,14 @@ def bases_of_block(
         covariance, mean = estimates[site]
         on_device = None if bias is None else bias.to(device)
         layer = f"{where}, {name}"
-        if gradients is None:
-            basis = principal_basis(weight.to(device), on_device, covariance, mean, layer)
-        elif settings.gradients == "weigh":
+        if gradients is not None and settings.gradients == "weigh":
             gradient = gradients[name].to(device)
             basis = fisher_basis(weight.to(device), on_device, covariance, mean, gradient, settings.damping, layer)
         else:
-            basis = principal_basis(weight.to(device), on_device, covariance, mean, layer, all_directions=True)
-            basis = with_predicted_losses(basis, gradients[name])
+            every = settings.holds_all_directions
+            basis = principal_basis(weight.to(device), on_device, covariance, mean, layer, all_directions=every)
+            if gradients is not None:
+                basis = with_predicted_losses(basis, gradients[name])
         stored |= basis.tensors(name)
     return stored
 

@@ -85,6 +85,14 @@ class Budget:
         saved = rank * (rank - 1) if self.identity_block else 0
         return rank * (module.out_features + module.in_features) - saved + added_bias
 
+    def rank_of_share(self, module: LinearModule, kept: float) -> float:
+        """The rank, not rounded, at which a pair without its bias holds that share of the dense layer's parameters."""
+        m, n = module.out_features, module.in_features
+        if not self.identity_block:
+            return kept * break_even_rank(m, n)
+        half = (m + n + 1) / 2  # r (m + n) - r (r - 1) = kept m n
+        return half - math.sqrt(half**2 - kept * m * n)
+
     def parameters(self, ranks: Mapping[str, int | None]) -> int:
         """Parameters of all linear layers; modules that are not named are dense."""
         return sum(self.cost(module, ranks.get(module.name)) for module in self.modules)

@@ -110,7 +110,7 @@ def _zero_shot(sizes: Sizes, suite: ZeroShotSuite, length: int) -> Need:
     tokens = suite.limit * DOCUMENT_TOKENS if suite.limit else TASK_TOKENS
     kept = suite.batch_size * min(length, ANSWER_POSITIONS)
     device = {"activations": sizes.activations(suite.batch_size * length), "logits": sizes.logits(kept, 1)}
-    need = _evaluation(sizes, tokens * len(suite.tasks), length, device, seconds=60 * len(suite.tasks))
+    need = _evaluation(sizes, tokens * len(suite.tasks), length, device, seconds=60 + 15 * len(suite.tasks))
     return replace(need, host={**need.host, "harness": HARNESS_LIBRARIES, "requests": 0 if suite.limit else 2 * GIB})
 
 

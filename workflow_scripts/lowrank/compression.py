@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from lowrank.bases import Bases
 from lowrank.budget import Budget, Ranks, has_native_bias
 from lowrank.checkpoint import replace_modules
+from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import MethodSettings
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.modeling.modeling_rankwise import LowRankLinear, Shortcuts
 from lowrank.replacements import IdentityBlockFactors, Replacements
+from lowrank.runtime import pick_device
 from lowrank.statistics import Statistics
 
 
@@ -82,13 +84,30 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     module = importlib.import_module(f"lowrank.methods.{kind.replace('-', '_')}")
     typed: MethodSettings = module.Settings.model_validate(settings)
     task = CompressionTask(settings=typed, **task_without_settings)
+    identity_block = isinstance(typed, LowRankSettings) and typed.identity_block
+    task = replace(task, budget=replace(task.budget, identity_block=identity_block))
     replacements: Replacements = module.compress(task)
+    if identity_block:
+        replacements = with_identity_blocks(replacements)
     replace_modules(task.model, replacements)
     pairs = LowRankFactors | IdentityBlockFactors
     factors = {name: changed for name, changed in replacements.items() if isinstance(changed, pairs)}
     return {
         linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
     }
+
+
+def with_identity_blocks(replacements: Replacements) -> Replacements:
+    """The same maps, with an identity block in every pair.
+
+    Raises:
+        RankwiseError: a pair has not its full rank; the layer is named.
+    """
+    changed, device = dict(replacements), pick_device()
+    for name, pair in replacements.items():
+        if isinstance(pair, LowRankFactors):
+            changed[name] = IdentityBlockFactors.of(pair, name, device)
+    return changed
 
 
 def count_parameters(model: PreTrainedModel, shape: ModelShape) -> dict[str, int]:

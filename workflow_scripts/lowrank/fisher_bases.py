@@ -1,14 +1,16 @@
 """Bases that keep what the loss needs: principal directions in the metric of the loss gradient.
 
 With C = Cov(y) of a layer's outputs and G = E[g g'] of the loss gradient there (`output_gradients`), an output error e
-costs 1/2 tr(G Cov(e)). Let M = (G + eps tr(G)/m I)^(1/2). Among all affine maps of rank r the cost is least for
+costs 1/2 tr(G Cov(e)). Let s = tr(G)/m and s M'M = G + eps s I. Among all affine maps of rank r the cost in that metric
+is least for
 
     B = M^-1 V_r,   A = V_r' M W,   bias = mu - B V_r' M mu,
 
-where V_r are the top eigenvectors of M C M (Eckart and Young, for M y), and the cost is half the sum of the other
+where V_r are the top eigenvectors of M C M' (Eckart and Young, for M y), and it is s/2 times the sum of the other
 eigenvalues. So the columns of M^-1 V are nested as principal directions are: every rank is a prefix. With G = I these
-are the principal directions themselves. The term with eps keeps directions in which no gradient was seen from being
-thrown away unlimited: G comes from a finite sample.
+are the principal directions themselves. Any M will do; the one here is upper triangular, M' being Cholesky's factor.
+The term with eps keeps directions in which no gradient was seen from being thrown away unlimited: G comes from a finite
+sample.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from lowrank.bases import PrincipalBasis, left_singular_vectors, require_finite
+from lowrank.bases import PrincipalBasis, output_directions, require_finite
 from lowrank.errors import RankwiseError
 
 
@@ -46,24 +48,25 @@ def fisher_basis(
     """
     w = weight.double()
     cov, mu_x, g = (tensor.double().to(w.device) for tensor in (covariance, mean, gradient))
-    if not float(torch.trace(g)) > 0:
+    scale = float(torch.trace(g)) / len(g)
+    if not scale > 0:
         raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep")
+    k = min(w.shape)
     try:
-        root, inverse = root_and_inverse(g, damping)
-        values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-        v, eigenvalues = left_singular_vectors(root @ w @ (vectors * values.clamp(min=0).sqrt()))
+        root = damped_root(g / scale, damping)
+        v, eigenvalues = output_directions(root @ w, cov)
+        directions = torch.linalg.solve_triangular(root, v[:, :k], upper=True)
     except RuntimeError as error:
         raise RankwiseError(f"{where}: a decomposition of its covariance or gradient failed: {error}") from error
-    k = min(w.shape)
-    v, eigenvalues = v[:, :k], eigenvalues.clamp(min=0)[:k]
-    projection = v.T @ root @ w
+    eigenvalues = eigenvalues.clamp(min=0)[:k]
+    projection = v[:, :k].T @ root @ w
     basis = PrincipalBasis(
-        directions=inverse @ v,
+        directions=directions,
         projection=projection,
         mean=w @ mu_x + (bias.double() if bias is not None else 0.0),
         projected_mean=projection @ mu_x,
         eigenvalues=eigenvalues,
-        losses=eigenvalues / 2,
+        losses=eigenvalues * (scale / 2),
     )
     return require_finite(basis, where)
 
@@ -83,10 +86,15 @@ def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor) -> Prin
     return replace(basis, losses=basis.eigenvalues[: u.shape[1]].double() * cost / 2)
 
 
-def root_and_inverse(gradient: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """M = (G + eps tr(G)/m I)^(1/2) and its inverse, both m x m and symmetric, in float64."""
-    m = gradient.shape[0]
-    shift = damping * torch.trace(gradient) / m
-    values, vectors = torch.linalg.eigh((gradient + gradient.T) / 2)
-    root = (values.clamp(min=0) + shift).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+def damped_root(metric: torch.Tensor, damping: float) -> torch.Tensor:
+    """M with M'M = G + eps I, m x m, upper triangular, in float64.
+
+    Where rounding has left G with an eigenvalue so far below zero that this is not positive, eps is raised by it.
+    """
+    g = (metric.double() + metric.double().T) / 2
+    identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
+    lower, info = torch.linalg.cholesky_ex(g + damping * identity)
+    if int(info):
+        lower = torch.linalg.cholesky(g + (damping - float(torch.linalg.eigvalsh(g)[0])) * identity)
+    root: torch.Tensor = lower.T
+    return root

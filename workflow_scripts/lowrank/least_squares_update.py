@@ -1,12 +1,18 @@
 """Refitting of the up factors on what flows through the compressed model (SVD-LLM's closed-form update).
 
-A factorised model changes the inputs of its own later layers. With X the inputs of a layer W in the dense model, X' its
-inputs in the compressed one, and V its down factor, the up factor that is best there solves
+A factorised model changes the inputs of its own later layers. With X' the inputs of a layer W in the compressed model,
+V its down factor and Y the outputs that it should have, the up factor that is best there solves
 
-    min_U ||W X - U V X'||^2,    U = W X X'' V' (V X' X'' V')^-1,
+    min_U ||Y - U V X'||^2,    U = Y X'' V' (V X' X'' V')^-1,
 
-where '' is the transpose of X'. Layers are refitted in the order of the forward pass, each on inputs that come through
-those refitted before it. Biases stay as they are, since both sides have the same.
+where '' is the transpose of X'. Two targets: Y = W X, the layer's outputs in the dense model, so that the update also
+works against the errors of the layers before; or Y = W X', what the dense layer would make of the inputs at hand, which
+only undoes that V was fitted to others. Layers are refitted in the order of the forward pass, each on inputs that come
+through those refitted before it. Biases stay as they are, since both sides have the same.
+
+It is computed as a correction, U = U_0 + (Y X'' V' - U_0 G) G^-1 with G = V X' X'' V', which is the same where G can be
+inverted. Where it cannot (fewer tokens than ranks), a small multiple of the identity is added to G, and what the inputs
+say nothing about keeps its U_0.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -51,6 +58,7 @@ def refit_up_factors(
     budget: Budget,
     factors: Mapping[str, LowRankFactors],
     device: torch.device,
+    target: Literal["dense", "inputs"],
 ) -> dict[str, LowRankFactors]:
     """Refit the up factor of every low-rank pair, site by site in the order of the forward pass.
 
@@ -60,6 +68,7 @@ def refit_up_factors(
         budget: of the model.
         factors: layer -> its pair; layers that are not named are dense.
         device: where the model is.
+        target: the outputs to fit. dense: W X, those in the dense model; inputs: W X', on the inputs at hand.
 
     Raises:
         RankwiseError: a layer's inputs in the compressed model are zero or not finite; it is named.
@@ -75,7 +84,7 @@ def refit_up_factors(
                 changed = [module for module in modules if module.name in factors]
                 if not changed:
                     continue
-                products = _products(model, modules[0], batches, (dense, compressed), pairs, device)
+                products = _products(model, modules[0], batches, (dense, compressed), pairs, device, target)
                 for module in changed:
                     weight = model.get_submodule(module.name).weight
                     new = _refitted(factors[module.name], weight, products, module.name)
@@ -84,7 +93,8 @@ def refit_up_factors(
             log.info("update: block %d of %d", layer + 1, budget.dimensions.layers)
             if layer + 1 < budget.dimensions.layers:
                 name = f"{family_of(model).blocks}.{layer + 1}"
-                dense = _inputs(model, name, batches, layer, dense, device)
+                if target == "dense":
+                    dense = _inputs(model, name, batches, layer, dense, device)
                 with exchanged(model, pairs):
                     compressed = _inputs(model, name, batches, layer, compressed, device)
     return refitted
@@ -106,15 +116,18 @@ def _products(
     entering: tuple[list[torch.Tensor], list[torch.Tensor]],
     pairs: Mapping[str, torch.nn.Module],
     device: torch.device,
+    target: Literal["dense", "inputs"],
 ) -> _Products:
-    """Products of what a layer reads in the dense model and in the compressed one."""
+    """Products of what a layer reads where its outputs are right (the dense model, or the compressed) and where not."""
     products = _Products(module.in_features, device)
     for ids, *hidden in zip(batches, *entering, strict=True):
         on_device = ids.to(device)
-        x = input_of(model, module.name, on_device, module.layer, hidden[0].to(device))
         with exchanged(model, pairs):
-            y = input_of(model, module.name, on_device, module.layer, hidden[1].to(device))
-        products.add(x, y)
+            read = input_of(model, module.name, on_device, module.layer, hidden[1].to(device))
+        right = read
+        if target == "dense":
+            right = input_of(model, module.name, on_device, module.layer, hidden[0].to(device))
+        products.add(right, read)
     return products
 
 

@@ -106,6 +106,8 @@ def _model_of(study: Study, job: Job) -> str:
     wildcards = job.wildcards
     if "sensitivity" in wildcards:
         return study.sensitivity[wildcards["sensitivity"]].model
+    if job.rule == "measure_truncations":
+        return str(getattr(study.figures[wildcards["figure"]], "model", ELSEWHERE))
     return wildcards.get("model", ELSEWHERE)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lowrank.config.presets import MethodSettings
 from lowrank.config.sources import RandomSource, TokensSource
@@ -66,6 +67,7 @@ class _Planner:
             (_pattern(allocation), self.search),
             (_pattern(allocation.replace("allocation.json", "trials.csv")), self.search),
             (_pattern(f"{layout.run}/sensitivity/{{sensitivity}}.json"), self.sensitivity),
+            (_pattern(f"{layout.run}/truncations/{{figure}}/{{covariance}}.json"), self.truncations),
         ]
 
     def job(self, job: Job, after: list[Job]) -> Job:
@@ -125,6 +127,12 @@ class _Planner:
         study = self.study.sensitivity[sensitivity]
         after = [self.bases(study.model, study.calibration, study.covariance), self.corpus(study.corpus)]
         return self.job(Job.of("measure_sensitivity", sensitivity=sensitivity), after)
+
+    def truncations(self, figure: str, covariance: str) -> Job:
+        """What a figure of predicted losses measures."""
+        drawn: Any = self.study.figures[figure]
+        after = [self.bases(drawn.model, drawn.calibration, covariance), self.corpus(drawn.corpus)]
+        return self.job(Job.of("measure_truncations", figure=figure, covariance=covariance), after)
 
     def search(self, model: str, method: str, ratio: str, seed: str) -> Job:
         preset = self.study.method(method)

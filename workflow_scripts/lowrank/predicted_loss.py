@@ -51,7 +51,7 @@ def allocate(budget: Budget, ratio: int, losses: Losses, uncompressed: Sequence[
 
     Args:
         budget: of the model, with the form of the pairs (`identity_block`, `adds_bias`).
-        ratio: percent of the linear layers' parameters to remove.
+        ratio: percent of the linear layers' parameters to remove; 0 leaves all of them dense.
         losses: module -> predicted loss of leaving out each direction, in the order in which ranks grow.
         uncompressed: types that stay dense.
 
@@ -59,6 +59,8 @@ def allocate(budget: Budget, ratio: int, losses: Losses, uncompressed: Sequence[
         RankwiseError: the smallest ranks exceed the budget, or a type is unknown.
     """
     budget.types(uncompressed)
+    if not ratio:
+        return PredictedAllocation({module.name: None for module in budget.modules}, 0.0)
     free = [module for module in budget.modules if module.type.name not in uncompressed]
     choices = {module.name: choices_of(budget, module, losses[module.name]) for module in free}
     fixed = sum(module.parameters for module in budget.modules if module.type.name in uncompressed)

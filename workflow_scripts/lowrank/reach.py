@@ -5,8 +5,9 @@ All blocks of a model have the same shapes, so one of them stands for all.
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from lowrank.budget import ALIGNMENT, Budget
 from lowrank.families import LinearModule
@@ -20,8 +21,8 @@ Limits = Mapping[str, tuple[float, float]]
 
 def largest_rank_worth_it(budget: Budget, module: LinearModule) -> int:
     """The largest rank at which a pair, with the bias that it adds, is smaller than the dense matrix; may be 0."""
-    added_bias = budget.cost(module, 0)
-    return max(0, math.ceil((module.parameters - added_bias) / (module.out_features + module.in_features)) - 1)
+    ranks = range(min(module.out_features, module.in_features) + 1)
+    return max(0, bisect_left(ranks, module.parameters, key=partial(budget.cost, module)) - 1)
 
 
 def smallest_choice(budget: Budget, module: LinearModule) -> int | None:

@@ -47,16 +47,21 @@ class IdentityBlockFactors:
     bias: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, factors: LowRankFactors, where: str) -> IdentityBlockFactors:
+    def of(cls, factors: LowRankFactors, where: str, device: torch.device | str | None = None) -> IdentityBlockFactors:
         """Choose rows by Gaussian elimination with row pivoting, `B = P L U`: the rows that become pivots.
 
         No entry of L exceeds 1, and `B[others] B[rows]^-1 = L2 L1^-1` has entries of a few units in practice, so that
         nothing is lost in half precision. The scale of B's columns does not matter.
 
+        Args:
+            factors: on any device, of any precision; the result is where they are, and in float32 at least.
+            where: the layer's name, for errors.
+            device: where to compute, in float64; None: where the factors are.
+
         Raises:
-            RankwiseError: the second factor has not full rank, so no such block exists; `where` names the layer.
+            RankwiseError: the second factor has not full rank, so no such block exists; the layer is named.
         """
-        up, rank = factors.up.double(), factors.rank
+        up, rank = factors.up.to(device=device, dtype=torch.float64), factors.rank
         lower, swaps, _ = torch.linalg.lu_factor_ex(up / up.norm(dim=0).clamp_min(torch.finfo(up.dtype).tiny))
         diagonal = lower.diagonal().abs()
         if rank > len(up) or not float(diagonal.min()) > float(diagonal.max()) * _SINGULAR:
@@ -64,11 +69,12 @@ class IdentityBlockFactors:
         order = torch.arange(len(up))
         for row, other in enumerate((swaps - 1).tolist()):
             order[[row, other]] = order[[other, row]]
-        first, other_rows = (part.to(up.device).argsort() for part in order.tensor_split([rank]))
+        first, others = (part.to(up.device).argsort() for part in (order[:rank], order[rank:]))
         rest = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
         rows = order[:rank].sort().values
         down = up[rows.to(up.device)] @ factors.down.to(up)
-        return cls(rows.int(), down, rest[other_rows][:, first], factors.bias)
+        like = factors.up.new_empty(0, dtype=torch.promote_types(factors.up.dtype, torch.float32))
+        return cls(rows.int(), down.to(like), rest[others][:, first].to(like), factors.bias)
 
     @property
     def rank(self) -> int:

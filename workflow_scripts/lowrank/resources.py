@@ -111,7 +111,7 @@ class Estimator:
             gpu=True,
             device={
                 "weights": sizes.weights,
-                "accumulators": held * (sizes.moments(DOUBLE) + means),
+                "accumulators": _held(held, layers) * (sizes.moments(DOUBLE) + means),
                 "update": max(update, storing),
                 "activations": sizes.activations(batch),
             },
@@ -141,7 +141,7 @@ class Estimator:
             gpu=True,
             device={
                 "weights": sizes.weights,
-                "accumulators": held * sizes.output_moments(DOUBLE),
+                "accumulators": _held(held, layers) * sizes.output_moments(DOUBLE),
                 "update": 12 * widest**2,
                 "activations": sizes.training_activations(batch),
                 "logits": sizes.logits(min(batch, HEAD_TOKENS), 3),
@@ -158,15 +158,16 @@ class Estimator:
         )
 
     def _full_bases(self, covariance: str | None) -> bool:
-        """Whether bases hold all directions: those that know of the loss do."""
-        return covariance is not None and self.study.covariance[covariance].gradients != "none"
+        """Whether bases hold all directions."""
+        return covariance is not None and self.study.covariance[covariance].holds_all_directions
 
     def _compute_bases(self, wildcards: Wildcards) -> Need:
         sizes = self._sizes(wildcards["model"])
         windows = self.study.calibration[wildcards["calibration"]].windows
         full = self._full_bases(wildcards["covariance"])
         layers, stored = sizes.shape.layers, sizes.bases(SINGLE, full)
-        gradients = sizes.output_moments(SINGLE) if full else 0
+        reads_gradients = self.study.covariance[wildcards["covariance"]].gradients != "none"
+        gradients = sizes.output_moments(SINGLE) if reads_gradients else 0
         return Need(
             gpu=True,
             device={"a decomposition": decomposition(sizes.block), "a block's bases": stored},
@@ -312,6 +313,11 @@ class Estimator:
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
         return suite_need(self._checkpoint(wildcards), suite, longest)
+
+
+def _held(layers_per_pass: int, layers: int) -> int:
+    """Blocks whose accumulators are there at once: those of a pass are made while those of the last one still are."""
+    return min(2 * layers_per_pass, layers)
 
 
 def computes_on_device(method: MethodSettings) -> bool:

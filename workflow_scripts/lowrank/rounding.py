@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank.budget import ALIGNMENT, Budget, break_even_rank
+from lowrank.budget import ALIGNMENT, Budget
 from lowrank.errors import RankwiseError
 from lowrank.families import LinearModule
 from lowrank.reach import largest_rank_worth_it, smallest_choice
@@ -34,21 +34,16 @@ class Unit:
     modules: tuple[LinearModule, ...]
     upper: float = 1.0
 
-    @property
-    def break_even(self) -> float:
-        """The rank at which a pair is as large as the dense matrix."""
-        return break_even_rank(self.modules[0].out_features, self.modules[0].in_features)
-
 
 class Rounder:
     """Rounds the kept ratios of some units to ranks.
 
     A ratio of 1 or more means dense, and so does a rank that is not worth it. Two ways:
 
-    - `down`: 8 floor(ceil(ratio x break-even) / 8), at least 8, as the paper's authors compute it. The ceiling, the
+    - `down`: 8 floor(ceil(rank of the ratio) / 8), at least 8, as the paper's authors compute it. The ceiling, the
       least rank of 8 and a layer left dense can cost more than was asked for, so ranks shrink if the budget is
       exceeded.
-    - `give-back`: 8 floor(ratio x break-even / 8); what this frees goes back, one step of 8 each, to the units that
+    - `give-back`: 8 floor(rank of the ratio / 8); what this frees goes back, one step of 8 each, to the units that
       were cut most, as long as it fits and stays within their upper bound.
     """
 
@@ -80,13 +75,17 @@ class Rounder:
         modules = self.units[index].modules
         return len(modules) * self.budget.cost(modules[0], choice)
 
+    def _rank(self, index: int, ratio: float) -> float:
+        """The rank, not rounded, at which a matrix of a unit keeps a ratio of its parameters."""
+        return self.budget.rank_of_share(self.units[index].modules[0], ratio)
+
     def _down(self, index: int, ratio: float) -> Choice:
-        rank = ALIGNMENT * (math.ceil(ratio * self.units[index].break_even - 1e-9) // ALIGNMENT)
+        rank = ALIGNMENT * (math.ceil(self._rank(index, ratio) - 1e-9) // ALIGNMENT)
         rank = max(ALIGNMENT, rank)
         return None if ratio >= DENSE or rank > self.largest[index] else rank
 
     def _below(self, index: int, ratio: float) -> Choice:
-        rank = ALIGNMENT * (int(ratio * self.units[index].break_even + 1e-9) // ALIGNMENT)
+        rank = ALIGNMENT * (int(self._rank(index, ratio) + 1e-9) // ALIGNMENT)
         if ratio >= DENSE or rank > self.largest[index]:
             return None
         return rank if rank else self.smallest[index]
@@ -102,9 +101,9 @@ class Rounder:
                 )
 
             def excess(index: int) -> tuple[bool, float]:
-                choice, break_even = choices[index], self.units[index].break_even
-                rank = break_even if choice is None else choice
-                return rank > ratios[index] * break_even + 1e-6, rank
+                choice = choices[index]
+                rank = self._rank(index, 1.0) if choice is None else choice
+                return rank > self._rank(index, ratios[index]) + 1e-6, rank
 
             most = max(above, key=excess)
             choices[most] = self._lowered(most, choices[most])
@@ -115,7 +114,7 @@ class Rounder:
 
     def _give_back(self, choices: list[Choice], ratios: Sequence[float], allowed: float) -> None:
         spent = sum(self.cost(index, choice) for index, choice in enumerate(choices))
-        cut = [self.units[index].break_even * ratio - (choices[index] or 0) for index, ratio in enumerate(ratios)]
+        cut = [self._rank(index, ratio) - (choices[index] or 0) for index, ratio in enumerate(ratios)]
         for index in sorted(range(len(choices)), key=lambda index: -cut[index]):
             raised = self._raised(index, choices[index])
             extra = self.cost(index, raised) - self.cost(index, choices[index])
@@ -131,4 +130,4 @@ class Rounder:
         raised = choice + ALIGNMENT
         if raised > self.largest[index]:
             return None if unit.upper >= 1 else choice
-        return raised if raised <= unit.upper * unit.break_even + 1e-9 else choice
+        return raised if raised <= self._rank(index, unit.upper) + 1e-9 else choice

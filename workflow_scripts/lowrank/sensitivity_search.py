@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from lowrank.budget import ALIGNMENT, Budget, Ranks, break_even_rank
+from lowrank.budget import ALIGNMENT, Budget, Ranks
 from lowrank.checkpoint import family_of
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
@@ -69,8 +71,8 @@ def candidate_ranks(budget: Budget, kept: Sequence[float], uncompressed: Sequenc
         largest = largest_rank_worth_it(budget, module)
         if module.type.name in uncompressed or not largest:
             continue
-        break_even = break_even_rank(module.out_features, module.in_features)
-        wanted = [max(ALIGNMENT, ALIGNMENT * int((share * break_even + 1e-9) // ALIGNMENT)) for share in kept]
+        shares = [budget.rank_of_share(module, share) for share in kept]
+        wanted = [max(ALIGNMENT, ALIGNMENT * int((rank + 1e-9) // ALIGNMENT)) for rank in shares]
         ranks[module.name] = sorted({min(rank, largest) for rank in wanted})
     return ranks
 
@@ -209,11 +211,11 @@ def spend_rest(ranks: Ranks, trials: Sequence[Trial], budget: Budget, ratio: int
     left = budget.allowed(ratio) - budget.parameters(ranks)
     chosen = [(module, rank) for module in budget.modules if (rank := ranks.get(module.name)) is not None]
     for module, rank in sorted(chosen, key=lambda item: -harm[item[0].name, item[1]]):
-        step = ALIGNMENT * (module.out_features + module.in_features)
-        steps = min(int(left // step), (largest_rank_worth_it(budget, module) - rank) // ALIGNMENT)
-        if steps > 0:
-            raised[module.name] = rank + ALIGNMENT * steps
-            left -= step * steps
+        larger = range(rank, largest_rank_worth_it(budget, module) + 1, ALIGNMENT)
+        affordable = bisect_right(larger, left + budget.cost(module, rank), key=partial(budget.cost, module))
+        if affordable > 1:
+            raised[module.name] = larger[affordable - 1]
+            left -= budget.cost(module, raised[module.name]) - budget.cost(module, rank)
     return raised
 
 

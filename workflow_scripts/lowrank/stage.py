@@ -127,8 +127,9 @@ def fetching_hint(error: BaseException) -> str:
         told = f"{type(current).__name__} {current}"  # `datasets` names the cause in its message only
         if any(name in told for name in _NOT_FETCHED):
             return (
-                ". Something was not fetched: jobs have no network, only the fetch_* rules do. Run `snakemake data` "
-                "with your config on a machine with network, then run again; if that does not help, please report it."
+                ". Something was not fetched: jobs have no network, only the fetch_* rules do. Run `snakemake data "
+                "--profile profiles/local --configfile FILE` on a machine with network, then run again; if that does "
+                "not help, please report it."
             )
         current = current.__cause__ or current.__context__
     return ""

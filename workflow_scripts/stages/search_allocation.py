@@ -1,6 +1,7 @@
 """Search the allocation of ranks by Bayesian optimisation."""
 
 import shutil
+from dataclasses import replace
 
 from snakemake.iocontainers import Snakemake
 
@@ -27,7 +28,8 @@ def work(job: Snakemake) -> None:
     inputs = {"windows": job.input.windows, "model": job.input.model_manifest, "bases": job.input.bases_manifest}
     transferred, transfer = None, None
     opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
-    space = SearchSpace.of(opened.budget, ratio, method["groups"], method["uncompressed"], search)
+    budget = replace(opened.budget, identity_block=method["identity_block"])
+    space = SearchSpace.of(budget, ratio, method["groups"], method["uncompressed"], search)
     if job.input.get("source"):
         inputs["source"] = job.input.source
         source = read_json(job.input.source)
@@ -58,7 +60,7 @@ def work(job: Snakemake) -> None:
                 "groups": [[layers[0], layers[-1]] for layers in space.groups],
                 "ranks": ranks,
                 "kept": space.budget.kept(ranks),
-                "kept_of_model": 1 - (opened.budget.dense_parameters - opened.budget.parameters(ranks)) / total,
+                "kept_of_model": 1 - (budget.dense_parameters - budget.parameters(ranks)) / total,
                 "objective": trials[best].score.objective,
                 "perplexity": trials[best].score.perplexity,
                 "kl": trials[best].score.kl,

@@ -29,6 +29,7 @@ def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset(
         *_covariance_groups(study),
         *_transfers(study),
         *_predicted_losses(study),
+        *_identity_blocks(study),
         *problems_of_fit(study),
     ]
 
@@ -168,6 +169,20 @@ def _predicted_losses(study: Study) -> Iterator[str]:
                     f"figures.{name}.covariance[{index}]: '{preset}' has `gradients: none`, so it predicts no loss; "
                     "write `gradients: weigh` (or `predict`) there"
                 )
+
+
+def _identity_blocks(study: Study) -> Iterator[str]:
+    """Pairs with an identity block reach larger ranks than bases hold by themselves."""
+    for name in study.methods:
+        method = study.method(name)
+        if method.kind == "rankwise":  # whose bases hold all directions anyway
+            continue
+        covariance = study.covariance.get(method.covariance or "")
+        if getattr(method, "identity_block", False) and covariance and not covariance.holds_all_directions:
+            yield (
+                f"methods.{name}.identity_block: '{method.covariance}' holds directions up to the break-even rank of "
+                "plain pairs only; write `directions: all` there"
+            )
 
 
 def _covariance_groups(study: Study) -> Iterator[str]:

@@ -53,12 +53,22 @@ class Covariance(Section):
         description="predict: the bases say what leaving out a direction costs the loss; weigh: and are chosen by it",
     )
     damping: Share = Field(default=0.01, description="weigh: share of the mean added to the gradient's second moment")
+    directions: Literal["break-even", "all"] = Field(
+        default="break-even",
+        description="all: also those beyond the break-even rank, for pairs with an identity block; with `gradients` "
+        "all are there",
+    )
 
     @model_validator(mode="after")
     def _groups_go_with_pooling(self) -> Covariance:
         if (self.estimator == "pooled") != (self.groups is not None):
             raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
         return self
+
+    @property
+    def holds_all_directions(self) -> bool:
+        """Whether bases go beyond the largest rank at which a plain pair saves parameters."""
+        return self.directions == "all" or self.gradients != "none"
 
 
 class Selection(Section):

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from lowrank.config.base import Name
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """AFM reads the bases of one covariance."""
 
     kind: Literal["afm"]

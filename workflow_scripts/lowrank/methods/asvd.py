@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _LEAST_SCALE = 1e-6
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """ASVD reads the mean size of all inputs, and calibration windows for its search."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from lowrank.config.base import Name
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """Bolaco reads bases, and the allocation that its search found on its validation windows.
 
     With a `transfer` the search begins with the kept ratios found for another model; a search of one evaluation then

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from lowrank.config.base import Name, Positive
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """FWSVD reads calibration windows, for gradients."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)

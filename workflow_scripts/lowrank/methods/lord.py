@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lowrank.config.base import Name
-from lowrank.config.presets import MethodSettings
+from lowrank.config.base import Name, wrong
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """LoRD reads the bases of one covariance."""
 
     kind: Literal["lord"]
@@ -27,6 +27,12 @@ class Settings(MethodSettings):
     rounding: Literal["budget", "down"] = Field(
         default="budget", description="down: the published ranks; budget: meets the ratio as the other methods do"
     )
+
+    @model_validator(mode="after")
+    def _published_ranks_are_of_plain_pairs(self) -> Settings:
+        if self.rounding == "down" and self.identity_block:
+            raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
+        return self
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:

@@ -8,20 +8,19 @@ See docs/rankwise.md for the derivation.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import Name
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
-    from lowrank.replacements import Replacements
+    from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """It reads bases whose preset of `covariance` names `gradients`, for these say what a direction is worth."""
 
     kind: Literal["rankwise"]
@@ -31,7 +30,7 @@ class Settings(MethodSettings):
     uncompressed: tuple[str, ...] = Field(default=(), description="types that stay dense")
 
 
-def compress(task: CompressionTask) -> Replacements:
+def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Allocate ranks by predicted loss and slice the bases.
 
     Raises:
@@ -42,7 +41,6 @@ def compress(task: CompressionTask) -> Replacements:
     from lowrank.allocation import sliced_factors
     from lowrank.errors import RankwiseError
     from lowrank.predicted_loss import allocate
-    from lowrank.replacements import IdentityBlockFactors
 
     bases = task.required_bases()
     losses = {}
@@ -54,10 +52,6 @@ def compress(task: CompressionTask) -> Replacements:
                 f"{task.settings.covariance}` must name `gradients: weigh` or `gradients: predict`."
             )
         losses[module.name] = predicted.double().numpy()
-    budget = replace(task.budget, identity_block=task.settings.identity_block)
-    allocation = allocate(budget, task.ratio, losses, task.settings.uncompressed)
+    allocation = allocate(task.budget, task.ratio, losses, task.settings.uncompressed)
     logging.getLogger(__name__).info("predicted rise of the loss: %.4f nats per token", allocation.loss)
-    factors = sliced_factors(bases, budget, allocation.ranks)
-    if not task.settings.identity_block:
-        return factors
-    return {name: IdentityBlockFactors.of(pair, name) for name, pair in factors.items()}
+    return sliced_factors(bases, task.budget, allocation.ranks)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """Plain SVD needs no data."""
 
     kind: Literal["svd"]

@@ -5,7 +5,9 @@ also what DRONE's joint decomposition of W and X gives, and what uncentred princ
 `lowrank.whitening`); SVD-LLM-V2 reaches the same truncation by eigenvectors. They are no methods of their own here.
 
 A dense layer's own bias stays as it is. `update: true` adds the closed-form update: the up factors are refitted on the
-inputs that the compressed model gives (see `lowrank.least_squares_update`).
+inputs that the compressed model gives (see `lowrank.least_squares_update`), to the outputs of the dense model or, as
+the authors' program does, to what the dense layer makes of these inputs. That program refits the layers of a block on
+inputs that its own earlier layers do not change yet; here they do.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lowrank.config.base import Name, Positive, wrong
-from lowrank.config.presets import MethodSettings
+from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from lowrank.factors import LowRankFactors
 
 
-class Settings(MethodSettings):
+class Settings(LowRankSettings):
     """SVD-LLM reads second moments, and calibration windows for its update."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
@@ -34,6 +36,10 @@ class Settings(MethodSettings):
     kind: Literal["svd-llm"]
     calibration: Name
     update: bool = Field(default=False, description="refit the up factors on the inputs in the compressed model")
+    target: Literal["dense", "inputs"] = Field(
+        default="inputs",
+        description="update: outputs to fit; dense: the dense model's; inputs: the dense layer's on the inputs at hand",
+    )
     windows: Positive | None = Field(
         default=None, description="update: calibration windows to refit on, the first ones; null: all"
     )
@@ -73,7 +79,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         return factors
     windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
     with on_device(task.model, device):
-        return refit_up_factors(task.model, windows, budget, factors, device)
+        return refit_up_factors(task.model, windows, budget, factors, device, task.settings.target)
 
 
 class _Roots:
