@@ -293,6 +293,13 @@ def corpus_files(corpus):
     return {"corpus": f"{RUN}/corpora/{corpus}.json", "corpus_data": LAYOUT.corpus_data(corpus)}
 
 
+def corpora_files(corpora):
+    return {
+        "corpora": [f"{RUN}/corpora/{name}.json" for name in corpora],
+        "corpus_data": [LAYOUT.corpus_data(name) for name in corpora],
+    }
+
+
 def model_files(model):
     return {"model": ancient(f"{RUN}/models/{model}"), "model_manifest": f"{RUN}/models/{model}.json"}
 
@@ -318,7 +325,7 @@ def bases_files(model, calibration, covariance):
 
 
 def calibration_files(wildcards):
-    return model_files(wildcards.model) | corpus_files(STUDY.calibration[wildcards.calibration].corpus)
+    return model_files(wildcards.model) | corpora_files(STUDY.calibration[wildcards.calibration].corpora)
 
 
 def validation_files(wildcards):
@@ -326,10 +333,7 @@ def validation_files(wildcards):
     choice = validation.select
     return (
         model_files(wildcards.model)
-        | {
-            "corpora": [f"{RUN}/corpora/{name}.json" for name in validation.corpora],
-            "corpus_data": [LAYOUT.corpus_data(name) for name in validation.corpora],
-        }
+        | corpora_files(validation.corpora)
         | bases_files(wildcards.model, choice.calibration, choice.covariance)
     )
 

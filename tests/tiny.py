@@ -233,7 +233,7 @@ def config(folder: Path) -> dict[str, Any]:
         "tasks": {
             name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in metrics
         },
-        "calibration": {"c8": {"corpus": "calibration", "windows": 8, "length": 64}},
+        "calibration": {"c8": {"corpora": ["calibration"], "windows": 8, "length": 64}},
         "covariance": {
             "pooled": {"estimator": "pooled", "groups": 4},
             "naive": {"estimator": "naive"},

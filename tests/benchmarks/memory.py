@@ -89,7 +89,7 @@ def write_study(model: Path, folder: Path) -> Path:
         "tasks": {
             name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in tasks
         },
-        "calibration": {"words": {"corpus": "calibration", "windows": 16, "length": 1024}},
+        "calibration": {"words": {"corpora": ["calibration"], "windows": 16, "length": 1024}},
         "covariance": {"pooled": {"estimator": "pooled", "groups": 4}},
         "validation": {
             "words": {

@@ -13,9 +13,9 @@ OPT = {**BASE["models"]["smollm2-135m"]["shape"], "family": "opt"}
 CORPORA = ", ".join(sorted(BASE["corpora"]))
 NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
-        ("calibration", "c4-32", "corpus"),
+        ("calibration", "c4-32", "corpora", 0),
         "c4-calibraton",
-        "calibration.c4-32.corpus: 'c4-calibraton' is not in `corpora` - did you mean 'c4-calibration'?",
+        "calibration.c4-32.corpora[0]: 'c4-calibraton' is not in `corpora` - did you mean 'c4-calibration'?",
     ),
     (
         ("validation", "wikipedia-top6", "corpora", 0),
@@ -269,7 +269,7 @@ def test_groups_may_not_exceed_the_calibration_windows() -> None:
         (("search", "bo-10", "kl_weight"), "1e-3"),
         (("search", "bo-10", "kl_weight"), 0),
         (("search", "unused"), {"evaluations": 3, "initial": 2, "lower": 0.99}),
-        (("calibration", "unused"), {"corpus": "c4-calibration", "windows": 1, "length": 10**6}),
+        (("calibration", "unused"), {"corpora": ["c4-calibration"], "windows": 1, "length": 10**6}),
         (("models", "unused"), {**BASE["models"]["smollm2-135m"], "max_length": 8}),
         (("corpora", "c4-test", "documents"), [200, None]),
         ((*ROW, "ratio"), 80),

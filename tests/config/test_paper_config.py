@@ -118,7 +118,7 @@ def test_the_search_is_the_paper_s_and_never_sees_a_test_corpus(study: Study) ->
     assert released.kl_weight * top.length == pytest.approx(ours.kl_weight)
     tested = {"wikitext", "ptb", "c4"}
     seen = {corpus for validation in study.validation.values() for corpus in validation.corpora}
-    seen |= {calibration.corpus for calibration in study.calibration.values()}
+    seen |= {corpus for calibration in study.calibration.values() for corpus in calibration.corpora}
     assert study.suites["perplexity"].plain()["corpora"] == ["wikitext", "ptb", "c4"]
     assert not tested & seen
     assert seen | tested == set(study.corpora)

@@ -248,30 +248,48 @@ def test_calibration_writes_tokens_with_their_record(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
     (tmp_path / "t").write_text("\n".join(make_documents(5, 20)))
     index = make_corpus(tmp_path, source={"path": str(tmp_path / "t")}, format="lines")
-    preset = Calibration(corpus="c", windows=4, length=8, seed=3)
-    sample_calibration("tiny", preset, tmp_path / "model", index, tmp_path / "out.safetensors")
+    preset = Calibration(corpora=["c"], windows=4, length=8, seed=3)
+    sample_calibration("tiny", preset, tmp_path / "model", [index], tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         tokens, record = file.get_tensor("tokens"), json.loads(file.metadata()["record"])
     assert torch.equal(tokens, sample_windows(make_documents(5, 20), make_tokenizer(), 4, 8, 3))
     assert record == {
         "model": "tiny",
-        "corpus": "c",
-        "corpus_sha256": json.loads(index.read_text())["sha256"],
+        "corpora": "c",
+        "corpora_sha256": json.loads(index.read_text())["sha256"],
         "seed": "3",
         "sha256": token_hash(tokens),
     }
     too_many = preset.model_copy(update={"windows": 400})
     with pytest.raises(RankwiseError, match="calibration with the corpus 'c': the text is too short"):
-        sample_calibration("tiny", too_many, tmp_path / "model", index, tmp_path / "none.safetensors")
+        sample_calibration("tiny", too_many, tmp_path / "model", [index], tmp_path / "none.safetensors")
     assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_calibration_windows_of_several_corpora_take_turns(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
+    indices = []
+    for name, first in [("a", 0), ("b", 12)]:
+        folder = tmp_path / name
+        folder.mkdir()
+        np.savez(folder / "t.npz", tokens=first + np.arange(12).reshape(3, 4))
+        indices.append(make_corpus(folder, source={"tokens": str(folder / "t.npz")}, format="tokens"))
+    preset = Calibration(corpora=["a", "b"], windows=5, length=4)
+    sample_calibration("tiny", preset, tmp_path / "model", indices, tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.get_tensor("tokens")[:, 0].tolist() == [0, 12, 4, 16, 8]
+    too_many = preset.model_copy(update={"windows": 8})
+    with pytest.raises(RankwiseError, match="calibration with the corpus 'a': 4 windows are asked for"):
+        sample_calibration("tiny", too_many, tmp_path / "model", indices, tmp_path / "none.safetensors")
 
 
 def test_calibration_windows_fit_the_model(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
-    preset = Calibration(corpus="c", windows=1, length=65)
+    preset = Calibration(corpora=["c"], windows=1, length=65)
     with pytest.raises(RankwiseError, match="of 65 tokens, but the model 'tiny' reads at most 64"):
-        sample_calibration("tiny", preset, tmp_path / "model", tmp_path / "c.json", tmp_path / "out.safetensors")
+        sample_calibration("tiny", preset, tmp_path / "model", [tmp_path / "c.json"], tmp_path / "out.safetensors")
 
 
 def test_calibration_on_given_tokens(tmp_path: Path) -> None:
@@ -279,7 +297,7 @@ def test_calibration_on_given_tokens(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 64}')
     np.savez(tmp_path / "t.npz", tokens=np.arange(12).reshape(3, 4))
     index = make_corpus(tmp_path, source={"tokens": str(tmp_path / "t.npz")}, format="tokens")
-    preset = Calibration(corpus="c", windows=3, length=4)
-    sample_calibration("tiny", preset, tmp_path / "model", index, tmp_path / "out.safetensors")
+    preset = Calibration(corpora=["c"], windows=3, length=4)
+    sample_calibration("tiny", preset, tmp_path / "model", [index], tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert file.get_tensor("tokens").tolist() == np.arange(12).reshape(3, 4).tolist()

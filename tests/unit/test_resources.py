@@ -192,7 +192,7 @@ def study_of(shape: dict[str, Any], dtype: str = "float16", **changes: Any) -> S
             "corpora": {"text": text, "test": text | {"source": {"path": "test.jsonl"}}},
             "instructions": {"alpaca": {"source": {"path": "alpaca.json"}}},
             "tasks": {"piqa": {"source": {"path": "piqa.jsonl"}, "reader": "jsonl"}},
-            "calibration": {"c4": {"corpus": "text", "windows": 1024, "length": 4096}},
+            "calibration": {"c4": {"corpora": ["text"], "windows": 1024, "length": 4096}},
             "covariance": {"pooled": {"estimator": "pooled", "groups": 32}},
             "validation": {
                 "top": {"corpora": ["text"], "windows": 768, "length": 4096, "select": bases | {"keep": 100}}

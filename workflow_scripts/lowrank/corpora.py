@@ -156,7 +156,7 @@ def token_hash(tokens: torch.Tensor) -> str:
 
 
 def sample_calibration(
-    name: str, calibration: Calibration, checkpoint: str | Path, index: str | Path, target: str | Path
+    name: str, calibration: Calibration, checkpoint: str | Path, indices: Sequence[str | Path], target: str | Path
 ) -> None:
     """Draw the windows of a calibration preset with a model's tokenizer, and write them.
 
@@ -164,8 +164,9 @@ def sample_calibration(
         name: the model's name, for the record.
         calibration: the preset.
         checkpoint: the model's folder, with its tokenizer.
-        index: of the corpus.
-        target: the safetensors file to write, one tensor `tokens`, int32, n x length.
+        indices: of the preset's corpora.
+        target: the safetensors file to write, one tensor `tokens`, int32, n x length; of several corpora, windows
+            take turns, so that the first few are of all corpora too.
 
     Raises:
         RankwiseError: see `load_documents` and `sample_windows`.
@@ -179,21 +180,27 @@ def sample_calibration(
             "lower `length` in the config's `calibration`"
         )
     tokenizer = load_tokenizer(checkpoint)
-    try:
-        tokens = sample_windows(
-            load_documents(index), tokenizer, calibration.windows, calibration.length, calibration.seed
-        )
-    except RankwiseError as error:
-        raise RankwiseError(f"calibration with the corpus '{calibration.corpus}': {error}") from error
+    corpora = calibration.corpora
+    tokens = torch.empty(calibration.windows, calibration.length, dtype=torch.int32)
+    for turn, (corpus, index) in enumerate(zip(corpora, indices, strict=True)):
+        of_this = tokens[turn :: len(corpora)]
+        if not len(of_this):
+            continue
+        try:
+            of_this[:] = sample_windows(
+                load_documents(index), tokenizer, len(of_this), calibration.length, calibration.seed
+            )
+        except RankwiseError as error:
+            raise RankwiseError(f"calibration with the corpus '{corpus}': {error}") from error
     record = {
         "model": name,
-        "corpus": calibration.corpus,
-        "corpus_sha256": read_index(index)["sha256"],
+        "corpora": ", ".join(corpora),
+        "corpora_sha256": ", ".join(str(read_index(index)["sha256"]) for index in indices),
         "seed": str(calibration.seed),
         "sha256": token_hash(tokens),
     }
     save_tensors(target, {"tokens": tokens}, metadata=record)
-    log.info("%d windows of %d tokens from %s", *tokens.shape, calibration.corpus)
+    log.info("%d windows of %d tokens from %s", *tokens.shape, ", ".join(corpora))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

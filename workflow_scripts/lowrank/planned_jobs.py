@@ -101,7 +101,8 @@ class _Planner:
         return self.job(Job.of("fetch_token_corpus" if tokens else "fetch_corpus", corpus=name), [])
 
     def windows(self, model: str, calibration: str) -> Job:
-        after = [self.model(model), self.corpus(self.study.calibration[calibration].corpus)]
+        corpora = self.study.calibration[calibration].corpora
+        after = [self.model(model), *(self.corpus(corpus) for corpus in corpora)]
         return self.job(Job.of("sample_calibration", model=model, calibration=calibration), after)
 
     def collected(self, what: str, model: str, calibration: str) -> Job:

@@ -11,7 +11,7 @@ def work(job: Snakemake) -> None:
 
     settings = job.params.settings
     calibration = Calibration.model_validate(settings["calibration"])
-    sample_calibration(settings["model"], calibration, job.input.model, job.input.corpus, job.output.tokens)
+    sample_calibration(settings["model"], calibration, job.input.model, list(job.input.corpora), job.output.tokens)
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

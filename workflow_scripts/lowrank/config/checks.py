@@ -109,7 +109,7 @@ def _limits(study: Study) -> Iterator[str]:
 
 def _overlaps(study: Study) -> Iterator[str]:
     """No perplexity is reported on text that calibration or validation saw, no loss on what predicted it."""
-    seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in [c.corpus]}
+    seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in c.corpora}
     seen |= {corpus: f"validation.{name}" for name, v in study.validation.items() for corpus in v.corpora}
     for name, suite in study.suites.items():
         if not isinstance(suite, PerplexitySuite):
@@ -123,12 +123,12 @@ def _overlaps(study: Study) -> Iterator[str]:
                     )
     for name, figure in study.figures.items():
         if isinstance(figure, PredictedLossFigure) and figure.calibration in study.calibration:
-            used = study.calibration[figure.calibration].corpus
-            if figure.corpus in study.corpora and used in study.corpora and _share(study, figure.corpus, used):
-                yield (
-                    f"figures.{name}.corpus: '{figure.corpus}' shares documents with '{used}', which "
-                    f"calibration.{figure.calibration} uses; predictions are to be tested on other text"
-                )
+            for used in study.calibration[figure.calibration].corpora:
+                if figure.corpus in study.corpora and used in study.corpora and _share(study, figure.corpus, used):
+                    yield (
+                        f"figures.{name}.corpus: '{figure.corpus}' shares documents with '{used}', which "
+                        f"calibration.{figure.calibration} uses; predictions are to be tested on other text"
+                    )
 
 
 def _share(study: Study, first: str, second: str) -> bool:

@@ -28,8 +28,8 @@ from lowrank.config.base import (
 class Calibration(Section):
     """Windows of token ids on which statistics are collected."""
 
-    corpus: Name
-    windows: Positive
+    corpora: Distinct[Name] = Field(min_length=1, description="the windows come from each in equal numbers, in turn")
+    windows: Positive = Field(description="of all corpora together")
     length: Positive
     seed: Seed = 0
     gradient_windows: Positive | None = Field(

@@ -22,7 +22,8 @@ from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 def references(study: Study) -> Iterator[tuple[str, str, str]]:
     """(YAML path, section it must be in, name) of every reference."""
     for name, calibration in study.calibration.items():
-        yield f"calibration.{name}.corpus", "corpora", calibration.corpus
+        for index, corpus in enumerate(calibration.corpora):
+            yield f"calibration.{name}.corpora[{index}]", "corpora", corpus
     for name, validation in study.validation.items():
         for index, corpus in enumerate(validation.corpora):
             yield f"validation.{name}.corpora[{index}]", "corpora", corpus
