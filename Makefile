@@ -1,14 +1,16 @@
 # make quickstart   a whole small study, installed and run
 # make test         the checks and the tests
+# make test-slurm   of these, the tests on a throw-away SLURM cluster; for root, SLURM is installed first if it is missing (apt)
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
-# Both set up ./.venv first if it is missing.
+# make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
+# All set up ./.venv first if it is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint plan benchmark memory schema
+.PHONY: setup quickstart test test-slurm lint plan why benchmark memory schema
 
 setup: $(VENV)/.installed
 
@@ -24,7 +26,11 @@ quickstart: setup
 	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
 test: setup lint
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/config
+	python -m pytest tests/workflow tests/survival tests/e2e tests/slurm
+
+test-slurm: setup
+	python -m pytest -m slurm tests/slurm
 
 lint: setup
 	ruff check .
@@ -37,6 +43,9 @@ CONFIG ?= config/paper.yaml
 
 plan: setup
 	PYTHONPATH=workflow_scripts python -m lowrank.plan $(CONFIG)
+
+why: setup
+	@python workflow_scripts/why.py $(TARGET) --configfile $(CONFIG) --cores 1
 
 benchmark: setup
 	python tests/benchmarks/quickstart.py

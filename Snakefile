@@ -14,6 +14,8 @@ if not workflow.config_settings.configfiles:
 
 
 include: "rules/common.smk"
+include: "rules/settings.smk"
+include: "rules/inputs.smk"
 include: "rules/data.smk"
 include: "rules/calibration.smk"
 include: "rules/factorization.smk"

@@ -59,14 +59,7 @@ rule write_provenance:
     conda:
         "../envs/rankwise.yaml"
     params:
-        settings=lambda wildcards: with_code(
-            "write_provenance",
-            {
-                "run": STUDY.run,
-                "config": STUDY.plain(),
-                "artefacts": LAYOUT.evidence(),
-            },
-        ),
+        settings=provenance_settings,
     message:
         "recording what made the results"
     script:

@@ -319,6 +319,12 @@ def config(folder: Path) -> dict[str, Any]:
                 "tasks": "mean",
                 "rows": [*rows[:3], {**row, "method": "rankwise"}, {**row, "method": "flap"}],
             },
+            "differences": {
+                "kind": "differences",
+                "title": "Differences",
+                "suites": ["held-out"],
+                "rows": [{**row, "method": "svd"}, {**row, "method": "flap"}],
+            },
             "table_9": {"kind": "generations", "title": "Texts", "suites": ["prompts"], "rows": [rows[0], *rows[3:]]},
             "table_10": {
                 "kind": "allocations",

@@ -1,9 +1,11 @@
 """Peak memory of the stages on a real model, beside the estimates of `lowrank.resources`: `make memory MODEL=folder`.
 
-FOLDER holds a small model in the Hugging Face layout, in float32 (SmolLM2-135M takes some ten minutes on two cores). A
-study of random words runs in a temporary folder, one job at a time; what each job logs as its peak is compared with the
-estimate for it. Without a GPU the two memories of an estimate, the device's and the host's, are one. Ends with 1 if an
-estimate misses by more than a quarter.
+    python tests/benchmarks/memory.py MODEL [FOLDER]
+
+MODEL is a folder with a small model in the Hugging Face layout, in float32 (SmolLM2-135M takes some ten minutes on two
+cores). A study of random words runs in FOLDER, or in a temporary one, one job at a time; what each job logs as its peak
+is compared with the estimate for it. Without a GPU the two memories of an estimate, the device's and the host's, are
+one. Ends with 1 if an estimate misses by more than a quarter.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ import tiny
 
 from lowrank.config.load import load_study
 from lowrank.planned_jobs import Job, planned_jobs
+from lowrank.resources import LAYERS_PER_PASS as LAYERWISE
 from lowrank.resources import Estimator
 
+NAME = "memory.yaml"
 TOLERANCE = 0.25
 LAYERS_PER_PASS = 15
 PEAK = re.compile(r"finished in ([\d.]+) s, peak memory (\d+) MiB(?:, (\d+) MiB in the largest)?")
 LOGS = {  # the rules that are compared, and where their logs lie
-    "collect_statistics": "{model}/{calibration}",
+    **dict.fromkeys(LAYERWISE, "{model}/{calibration}"),
     "compute_bases": "{model}/{calibration}/{covariance}",
     "select_validation": "{model}/{validation}",
     "measure_sensitivity": "{sensitivity}",
@@ -62,8 +66,8 @@ def shape_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def write_study(model: Path, folder: Path) -> Path:
-    """A study that runs each stage once or twice, on random words."""
+def write_study(model: Path, folder: Path) -> None:
+    """A study that runs each stage once or twice, on random words; every method once."""
     for offset, name in enumerate(("calibration", "validation", "test")):
         rows = [{"text": tiny.text(100 * offset + index, 2000)} for index in range(20)]
         tiny.write_lines(folder / f"{name}.jsonl", rows)
@@ -75,8 +79,8 @@ def write_study(model: Path, folder: Path) -> Path:
     for name in tasks:
         tiny.write_lines(folder / "tasks" / f"{name}.jsonl", tiny.task_rows()[name])
     row = {"model": "model", "ratio": 20, "tolerance": 5}
-    methods = ("svd", "lord", "svd-llm", "bolaco")
-    path = folder / "memory.yaml"
+    methods = ("svd", "lord", "svd-llm", "rankwise", "bolaco")
+    path = folder / NAME
     study = {
         "run": "memory",
         "smoke": True,
@@ -89,8 +93,11 @@ def write_study(model: Path, folder: Path) -> Path:
         "tasks": {
             name: {"source": {"path": str(folder / "tasks" / f"{name}.jsonl")}, "reader": "jsonl"} for name in tasks
         },
-        "calibration": {"words": {"corpora": ["calibration"], "windows": 16, "length": 1024}},
-        "covariance": {"pooled": {"estimator": "pooled", "groups": 4}},
+        "calibration": {"words": {"corpora": ["calibration"], "windows": 16, "length": 1024, "gradient_windows": 2}},
+        "covariance": {
+            "pooled": {"estimator": "pooled", "groups": 4},
+            "fisher": {"estimator": "pooled", "groups": 4, "gradients": "weigh"},
+        },
         "validation": {
             "words": {
                 "corpora": ["validation"],
@@ -116,6 +123,7 @@ def write_study(model: Path, folder: Path) -> Path:
             "svd": {"kind": "svd"},
             "lord": {"kind": "lord", "calibration": "words", "covariance": "pooled"},
             "svd-llm": {"kind": "svd-llm", "calibration": "words"},
+            "rankwise": {"kind": "rankwise", "calibration": "words", "covariance": "fisher"},
             "bolaco": {
                 "kind": "bolaco",
                 "calibration": "words",
@@ -150,7 +158,7 @@ def write_study(model: Path, folder: Path) -> Path:
                 "kind": "accuracy",
                 "title": "Accuracy",
                 "suites": ["held-out", "zero-shot"],
-                "rows": [{"model": "model", "method": "dense"}, *({**row, "method": name} for name in methods)],
+                "rows": [{"model": "model", "method": "dense"}, {**row, "method": "bolaco"}],
             },
             "tuned": {
                 "kind": "accuracy",
@@ -162,7 +170,7 @@ def write_study(model: Path, folder: Path) -> Path:
                 "kind": "statistics",
                 "title": "Cost",
                 "suites": ["cost"],
-                "rows": [{**row, "method": "bolaco"}],
+                "rows": [{**row, "method": name} for name in methods],
             },
             "texts": {
                 "kind": "generations",
@@ -174,7 +182,6 @@ def write_study(model: Path, folder: Path) -> Path:
         "figures": {"types": {"kind": "sensitivity", "title": "Types", "sensitivity": ["types"]}},
     }
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def run(config: Path) -> None:
@@ -182,7 +189,7 @@ def run(config: Path) -> None:
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(config.parent)),
         *("--configfile", str(config), "--cores", "2", "--set-threads", "compress_model=2", "sample_calibration=2"),
-        *("--set-resources", f"collect_statistics:layers_per_pass={LAYERS_PER_PASS}"),
+        *("--set-resources", *(f"{rule}:layers_per_pass={LAYERS_PER_PASS}" for rule in LAYERWISE)),
     ]
     log = config.with_suffix(".log")
     with log.open("w") as stream:
@@ -194,7 +201,7 @@ def run(config: Path) -> None:
 def measured(config: Path) -> Iterator[tuple[Job, float, float, float]]:
     """Each job that is compared, with its seconds, its peak and the estimate of it, in MiB."""
     study = load_study(config)
-    estimator = Estimator(study, collect_statistics=LAYERS_PER_PASS)
+    estimator = Estimator(study, **dict.fromkeys(LAYERWISE, LAYERS_PER_PASS))
     for job in planned_jobs(study):
         # A dense checkpoint's files are linked: its weights are mapped into memory, and never read.
         if job.rule not in LOGS or (job.rule == "compress_model" and job.wildcards["method"] == "dense"):
@@ -209,19 +216,22 @@ def measured(config: Path) -> Iterator[tuple[Job, float, float, float]]:
 
 def main(arguments: list[str]) -> int:
     """Run, compare and print."""
-    if len(arguments) != 1 or not (Path(arguments[0]) / "config.json").is_file():
-        print("usage: memory.py FOLDER, a model in the Hugging Face layout", file=sys.stderr)
+    if len(arguments) not in (1, 2) or not (Path(arguments[0]) / "config.json").is_file():
+        print("usage: memory.py MODEL [FOLDER]; MODEL is a folder in the Hugging Face layout", file=sys.stderr)
         return 2
     misses = 0
-    with tempfile.TemporaryDirectory() as folder:
-        config = write_study(Path(arguments[0]).resolve(), Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments[1] if len(arguments) == 2 else temporary).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / NAME
+        if not config.is_file():
+            write_study(Path(arguments[0]).resolve(), folder)
         run(config)
         print(f"{'rule':20} {'of':24} {'seconds':>8} {'MiB':>6} {'estimate':>9} {'ratio':>6}")
         for job, seconds, peak, estimate in measured(config):
             values = job.wildcards
-            what = " ".join(
-                values[name] for name in ("method", "tuning", "suite") if values.get(name, "none") != "none"
-            )
+            names = (values.get(name, "none") for name in ("covariance", "method", "tuning", "suite"))
+            what = " ".join(name for name in names if name != "none")
             missed = abs(estimate / peak - 1) > TOLERANCE
             misses += missed
             mark = " !" if missed else ""

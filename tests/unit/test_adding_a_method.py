@@ -36,6 +36,7 @@ print(json.dumps({
     "removed": 1 - counts["decoder_linears"] / counts["decoder_linears_dense"],
     "changed": float((model(ids).logits - before).abs().max()),
     "ranks": sum(rank is not None for rank in ranks.values()),
+    "random": plain.is_random,
 }))
 """
 
@@ -68,3 +69,4 @@ def test_the_page_adds_a_method_by_one_file_and_one_preset(copied: Path, kind: s
     assert 0.4 <= result["removed"] < 0.45
     assert result["changed"] > 0
     assert result["ranks"] > 0
+    assert result["random"]

@@ -1,5 +1,6 @@
 """Writing is whole or not at all; reading says what is wrong."""
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -122,3 +123,15 @@ def test_a_full_disk_is_recognised_in_the_error_of_a_library(tmp_path: Path) -> 
 
     with pytest.raises(RankwiseError, match="no space left on the disk"):
         fail()
+
+
+def test_a_dataclass_that_holds_a_record_can_be_written(tmp_path: Path) -> None:
+    """As post-training does, with its settings: `asdict` copies every dict by its type."""
+
+    @dataclasses.dataclass
+    class Work:
+        settings: dict[str, object]
+
+    write_json(tmp_path / "a.json", {"rank": 4, "inner": {"rate": 0.5}})
+    copy = dataclasses.asdict(Work(read_json(tmp_path / "a.json")))
+    assert copy == {"settings": {"rank": 4, "inner": {"rate": 0.5}}}

@@ -25,8 +25,8 @@ from lowrank.factors import LowRankFactors
 from lowrank.families import LinearModule
 from lowrank.methods import asvd
 from lowrank.modeling.modeling_rankwise import LowRankLinear
-from lowrank.reach import largest_rank_worth_it
-from lowrank.sensitivity_search import Trial, candidate_ranks, cut_trials, measure_layers, spend_rest
+from lowrank.reach import candidate_ranks, largest_rank_worth_it
+from lowrank.sensitivity_search import Trial, cut_trials, measure_layers, spend_rest
 from lowrank.weighted_svd import weigh_columns, weigh_columns_randomised
 
 SMOLLM = Budget.of(samples.ModelShape(**tiny.SMOLLM))

@@ -16,13 +16,13 @@ from test_budget import LLAMA_7B, LLAMA_13B, OTHER_7B, OTHER_13B
 from test_structured import LLAMA_3_8B, SHAPES, mask_channels
 from transformers import PreTrainedModel
 
+from lowrank.branches import Structure
 from lowrank.budget import Budget
 from lowrank.checkpoint import load_checkpoint, recipe_of, save_checkpoint
 from lowrank.compression import compress_model, count_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.methods.llm_pruner import Settings, removal
-from lowrank.structured import Structure
 
 PRESET: dict[str, Any] = {"kind": "llm-pruner", "calibration": "c", "sequences": 4, "length": 12}
 ALL_BLOCKS = PRESET | {"skip_first": 0, "skip_last": 0}

@@ -101,6 +101,17 @@ def test_the_sums_are_those_of_the_jobs(paper: Study) -> None:
     assert max(entry.host for entry in plan.entries) == max(need.host_bytes(1 if need.gpu else 0) for need in needs)
 
 
+def test_several_gpus_shorten_only_what_is_shared(paper: Study) -> None:
+    one, four = ({(entry.rule, entry.model): entry for entry in make_plan(paper, gpus).entries} for gpus in (1, 4))
+    for key, entry in one.items():
+        assert four[key].gpu == entry.gpu
+        if key[0] in ("search_allocation", "compute_bases"):
+            assert four[key] == entry
+        if key[0] == "collect_statistics":
+            assert four[key].host > entry.host  # a process each, which loads the model
+            assert entry.gpu_hours < four[key].gpu_hours < 4 * entry.gpu_hours  # loading is not shared
+
+
 def test_without_gpus_everything_lies_in_main_memory(paper: Study) -> None:
     plan = make_plan(paper, gpus=0)
     assert plan.gpu_hours == 0
@@ -184,7 +195,9 @@ def test_layers_per_pass_decide_whether_statistics_fit(tmp_path: Path) -> None:
         )
         for layers in (8, 1)
     ]
-    assert of_statistics[0].gpu - of_statistics[1].gpu == pytest.approx(14 * 8 * (3 * 8192**2 + 22016**2), rel=0.01)
+    assert of_statistics[0].gpu - of_statistics[1].gpu == pytest.approx(
+        7 * (8 * (3 * 8192**2 + 22016**2) + 2 * (4 * 8192**2 + 3 * 8192 * 22016)), rel=0.01
+    )
 
 
 def test_a_wrong_config_is_said_as_everywhere(tmp_path: Path) -> None:

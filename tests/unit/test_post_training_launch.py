@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lowrank.checkpoint import load_checkpoint
+from lowrank.crew import Crew
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.post_training.adapters import trained_numbers
@@ -27,7 +28,7 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes 
 def test_a_failing_process_is_reported_with_its_message(tmp_path: Path) -> None:
     dense = save_tiny_model(tmp_path, compressed=False)
     with pytest.raises(RankwiseError, match=r"^this checkpoint has no low-rank layer"):
-        launch(a_job(dense, tmp_path / "job"), processes=1, threads=1)
+        launch(a_job(dense, tmp_path / "job"), Crew(), threads=1)
 
 
 def a_tokenizer(folder: Path) -> None:
@@ -55,7 +56,7 @@ def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: P
     }  # fmt: skip
     tune_checkpoint(
         source, tmp_path / "manifest.json", tmp_path / "rows.jsonl",
-        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1,
+        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1, crew=Crew(),
     )  # fmt: skip
 
     manifest = read_json(tmp_path / "tuned.json")

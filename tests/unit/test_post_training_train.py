@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fake_slurm
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from post_training_samples import REPOSITORY, a_job, save_tiny_model, some_rows,
 from torch import nn
 
 from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning, Tuning
+from lowrank.crew import Crew
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.post_training.instructions import IGNORED
@@ -229,8 +231,8 @@ def stage_process(job: TrainingJob) -> subprocess.Popen[bytes]:
     arguments = [job.checkpoint, job.folder, job.tuning, job.deepspeed, job.seed]
     code = (
         "import json, sys; from lowrank.post_training.launch import launch; "
-        "from lowrank.post_training.job import TrainingJob; "
-        "launch(TrainingJob(*json.loads(sys.argv[1])), 1, 1)"
+        "from lowrank.post_training.job import TrainingJob; from lowrank.crew import Crew; "
+        "launch(TrainingJob(*json.loads(sys.argv[1])), Crew(), 1)"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "workflow_scripts")}
     return subprocess.Popen([sys.executable, "-c", code, json.dumps(arguments)], env=environment)
@@ -274,16 +276,21 @@ def test_a_killed_job_leaves_no_process_and_goes_on_to_the_same_bits(checkpoint:
 
 
 @ON_CPU
+@pytest.mark.parametrize(
+    "crew",
+    [Crew(2), Crew(2, 1, "deepspeed"), Crew(1, 2)],
+    ids=["one machine", "one machine, DeepSpeed's launcher", "two machines"],
+)
 def test_two_processes_train_as_one_and_nothing_is_compiled(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crew: Crew, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a compiler or ninja within reach (and 6 validation rows, which two processes share unevenly)."""
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    fake_slurm.install(tmp_path / "programs", monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     jobs = [a_job(checkpoint, tmp_path / f"of{count}", micro_batch_size=2) for count in (1, 2)]
     train(jobs[0])
-    launch(jobs[1], processes=2, threads=2)
+    launch(jobs[1], crew, threads=2)
     one, two = (Progress.load(Path(job.folder)) for job in jobs)
     for curve in ("loss", "validation"):
         first, second = (dict(getattr(progress, curve)) for progress in (one, two))

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
 
+from lowrank.branches import Structure
 from lowrank.budget import Budget
 from lowrank.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules, save_checkpoint
 from lowrank.config.sources import ModelShape
 from lowrank.replacements import NormWithoutGain, Replacement, ResidualShortcuts, SmallerLinear
-from lowrank.structured import Structure, cut
+from lowrank.structured import cut
 
 OUTSIDE = """
 import json, sys, torch

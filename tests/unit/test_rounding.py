@@ -1,5 +1,8 @@
 """Ranks of kept ratios: the budget is never exceeded, whatever the model, the point and the way of rounding."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +14,7 @@ from lowrank.budget import Budget, rank_for
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.reach import largest_rank_worth_it, smallest_choice
+from lowrank.rounding import Rounder, Unit
 from lowrank.search_space import SearchSpace
 
 SMOLLM = ModelShape(**tiny.SMOLLM)
@@ -63,6 +67,93 @@ def test_giving_back_hardly_misses_the_budget(ratio: int, groups: int, seed: int
     assert budget.allowed(ratio) - budget.parameters(ranks) <= step + 1
 
 
+def levels(space: SearchSpace, unit: Unit) -> list[int]:
+    """Parameters of a unit at every rank that it may get, ascending: from the cheapest up to its bound, or dense."""
+    budget, module = space.budget, unit.modules[0]
+    bound = budget.rank_of_share(module, unit.upper)
+    ranks = [rank for rank in range(8, module.out_features, 8) if budget.cost(module, rank) < module.parameters]
+    ranks = ranks or [rank for rank in range(1, 8) if budget.cost(module, rank) < module.parameters][-1:]
+    within = [rank for rank in ranks if rank <= bound + 1e-9 or rank == ranks[0]]
+    costs = [budget.cost(module, rank) for rank in within]
+    return [len(unit.modules) * cost for cost in costs + [module.parameters] * (unit.upper >= 1 or not costs)]
+
+
+def reachable(above: list[list[int]], left: float) -> set[tuple[int, ...]]:
+    """All ways to raise units by 0, 1, 2 ... levels that cost no more than `left`: every combination is tried.
+
+    Args:
+        above: of each unit, what its present level and every level above it cost.
+        left: what may be spent.
+    """
+    if not above:
+        return {()}
+    (first, *others) = above
+    return {
+        (steps, *rest)
+        for steps, cost in enumerate(first)
+        if cost - first[0] <= left
+        for rest in reachable(others, left - (cost - first[0]))
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES[2:]),
+    ratio=st.integers(5, 60),
+    groups=st.integers(1, 2),
+    upper=st.sampled_from([0.8, 1.0]),
+    block=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_no_combination_of_steps_is_left_to_give_back(
+    shape: ModelShape, ratio: int, groups: int, upper: float, block: bool, seed: int
+) -> None:
+    """An exhaustive reference: of all allocations with no rank lower and some rank higher, none meets the budget."""
+    budget = replace(Budget.of(shape), identity_block=block)
+    try:
+        space = SearchSpace(budget, ratio, groups, ("v",), 0.1, upper)
+    except RankwiseError:
+        return
+    ranks = space.ranks(point_of(space, seed))
+    costs = [sum(budget.cost(module, ranks[module.name]) for module in unit.modules) for unit in space.units]
+    known = [levels(space, unit) for unit in space.units]
+    above = [tried[tried.index(cost) :] for tried, cost in zip(known, costs, strict=True)]
+    left = math.floor(budget.allowed(ratio) + 1e-6) - budget.parameters(ranks)
+    assert reachable(above, left) == {(0,) * len(above)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=st.sampled_from(SHAPES), ratio=st.integers(5, 60), groups=st.integers(1, 4), seed=st.integers(0, 10_000))
+def test_what_is_cut_most_gets_the_next_step(shape: ModelShape, ratio: int, groups: int, seed: int) -> None:
+    """Against a slow loop that looks at all units before each step."""
+    budget = Budget.of(shape)
+    try:
+        space = SearchSpace(budget, ratio, min(groups, shape.layers), ("v",), 0.1)
+    except RankwiseError:
+        return
+    point = point_of(space, seed)
+    rounder = Rounder(budget, space.units, "give-back")
+    ratios = [float(point[unit.variable]) for unit in space.units]
+    allowed = math.floor(budget.allowed(ratio) + 1e-6) - space._fixed
+    choices = [rounder._below(index, kept) for index, kept in enumerate(ratios)]
+    rounder._shrink(choices, ratios, allowed)
+
+    def spent(changed: list[int | None]) -> int:
+        return sum(rounder.cost(index, choice) for index, choice in enumerate(changed))
+
+    while True:
+        steps = []
+        for index, unit in enumerate(space.units):
+            raised = [*choices]
+            raised[index] = rounder._raised(index, choices[index])
+            if raised != choices and spent(raised) <= allowed:
+                steps.append((budget.rank_of_share(unit.modules[0], ratios[index]) - choices[index], -index, raised))
+        if not steps:
+            break
+        choices = max(steps, key=lambda step: step[:2])[2]
+    assert rounder.choose(ratios, allowed, allowed) == choices
+
+
 @settings(max_examples=40, deadline=None)
 @given(shape=st.sampled_from([LLAMA_7B, SMOLLM]), ratio=st.integers(15, 60), seed=st.integers(0, 10_000))
 def test_down_is_the_rounding_of_the_paper_s_authors(shape: ModelShape, ratio: int, seed: int) -> None:
@@ -98,8 +189,9 @@ def test_a_ratio_of_one_means_dense(kind: str, rounding: str) -> None:
 def test_what_is_given_back_stays_below_the_upper_bound() -> None:
     free = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2)
     capped = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2, bounds={"up": (0.2, 0.85)})
-    x = np.full(5, 0.3)
-    x[free.names.index("up/0")] = 0.85  # of 418.9, so 356.1
+    # Of break-even ranks of 288 (q, o), 144 (k) and 418.9: nothing is cut from 80, 80 and 40, most from up's 356.1
+    wanted = {"qk/0": 80 / 288, "o/0": 80 / 288, "gate/0": 124 / 418.9, "up/0": 0.85, "down/0": 124 / 418.9}
+    x = np.array([wanted[name] for name in free.names])
     up = next(module.name for module in free.budget.modules if module.type.name == "up")
     assert free.ranks(x)[up] == 360
     assert capped.ranks(x)[up] == 352

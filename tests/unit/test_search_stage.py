@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rankwise_samples as samples
 import tiny
 import torch
 from test_search import tiny_bases
@@ -40,6 +41,9 @@ class Named(SimpleNamespace):
     def get(self, name: str, otherwise: object = None) -> Any:
         return getattr(self, name, otherwise)
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(vars(self).values())
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -50,12 +54,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny_bases("llama-gqa", folder)
     windows = torch.randint(2, 400, (3, 20), generator=torch.Generator().manual_seed(3)).int()
     save_tensors(folder / "windows.safetensors", {"tokens": windows})
-    (folder / "manifest.json").write_text("{}")
+    (folder / "record.json").write_text("{}")
     return {
         "model": str(folder / "model"),
-        "model_manifest": str(folder / "manifest.json"),
+        "model_manifest": str(folder / "record.json"),
         "bases": str(folder / "bases"),
-        "bases_manifest": str(folder / "manifest.json"),
+        "bases_manifest": str(folder / "record.json"),
         "windows": str(folder / "windows.safetensors"),
     }
 
@@ -133,3 +137,20 @@ def test_a_source_that_does_not_fit_ends_the_job_with_one_message(
     with pytest.raises(SystemExit):
         run(moved, tmp_path, Search(evaluations=1, initial=1, start=[]), source_shape=tiny.shape("opt"))
     assert "'tiny-opt' of family 'opt', which has no layers of type 'gate'" in caplog.text
+
+
+def test_factors_on_predicted_losses_are_searched_from_the_prediction_on(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    search = Search(variables="loss-scales", evaluations=3, initial=2)
+    method = METHOD | {"uncompressed": [], "identity_block": True}
+    predicting = inputs | {"bases": str(samples.fisher_bases("llama-gqa").files[0].parent)}
+    found = run(predicting, tmp_path, search, method=method)
+    origins = [line.split(",")[1] for line in (tmp_path / "here/trials.csv").read_text().splitlines()[1:]]
+    assert origins == ["predicted", "spread", "improvement"]
+    assert found["objective"] <= found["predicted_objective"]
+    assert found["uniform_objective"] is None
+    assert set(found["variables"]) == {"qk", "v", "o", "gate", "up", "down"}
+    assert found["kept"] <= 0.75
+    with pytest.raises(SystemExit):
+        run(inputs, tmp_path, search, "without", method=method)

@@ -14,6 +14,7 @@ import torch
 
 from lowrank import stage
 from lowrank.errors import RankwiseError
+from lowrank.lock import output_lock
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -24,7 +25,7 @@ from lowrank.stage import run_stage
 def work(job):
     {work}
 
-job = SimpleNamespace(rule={rule!r}, threads=2, log=[{log!r}], resources={resources!r})
+job = SimpleNamespace(rule={rule!r}, threads=2, log=[{log!r}], resources={resources!r}, output=[])
 run_stage(job, work)
 """
 
@@ -118,6 +119,48 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, work: str) -> None:
     assert code == 1
     assert "please report it" in log
     assert "Traceback" in log
+
+
+def test_a_job_runs_in_the_environment_of_the_head_node_or_not_at_all(tmp_path: Path) -> None:
+    work = "import logging; logging.info('worked')"
+    code, log = run(tmp_path, work, **{stage.ENVIRONMENT: stage.environment()})
+    assert code == 0
+    assert "worked" in log
+    other = f"Python 3.11.2 (/opt/env), torch {torch.__version__}0"
+    code, log = run(tmp_path, work, **{stage.ENVIRONMENT: other})
+    assert code == 1
+    assert f"this job runs in {stage.environment()} on " in log
+    assert f"and the head node in {other}. " in log
+    assert "worked" not in log
+    assert "Traceback" not in log
+
+
+def test_the_environment_is_that_of_python_and_torch() -> None:
+    assert stage.environment() == f"Python {sys.version.split()[0]} ({sys.prefix}), torch {torch.__version__}"
+
+
+def test_a_job_whose_result_another_writes_stops_and_leaves_its_log_alone(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    script = SCRIPT.replace("output=[]", f"output=[{str(output)!r}]")
+    before = tmp_path / "stage.log"
+    with output_lock([output], "post_train"):
+        before.write_text("the log of the job that runs\n")
+        run_script = script.format(work="raise SystemExit(3)", rule="post_train", log=str(before), resources={})
+        process = subprocess.run(
+            [sys.executable, "-c", run_script], env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, check=False
+        )
+    assert process.returncode == 1
+    first, second = before.read_text().splitlines()
+    assert first == "the log of the job that runs"
+    assert f"post_train: {output}: another job writes it (post_train, process {os.getpid()} on " in second
+
+
+def test_a_log_begins_anew_with_each_job(tmp_path: Path) -> None:
+    run(tmp_path, "import logging; logging.info('the first')")
+    code, log = run(tmp_path, "import logging; logging.info('the second')")
+    assert code == 0
+    assert "the second" in log
+    assert "the first" not in log
 
 
 @NO_GPU

@@ -33,6 +33,40 @@ def test_other_settings_or_inputs_have_another_folder(tmp_path: Path) -> None:
     assert folder_of(tmp_path, {"a": 1, "b": 2}, source) != first
 
 
+@pytest.mark.parametrize("key", ['{"stage": "search", "settings": {"a": 2}}', "", "{", None])
+def test_a_folder_that_belongs_to_another_job_is_not_used(tmp_path: Path, key: str | None) -> None:
+    """It was renamed or copied, or its key is damaged; the name alone is not believed."""
+    source = tmp_path / "input"
+    source.write_text("one")
+    folder = folder_of(tmp_path, {"a": 1}, source)
+    (folder / "unfinished").write_text("of other settings")
+    (folder / "key.json").unlink()
+    if key is not None:
+        (folder / "key.json").write_text(key)
+    assert folder_of(tmp_path, {"a": 1}, source) == folder
+    assert not (folder / "unfinished").exists()
+    (folder / "unfinished").write_text("of these settings")
+    with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}):
+        assert (folder / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"search": {"evaluations": 60}, "code": "aa", "packages": {"torch": "1"}},
+        {"search": {"evaluations": 50}, "code": "bb", "packages": {"torch": "1"}},
+        {"search": {"evaluations": 50}, "code": "aa", "packages": {"torch": "2"}},
+    ],
+)
+def test_other_settings_code_or_packages_start_afresh(tmp_path: Path, settings: dict[str, object]) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    first = {"search": {"evaluations": 50}, "code": "aa", "packages": {"torch": "1"}}
+    folder = folder_of(tmp_path, first, source)
+    assert folder_of(tmp_path, settings, source) != folder
+    assert folder_of(tmp_path, dict(reversed(first.items())), source) == folder
+
+
 def test_the_clock_adds_up_the_parts(tmp_path: Path) -> None:
     first = Clock(tmp_path / "seconds.json")
     first.before = 100.0

@@ -49,6 +49,26 @@ def test_statistics_equal_those_of_a_plain_forward_pass(kind: str, layers_per_pa
             assert torch.allclose(mean, inputs.mean(0), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_only_a_pass_is_on_the_device(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a model may be larger than a GPU. (In place of a device stands another type of numbers, as a sign.)"""
+    model, seen = tiny.model(kind), []
+    before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()}
+
+    def look(model: torch.nn.Module, *arguments: object) -> None:
+        seen.append({name for name, tensor in model.named_parameters() if tensor.dtype == torch.float64})
+
+    monkeypatch.setattr(statistics, "_pass", look)
+    collect_statistics(model, torch.zeros(1, 4, dtype=torch.long), 1, tmp_path, torch.float64)  # type: ignore[arg-type]
+    assert len(seen) == tiny.LAYERS
+    blocks, names = family_of(model).blocks, [name for name, _ in model.named_parameters()]
+    around = {name for name in names if not name.startswith(f"{blocks}.") and name != "lm_head.weight"}
+    assert any("embed_tokens" in name for name in around)
+    for layer, found in enumerate(seen):
+        assert found == around | {name for name in names if name.startswith(f"{blocks}.{layer}.")}
+    assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()} == before
+
+
 def test_a_pass_that_was_stopped_goes_on_and_gives_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,22 +13,13 @@ from hypothesis import strategies as st
 from test_budget import LLAMA_7B, LLAMA_13B
 from transformers import PreTrainedModel
 
+from lowrank.branches import LEAST_NEURONS, Place, Structure, even_removal
 from lowrank.budget import Budget
 from lowrank.checkpoint import replace_modules
 from lowrank.compression import count_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.structured import (
-    LEAST_NEURONS,
-    Place,
-    Structure,
-    channels,
-    cut,
-    even_removal,
-    kept_units,
-    lowest_removal,
-    lowest_units,
-)
+from lowrank.structured import channels, cut, kept_units, lowest_removal, lowest_units
 
 LLAMA_3_8B = LLAMA_7B.model_copy(update={"intermediate": 14336, "kv_heads": 8, "vocabulary": 128256})
 QWEN3 = ModelShape(  # Qwen3-0.6B: query heads are wider together than the hidden state
@@ -195,7 +186,7 @@ def test_a_number_of_groups_that_overshoots_is_refused() -> None:
     structure = Structure.of(Budget.of(LLAMA_7B))
     allowed = structure.budget.allowed(5)
     assert {even_removal(structure, allowed, groups=2)[layer, "attention"] for layer in range(32)} == {2}
-    with pytest.raises(RankwiseError, match="each block would lose 20 of 32 key/value heads"):
+    with pytest.raises(RankwiseError, match="each block loses 20 of 32 key/value heads"):
         even_removal(structure, allowed, groups=20)
 
 

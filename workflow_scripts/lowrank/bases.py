@@ -18,7 +18,7 @@ import torch
 from lowrank.budget import largest_rank
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
-from lowrank.files import layer_files, load_tensors
+from lowrank.files import layer_files, load_layer
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,13 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
+FIELDS = ("directions", "projection", "mean", "projected_mean", "eigenvalues")
+
+
 def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
     """The basis of one type from a block's tensors."""
-    fields = ("directions", "projection", "mean", "projected_mean", "eigenvalues")
     return PrincipalBasis(
-        **{field: tensors[f"{name}.{field}"] for field in fields}, losses=tensors.get(f"{name}.losses")
+        **{field: tensors[f"{name}.{field}"] for field in FIELDS}, losses=tensors.get(f"{name}.losses")
     )
 
 
@@ -179,7 +181,17 @@ class Bases:
         self._loaded: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def of(self, layer: int, type_name: str) -> PrincipalBasis:
-        """The basis of a type of a block."""
+        """The basis of a type of a block.
+
+        Raises:
+            RankwiseError: the block's file is damaged, or was made for something else.
+        """
         if self._loaded is None or self._loaded[0] != layer:
-            self._loaded = layer, load_tensors(self.files[layer])
-        return load_basis(self._loaded[1], type_name)
+            self._loaded = layer, load_layer(self.files[layer])
+        tensors = self._loaded[1]
+        if any(f"{type_name}.{field}" not in tensors for field in FIELDS):
+            raise RankwiseError(
+                f"{self.files[layer]}: holds no basis of '{type_name}', so it was made for something else. Delete "
+                f"{self.files[layer].parent} and run the workflow again."
+            )
+        return load_basis(tensors, type_name)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, Family
-from lowrank.files import atomic_path, link_or_copy, sha256_file
+from lowrank.files import atomic_path, check_manifest, link_or_copy, sha256_file
 from lowrank.modeling import modeling_rankwise
 from lowrank.replacements import KeptHeads, Replacements, ResidualShortcuts
 
@@ -33,33 +33,44 @@ transformers_logging.disable_progress_bar()
 def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Open a dense or compressed checkpoint for inference.
 
-    Checkpoints of this project need no remote code here: their classes are registered from this repository.
+    Checkpoints of this project need no remote code here: their classes are registered from this repository. No code
+    that lies in the folder is ever run.
 
     Raises:
-        RankwiseError: the folder holds no readable model, or weights are missing; the folder is named.
+        RankwiseError: the folder holds no readable model, weights are missing, or a file is not the one that the
+            manifest beside the folder describes; the folder is named.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise RankwiseError(f"{folder}: no checkpoint (config.json is missing). Run the workflow again.")
+        raise RankwiseError(
+            f"{folder}: no checkpoint (config.json is missing). Delete the folder and run the workflow again."
+        )
+    check_manifest(folder, "files")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         drop_remote_code(config)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise RankwiseError(f"{folder}: the checkpoint cannot be opened: {error}") from error
+        raise RankwiseError(
+            f"{folder}: the checkpoint cannot be opened: {error}. Delete the folder and run the workflow again."
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise RankwiseError(f"{folder}: a weights file is damaged: {error}. Delete it and run again.") from error
+        raise RankwiseError(
+            f"{folder}: damaged weights: {error}. Delete the folder and run the workflow again."
+        ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
-            raise RankwiseError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}")
+            named = f"{problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}"
+            raise RankwiseError(f"{folder}: {named}. Delete the folder and run the workflow again.")
     model.eval().requires_grad_(False)
     loaded: PreTrainedModel = model.to(device)
     return loaded
@@ -75,12 +86,16 @@ def load_tokenizer(folder: str | Path) -> Any:
     """Open the tokenizer that lies in a checkpoint folder.
 
     Raises:
-        RankwiseError: there is none that can be read.
+        RankwiseError: there is none that can be read, or it is not the one that the manifest describes.
     """
+    folder = Path(folder)
+    check_manifest(folder, "files", skip=(".safetensors",))
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise RankwiseError(f"{folder}: the tokenizer cannot be opened: {error}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # by the damage, whatever the tokenizers library raises, bare `Exception` included
+        raise RankwiseError(
+            f"{folder}: the tokenizer cannot be opened: {error}. Delete the folder and run the workflow again."
+        ) from error
 
 
 def family_of(model: PreTrainedModel) -> Family:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lowrank.config.presets import Tuning
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
 from lowrank.needs import GIB, PROGRAM, Need
-from lowrank.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, in_dtype
+from lowrank.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, either, in_dtype
 
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB
@@ -44,11 +44,12 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
     trained = _trained(opened, tuning)
     return Need(
         gpu=True,
+        shared=True,
         device={
             "weights": opened.weights,
             "trained numbers": trained,
             "activations": opened.training_activations(tokens) + _trained_activations(opened, tuning, tokens),
-            "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 3),
+            "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 2),
         },
         host={"program": 2 * PROGRAM, "merged weights": stored.weights},
         loading=opened.weights,
@@ -98,20 +99,19 @@ def suite_need(sizes: Sizes, suite: Suite, longest: int) -> Need:
 def _perplexity(sizes: Sizes, suite: PerplexitySuite) -> Need:
     overlap = suite.length / (suite.stride or suite.length)
     tokens = suite.windows * suite.length if suite.windows else CORPUS_TOKENS * overlap
-    device = {
-        "activations": sizes.activations(batch_tokens(suite.length, LOSS_TOKENS)),
-        "logits": sizes.logits(HEAD_TOKENS, 2),
-    }
+    activations = sizes.activations(batch_tokens(suite.length, LOSS_TOKENS))
+    device = either(activations=activations, logits=sizes.logits(HEAD_TOKENS, 1))
     need = _evaluation(sizes, tokens * len(suite.corpora), suite.length, device)
-    return replace(need, host={**need.host, "texts": TEXTS})
+    return replace(need, shared=True, host={**need.host, "texts": TEXTS})
 
 
 def _zero_shot(sizes: Sizes, suite: ZeroShotSuite, length: int) -> Need:
     tokens = suite.limit * DOCUMENT_TOKENS if suite.limit else TASK_TOKENS
     kept = suite.batch_size * min(length, ANSWER_POSITIONS)
-    device = {"activations": sizes.activations(suite.batch_size * length), "logits": sizes.logits(kept, 1)}
+    device = either(activations=sizes.activations(suite.batch_size * length), logits=sizes.logits(kept, 1))
     need = _evaluation(sizes, tokens * len(suite.tasks), length, device, seconds=60 + 15 * len(suite.tasks))
-    return replace(need, host={**need.host, "harness": HARNESS_LIBRARIES, "requests": 0 if suite.limit else 2 * GIB})
+    requests = 0 if suite.limit else 2 * GIB
+    return replace(need, shared=True, host={**need.host, "harness": HARNESS_LIBRARIES, "requests": requests})
 
 
 def _cost(sizes: Sizes, suite: CostSuite) -> Need:

@@ -15,7 +15,7 @@ import torch
 
 from lowrank.config.presets import Calibration
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_json, save_tensors, sha256_file
+from lowrank.files import load_tensors, read_record, save_tensors, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +35,7 @@ def read_index(index: str | Path) -> dict[str, Any]:
     Raises:
         RankwiseError: missing or damaged.
     """
-    record: dict[str, Any] = read_json(index)
-    return record
+    return read_record(index)
 
 
 def load_documents(index: str | Path) -> Texts:
@@ -173,7 +172,7 @@ def sample_calibration(
     """
     from lowrank.checkpoint import load_tokenizer
 
-    positions = read_json(Path(checkpoint) / "config.json").get("max_position_embeddings")
+    positions = read_record(Path(checkpoint) / "config.json").get("max_position_embeddings")
     if positions is not None and calibration.length > positions:
         raise RankwiseError(
             f"calibration windows of {calibration.length} tokens, but the model '{name}' reads at most {positions}; "

@@ -1,7 +1,8 @@
-"""Reading and writing of artefacts: whole or not at all, and never a pickle.
+"""Reading and writing of artefacts: whole or not at all, checked when read, and never a pickle.
 
 Every writer here puts the content under a temporary name in the same folder and renames it, so that a
-reader (or Snakemake) sees either the old file or the finished new one.
+reader (or Snakemake) sees either the old file or the finished new one. Tensors carry a checksum of their own, and
+the files of a folder are compared with the manifest beside it, so that damage is met where a file is first read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 HASH_CHUNK = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 @contextmanager
@@ -35,10 +39,13 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         RankwiseError: the disk is full or the folder cannot be written, with the path and the cure.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # A folder of its own: libraries leave temporary files of their own beside what they write when they are killed.
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = scratch / target.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
+        scratch.mkdir()
         yield temporary
         _readable_by_others(temporary)
         if temporary.is_dir() and target.is_dir():
@@ -47,14 +54,11 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(target, error) from error
     except Exception as error:
-        if "No space left" not in str(error):  # safetensors wraps the system's error in a type of its own
+        if (problem := disk_error(error)) is None:
             raise
-        raise write_error(target, OSError(errno.ENOSPC, "No space left on device")) from error
+        raise write_error(target, problem) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -64,6 +68,19 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.unlink(missing_ok=True)
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The system's error if a disk was full or might not be written; libraries wrap it in types of their own."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in (*NO_ROOM, *NOT_ALLOWED):
+            return current
+        for number in (*NO_ROOM, *NOT_ALLOWED):
+            if os.strerror(number) in str(current):
+                return OSError(number, os.strerror(number))
+        current = current.__cause__ or current.__context__
+    return None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -85,14 +102,17 @@ def _readable_by_others(path: Path) -> None:
 
 def write_error(target: Path, error: OSError) -> RankwiseError:
     """The message for a failed write, by its cause."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in NO_ROOM:
         free = shutil.disk_usage(existing_parent(target)).free / 2**20
         return RankwiseError(
             f"{target}: no space left on the disk ({free:.0f} MiB free). Free some space, or move `results` "
             "and the `cache` of the config to a larger disk; finished results are intact."
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return RankwiseError(f"{target}: cannot be written ({error.strerror}). Check the folder's permissions.")
+    if error.errno in NOT_ALLOWED:
+        return RankwiseError(
+            f"{target}: cannot be written ({error.strerror}). Check the folder's permissions, and that its disk is not "
+            "mounted read-only; finished results are intact."
+        )
     return RankwiseError(f"{target}: writing failed: {error}")
 
 
@@ -134,7 +154,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+class Record(dict[str, Any]):
+    """An object of a JSON artefact. A key that is not there is damage of the file, and is told as that."""
+
+    def __init__(self, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]], path: Path = Path("a record")) -> None:
+        super().__init__(pairs)  # `dataclasses.asdict` makes a copy without a path
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise RankwiseError(f"{self.path}: damaged, it has no {key!r}. Delete it and run the workflow again.")
+
+
+def read_json(path: str | Path, objects: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a JSON artefact.
 
     Raises:
@@ -146,21 +177,33 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise RankwiseError(f"{path}: missing. Run the workflow again: it makes what is missing.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RankwiseError(f"{path}: cannot be read ({error}).") from error
+        raise RankwiseError(f"{path}: cannot be read ({error}). Delete it and run the workflow again.") from error
     if not text.strip():
         raise RankwiseError(f"{path}: empty. Delete it and run the workflow again.")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_hook=objects)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RankwiseError(
             f"{path}: damaged, no valid JSON ({error}). Delete it and run the workflow again."
         ) from error
 
 
+def read_record(path: str | Path) -> Record:
+    """Read a JSON artefact that is an object; it and all objects in it are `Record`s.
+
+    Raises:
+        RankwiseError: see `read_json`; or it is no object.
+    """
+    record = read_json(path, lambda pairs: Record(pairs, Path(path)))
+    if not isinstance(record, Record):
+        raise RankwiseError(f"{path}: damaged, no JSON object. Delete it and run the workflow again.")
+    return record
+
+
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, atomically.
+    """Write tensors as safetensors, atomically, with a checksum.
 
     Raises:
         RankwiseError: a floating tensor holds a value that is not finite; it is named.
@@ -172,28 +215,65 @@ def save_tensors(
             raise RankwiseError(f"{path}: tensor {name!r} holds values that are not finite; nothing was written.")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: safetensors writes several in any order, and equal content must give equal bytes.
-    record = {"record": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    record = json.dumps({**(metadata or {}), CHECKSUM: _checksum(contiguous)}, sort_keys=True)
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=record)
+        save_file(contiguous, temporary, metadata={"record": record})
 
 
-def load_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Read a safetensors file.
+CHECKSUM = "crc32"
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of names, types, shapes and bytes: against damage, not against somebody who means harm."""
+    import torch
+
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def load_tensors(
+    path: str | Path, names: Collection[str] = (), whole: str | Path | None = None
+) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, and compare its checksum if it has one (files made elsewhere have none).
+
+    Args:
+        path: the file.
+        names: tensors that it must hold.
+        whole: what is made again as a whole, for messages, if not the file alone.
 
     Raises:
-        RankwiseError: the file is missing or damaged, with its path and what to do.
+        RankwiseError: the file is missing or damaged, or lacks a tensor, with its path and what to do.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    cure = f"Delete {whole or 'it'} and run the workflow again."
     if not Path(path).is_file():
-        raise RankwiseError(f"{path}: missing. Run the workflow again: it makes what is missing.")
-    try:
-        return load_file(str(path), device=device)
-    except (SafetensorError, OSError, ValueError) as error:
         raise RankwiseError(
-            f"{path}: damaged, no readable safetensors file ({error}). Delete it and run the workflow again."
-        ) from error
+            f"{path}: missing. {cure if whole else 'Run the workflow again: it makes what is missing.'}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it cannot be iterated
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RankwiseError(f"{path}: damaged, no readable safetensors file ({error}). {cure}") from error
+    if CHECKSUM in record and record[CHECKSUM] != _checksum(tensors):
+        raise RankwiseError(f"{path}: damaged, its content has not the checksum that it was written with. {cure}")
+    if missing := [name for name in names if name not in tensors]:
+        raise RankwiseError(f"{path}: holds no {', '.join(map(repr, missing))}: it was made for something else. {cure}")
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a file that `load_tensors` reads says of itself: the metadata that it was written with."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        record: dict[str, Any] = json.loads((file.metadata() or {}).get("record", "{}"))
+    return record
 
 
 def layer_name(layer: int) -> str:
@@ -212,3 +292,49 @@ def layer_files(folder: str | Path, layers: int) -> list[Path]:
         if not file.is_file():
             raise RankwiseError(f"{file}: missing. Delete {folder} and run the workflow again.")
     return files
+
+
+def load_layer(file: Path, names: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors of one block.
+
+    Raises:
+        RankwiseError: see `load_tensors`; or the file is not the one that the manifest beside its folder describes.
+    """
+    tensors = load_tensors(file, names, file.parent)
+    check_manifest(file.parent, "layers", [file.name])
+    return tensors
+
+
+def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip: tuple[str, ...] = ()) -> None:
+    """Compare files of a folder with the manifest beside it: `<folder>.json`, or `manifest.json` in the same place.
+
+    A folder without a manifest is not checked: one that is being made, or a checkpoint that was copied elsewhere.
+
+    Args:
+        folder: whose files.
+        section: key of the manifest that maps names of files to their SHA-256.
+        names: the files; none: all that the manifest lists.
+        skip: without those whose names end so.
+
+    Raises:
+        RankwiseError: a file is missing, or it is not the one that the manifest describes.
+    """
+    manifest = manifest_of(folder)
+    if manifest is None:
+        return
+    stated = read_record(manifest)[section]
+    if not isinstance(stated, dict):
+        raise RankwiseError(f"{manifest}: damaged, {section!r} lists no files. Delete it and run the workflow again.")
+    cure = f"Delete the folder {folder} and run the workflow again."
+    for name in names or [name for name in stated if not name.endswith(skip)]:
+        file = folder / name
+        if not file.is_file():
+            raise RankwiseError(f"{file}: missing, and {manifest} lists it. {cure}")
+        if sha256_file(file) != stated.get(name):
+            raise RankwiseError(f"{file}: damaged or replaced: not the file that {manifest} describes. {cure}")
+
+
+def manifest_of(folder: Path) -> Path | None:
+    """The manifest of a folder, which lies beside it; None if there is none."""
+    places = (folder.with_name(f"{folder.name}.json"), folder.with_name("manifest.json"))
+    return next((place for place in places if place.is_file()), None)

@@ -143,7 +143,7 @@ def backpropagate(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """One backward pass of the loss summed over all next tokens, with the logits of one chunk at a time.
 
     Raises:
-        RankwiseError: the loss is not finite.
+        RankwiseError: the loss is not finite; the first layer whose outputs are not is named.
     """
     hidden, head = last_hidden(model, ids)[:, :-1].flatten(0, 1), head_of(model)
     gradients, loss = [], 0.0
@@ -155,11 +155,33 @@ def backpropagate(model: PreTrainedModel, ids: torch.Tensor) -> None:
         gradients.append(gradient)
         loss += float(total.detach())
     if not torch.isfinite(torch.tensor(loss)):
+        where = first_not_finite(model, ids)
         raise RankwiseError(
-            "gradients: the loss of a calibration window is not finite. Set `dtype: float32` for this model in the "
-            "config; if it is float32 already, the weights are damaged."
+            f"{where}: outputs are not finite, so the loss of a calibration window is not finite. Set `dtype: float32` "
+            "for this model in the config; if it is float32 already, the weights are damaged."
         )
     torch.autograd.backward([hidden], [torch.cat(gradients)])
+
+
+def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:
+    """Name of the first module whose outputs on a batch are not finite; that of the whole model if there is none."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else type(model).__name__
 
 
 def _require_finite(sums: dict[str, torch.Tensor]) -> None:

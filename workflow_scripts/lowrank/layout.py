@@ -5,6 +5,7 @@ Wildcards are names of presets, never values of parameters; all paths start with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -92,7 +93,7 @@ class Layout:
 
     def seeds(self, method: str, tuning: str) -> list[int]:
         """All seeds where something is random, else the first."""
-        random = self.study.method(method).search is not None or tuning != "none"
+        random = self.study.method(method).is_random or tuning != "none"
         return self.study.seeds if random else self.study.seeds[:1]
 
     def evaluations(self, model: str, method: str, ratio: int, tuning: str, suite: str) -> list[str]:
@@ -194,19 +195,28 @@ class Layout:
 
     def tables(self) -> list[str]:
         """All tables, in all formats."""
-        return [f"{self.run}/tables/{name}.{kind}" for name in self.study.tables for kind in TABLE_FORMATS]
+        return [f"{self.run}/tables/{name}.{kind}" for name in in_order(self.study.tables) for kind in TABLE_FORMATS]
 
     def figures(self) -> list[str]:
         """All figures, in all formats."""
-        return [f"{self.run}/figures/{name}.{kind}" for name in self.study.figures for kind in FIGURE_FORMATS]
+        return [f"{self.run}/figures/{name}.{kind}" for name in in_order(self.study.figures) for kind in FIGURE_FORMATS]
 
     def evidence(self) -> list[str]:
         """Every result that a table or figure shows; for the log of a search, the account beside it."""
         shown = chain(
-            chain.from_iterable(self.table_inputs(name) for name in self.study.tables),
-            chain.from_iterable(self.figure_inputs(name) for name in self.study.figures),
+            chain.from_iterable(self.table_inputs(name) for name in in_order(self.study.tables)),
+            chain.from_iterable(self.figure_inputs(name) for name in in_order(self.study.figures)),
         )
         return _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names with numbers by their numbers, then the others: an order that does not depend on the config's."""
+    parts = {name: re.split(r"(\d+)", name) for name in names}
+    order = {
+        name: [(int(part), "") if part.isdecimal() else (0, part) for part in found] for name, found in parts.items()
+    }
+    return sorted(parts, key=lambda name: (len(parts[name]) == 1, order[name], name))
 
 
 def _paths(results: Any, start: str) -> Iterable[str]:

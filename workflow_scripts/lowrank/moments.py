@@ -7,12 +7,13 @@ Nothing is ever subtracted, so no digits are lost, however far the windows' mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
+from lowrank.share import Share
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
@@ -56,6 +57,25 @@ class MomentAccumulator:
         self.scatter += (deviations.T @ deviations).double()
         self.absolute += x.abs().sum(dim=(0, 1), dtype=torch.float64)
         self.window_means.append(means)
+
+    def add_up(self, share: Share, first: int, windows: int, length: int) -> None:
+        """Put together what several processes saw, each its own windows; all of them must call it.
+
+        Args:
+            share: this process among them.
+            first: of all windows, the first that this process saw.
+            windows: of all processes together.
+            length: of a window, tokens.
+        """
+        if share.world == 1:
+            return
+        share.sum(self.scatter)
+        share.sum(self.absolute)
+        means = self.scatter.new_zeros(windows, len(self.absolute))
+        if self.window_means:
+            seen = torch.cat(self.window_means)
+            means[first : first + len(seen)] = seen
+        self.window_means, self.window_length = [share.sum(means)], length
 
     def result(self) -> Moments:
         """The moments of everything seen so far."""
@@ -138,6 +158,11 @@ class Moments:
             f"{site}.absolute_mean": self.absolute_mean,
             f"{site}.window_length": torch.tensor(self.window_length),
         }
+
+    @staticmethod
+    def names(site: str) -> list[str]:
+        """Names of the stored tensors."""
+        return [f"{site}.{field.name}" for field in fields(Moments)]
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], site: str) -> Moments:

@@ -60,6 +60,7 @@ class Need:
 
     Attributes:
         gpu: whether it computes on a GPU where the site hands them out.
+        shared: whether it can use several of them, a process each.
         device: part -> bytes where the model runs.
         host: part -> bytes in main memory, wherever the model runs.
         loading: bytes in main memory on the way to a GPU; over before the parts of `host` are there.
@@ -69,6 +70,7 @@ class Need:
     """
 
     gpu: bool = False
+    shared: bool = False
     device: Mapping[str, float] = field(default_factory=dict)
     host: Mapping[str, float] = field(default_factory=lambda: {"program": PROGRAM})
     loading: float = 0
@@ -86,8 +88,12 @@ class Need:
         """On each GPU; none for a job that does not compute there."""
         return self.device_bytes + CUDA_DEVICE if self.gpu else 0
 
+    def gpus(self, each: int) -> int:
+        """How many GPUs it is given where jobs get so many each: no more than it has a use for."""
+        return (each if self.shared else min(each, 1)) if self.gpu else 0
+
     def host_bytes(self, gpus: int) -> float:
-        """In main memory, with so many GPUs; without one the device's share is there too."""
+        """In main memory of a machine that gives it so many GPUs; without one the device's share is there too."""
         program = self.host.get("program", 0)
         rest = sum(self.host.values()) - program
         if gpus:

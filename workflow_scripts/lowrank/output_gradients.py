@@ -7,6 +7,7 @@ m x m matrix a layer, from one backward pass over the calibration windows.
 
 The pass takes a few blocks at a time, from the last to the first, so that accumulators of all layers are never held at
 once; a backward pass goes no deeper than the blocks it is for. A killed pass goes on at the last finished group.
+Several processes share the windows and add up.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.checkpoint import family_of
+from lowrank.checkpoint import family_of, load_checkpoint
 from lowrank.errors import RankwiseError
 from lowrank.families import Family
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, load_layer, load_tensors, save_tensors
 from lowrank.gradients import backpropagate
+from lowrank.runtime import parse_dtype, pick_device
+from lowrank.share import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,26 @@ TOKENS_PER_BATCH = 512
 """A backward pass keeps all activations of the blocks it goes through."""
 
 
+def collect_share(arguments: dict[str, Any], share: Share) -> None:
+    """A process's share of the passes.
+
+    Args:
+        arguments: as of `statistics.collect_share`, and "windows": how many of the calibration windows, or None.
+        share: this process among those of the job.
+    """
+    device = pick_device()
+    model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]), device)
+    tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()[: arguments["windows"]]
+    collect_output_gradients(model, tokens, arguments["layers_per_pass"], Path(arguments["state"]), device, share)
+
+
 def collect_output_gradients(
-    model: PreTrainedModel, tokens: torch.Tensor, layers_per_pass: int, state: Path, device: torch.device
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    layers_per_pass: int,
+    state: Path,
+    device: torch.device,
+    share: Share = ALONE,
 ) -> list[Path]:
     """Collect G = E[g g'] for all linear layers of all blocks.
 
@@ -45,6 +66,7 @@ def collect_output_gradients(
         layers_per_pass: blocks whose accumulators are held at once.
         state: folder of unfinished work; finished layer files live there.
         device: where the model is.
+        share: this process among those of the job, which all see `state`.
 
     Returns:
         One safetensors file per block, in `state`, with `<type>` -> m x m in float32.
@@ -67,9 +89,13 @@ def collect_output_gradients(
         started = time.monotonic()
         moments = _accumulators(family, blocks, layers, device)
         with _caught(family, blocks, moments), torch.enable_grad():
-            for ids in batches:
-                backpropagate(model, ids.to(device))
-        _store(family, files, moments, tokens.numel())
+            for index in share.of(len(batches)):
+                backpropagate(model, batches[index].to(device))
+        for total in moments.values():
+            share.sum(total)
+        if share.first:
+            _store(family, files, moments, tokens.numel())
+        del moments, total  # before the next pass makes its own
         rate = tokens.numel() / (time.monotonic() - started)
         log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)
     return files
@@ -77,7 +103,8 @@ def collect_output_gradients(
 
 def load_output_gradients(path: Path, types: Iterable[str]) -> dict[str, torch.Tensor]:
     """Type -> G of one block, m x m."""
-    tensors = load_tensors(path)
+    types = list(types)
+    tensors = load_layer(path, types)
     return {name: tensors[name] for name in types}
 
 

@@ -19,7 +19,7 @@ from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.needs import GIB, Need
 from lowrank.planned_jobs import Job, Jobs, planned_jobs
-from lowrank.resources import LAYERS_PER_PASS, LAYERWISE, Estimator
+from lowrank.resources import LAYERS_PER_PASS, Estimator
 
 THREADS = 8
 """Of a job without a GPU, for its expected time."""
@@ -85,12 +85,12 @@ def make_plan(study: Study, gpus: int = 1, **layers_per_pass: int) -> Plan:
 
     Args:
         study: the config.
-        gpus: of a job that computes on them; 0: everything on processors.
+        gpus: of a job that computes on them, if it can use so many; 0: everything on processors.
         layers_per_pass: of the rules that work layer by layer, as in `Estimator`.
     """
     estimator, jobs = Estimator(study, **layers_per_pass), planned_jobs(study)
     needs = {job: estimator.need(job.rule, job.wildcards) for job in jobs}
-    hours = {job: need.seconds(gpus if need.gpu else 0, THREADS) / 3600 for job, need in needs.items()}
+    hours = {job: need.seconds(need.gpus(gpus), THREADS) / 3600 for job, need in needs.items()}
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.rule, _model_of(study, job)), []).append(job)
@@ -115,7 +115,7 @@ def _entry(
     key: tuple[str, str], jobs: list[Job], needs: Mapping[Job, Need], hours: Mapping[Job, float], gpus: int
 ) -> Entry:
     mine = [needs[job] for job in jobs]
-    given = {id(need): gpus if need.gpu else 0 for need in mine}
+    given = {id(need): need.gpus(gpus) for need in mine}
     worst = max(mine, key=lambda need: (need.gpu_bytes if gpus else 0, need.host_bytes(given[id(need)])))
     part, size = worst.largest(given[id(worst)])
     return Entry(
@@ -125,8 +125,8 @@ def _entry(
         host=max(need.host_bytes(given[id(need)]) for need in mine),
         disk=sum(need.disk for need in mine),
         scratch=max(need.scratch for need in mine),
-        gpu_hours=sum(hours[job] * gpus for job in jobs if gpus and needs[job].gpu),
-        cpu_hours=sum(hours[job] for job in jobs if not (gpus and needs[job].gpu)),
+        gpu_hours=sum(hours[job] * needs[job].gpus(gpus) for job in jobs),
+        cpu_hours=sum(hours[job] for job in jobs if not needs[job].gpus(gpus)),
         largest=f"{part} {_gib(size)}",
     )
 
@@ -237,7 +237,7 @@ def main(arguments: list[str]) -> int:
         "--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU; what is larger is marked"
     )
     parser.add_argument(
-        "--layers-per-pass", type=int, default=LAYERS_PER_PASS, metavar="N", help="of the collect_* rules"
+        "--layers-per-pass", type=int, metavar="N", help="of the collect_* rules; without it, those of the rules"
     )
     options = parser.parse_args(arguments)
     try:
@@ -245,7 +245,8 @@ def main(arguments: list[str]) -> int:
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1
-    plan = make_plan(study, options.gpus_per_job, **dict.fromkeys(LAYERWISE, options.layers_per_pass))
+    held = dict.fromkeys(LAYERS_PER_PASS, options.layers_per_pass) if options.layers_per_pass else {}
+    plan = make_plan(study, options.gpus_per_job, **held)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(as_table(plan, f"Plan of {options.config}, run '{study.run}'", options.gpu_memory * GIB))
     for line in remarks(plan, options.gpu_memory * GIB):

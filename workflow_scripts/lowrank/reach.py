@@ -30,6 +30,32 @@ def smallest_choice(budget: Budget, module: LinearModule) -> int | None:
     return min(ALIGNMENT, largest_rank_worth_it(budget, module)) or None
 
 
+def candidate_ranks(budget: Budget, kept: Sequence[float], uncompressed: Sequence[str]) -> dict[str, list[int]]:
+    """Layer -> the ranks at which it is tried, ascending: shares of its break-even rank, down to multiples of 8.
+
+    Shares that round to one rank are one trial. A layer so narrow that rank 8 saves nothing is tried at the largest
+    rank that does; layers that no rank makes smaller are not tried.
+
+    Args:
+        budget: of the model.
+        kept: shares of a layer's parameters, below 1.
+        uncompressed: types that stay dense.
+
+    Raises:
+        RankwiseError: an unknown type.
+    """
+    budget.types(uncompressed)
+    ranks: dict[str, list[int]] = {}
+    for module in budget.modules:
+        largest = largest_rank_worth_it(budget, module)
+        if module.type.name in uncompressed or not largest:
+            continue
+        shares = [budget.rank_of_share(module, share) for share in kept]
+        wanted = [max(ALIGNMENT, ALIGNMENT * int((rank + 1e-9) // ALIGNMENT)) for rank in shares]
+        ranks[module.name] = sorted({min(rank, largest) for rank in wanted})
+    return ranks
+
+
 def tied_types(modules: Iterable[LinearModule]) -> list[str]:
     """Names of the search variables of some modules, in the order of the forward pass."""
     return list(dict.fromkeys(module.type.tied for module in modules))

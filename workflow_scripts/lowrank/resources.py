@@ -18,7 +18,7 @@ from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES
 from lowrank.needs import GIB, PROGRAM, Need, Work, plus
-from lowrank.sizes import DOUBLE, HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, decomposition, in_dtype
+from lowrank.sizes import DOUBLE, HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, decomposition, either, in_dtype
 
 SEARCH_LIBRARIES = 0.25 * GIB
 TEXTS = 0.05 * GIB
@@ -27,10 +27,14 @@ TEXTS = 0.05 * GIB
 ON_PROCESSORS = ("dense", "flap")
 """Kinds of methods that have nothing to compute that a GPU would help with."""
 
-LAYERS_PER_PASS = 8
-"""Blocks whose accumulators are held at once, unless the profile says otherwise."""
-LAYERWISE = ("collect_statistics", "collect_gradients")
-"""The rules that hold such accumulators."""
+TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
+"""Kinds of methods that take loss gradients of weights."""
+
+STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
+"""Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
+"""Rule -> blocks whose accumulators it holds at once, unless the profile says otherwise."""
 STATISTICS_TOKENS, GRADIENT_TOKENS = 4096, 512
 """Tokens of a pass in the statistics, and of a backward pass for gradients."""
 
@@ -42,12 +46,12 @@ class Estimator:
 
     Attributes:
         study: the config.
-        layers_per_pass: rule -> blocks whose accumulators it holds at once, where that is not `LAYERS_PER_PASS`.
+        layers_per_pass: rule -> blocks whose accumulators it holds at once; those of `LAYERS_PER_PASS` if not said.
     """
 
     def __init__(self, study: Study, **layers_per_pass: int) -> None:
         self.study = study
-        self.layers_per_pass = layers_per_pass
+        self.layers_per_pass = LAYERS_PER_PASS | layers_per_pass
         self._sizes = cache(self._sizes_of)
         self._rules: dict[str, Callable[[Wildcards], Need]] = {
             "fetch_model": self._fetch_model,
@@ -102,20 +106,28 @@ class Estimator:
         sizes = self._sizes(wildcards["model"])
         tokens, layers = calibration.windows * calibration.length, sizes.shape.layers
         batch, widest = batch_tokens(calibration.length, STATISTICS_TOKENS), max(sizes.inputs)
-        held = min(self.layers_per_pass.get("collect_statistics", LAYERS_PER_PASS), layers)
+        held = min(self.layers_per_pass["collect_statistics"], layers)
         means = DOUBLE * calibration.windows * sum(sizes.inputs)
-        update = 12 * widest**2 + 4 * SINGLE * batch * widest
+        # The inputs in float32 and around their mean, and their product in both precisions; or what their size adds.
+        inputs = SINGLE * batch * widest
+        update = (1 + sizes.widened) * inputs + max(12 * widest**2, inputs)
         storing = sizes.statistics(calibration.windows) + 2 * DOUBLE * widest**2
         passes = math.ceil(layers / held)
+        weights = sizes.number * (sizes.head + held / layers * sizes.linears)
         return Need(
             gpu=True,
+            shared=True,
             device={
-                "weights": sizes.weights,
-                "accumulators": _held(held, layers) * (sizes.moments(DOUBLE) + means),
+                "a pass's weights": weights,
+                "accumulators": held * (sizes.moments(DOUBLE) + means),
                 "update": max(update, storing),
                 "activations": sizes.activations(batch),
             },
-            host={"program": PROGRAM, "a block's statistics": sizes.statistics(calibration.windows)},
+            host={
+                "program": PROGRAM,
+                "other weights": sizes.weights - weights,
+                "a block's statistics": sizes.statistics(calibration.windows),
+            },
             loading=sizes.weights,
             disk=layers * sizes.statistics(calibration.windows),
             scratch=2 * sizes.hidden(tokens),
@@ -131,7 +143,7 @@ class Estimator:
         calibration = self.study.calibration[wildcards["calibration"]]
         sizes = self._sizes(wildcards["model"])
         layers, windows = sizes.shape.layers, calibration.gradient_windows or calibration.windows
-        held = min(self.layers_per_pass.get("collect_gradients", LAYERS_PER_PASS), layers)
+        held = min(self.layers_per_pass["collect_gradients"], layers)
         batch = batch_tokens(calibration.length, GRADIENT_TOKENS)
         widest = max(module.out_features for module in sizes.block)
         # The pass for the first blocks goes back through all of them, those for the others through fewer: half of it.
@@ -139,12 +151,13 @@ class Estimator:
         through = 1 + (passes + 1) / 2 / passes
         return Need(
             gpu=True,
+            shared=True,
             device={
                 "weights": sizes.weights,
-                "accumulators": _held(held, layers) * sizes.output_moments(DOUBLE),
+                "accumulators": held * sizes.output_moments(DOUBLE),
                 "update": 12 * widest**2,
                 "activations": sizes.training_activations(batch),
-                "logits": sizes.logits(min(batch, HEAD_TOKENS), 3),
+                "logits": sizes.logits(min(batch, HEAD_TOKENS), 2),
             },
             host={"program": PROGRAM, "a block's gradients": sizes.output_moments(SINGLE)},
             loading=sizes.weights,
@@ -175,8 +188,7 @@ class Estimator:
                 "program": PROGRAM,
                 "weights": sizes.weights,
                 "a block's covariances": sizes.statistics(windows) + sizes.moments(DOUBLE) + gradients,
-                "an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2,
-                "bases to be stored": stored,
+                **either(**{"an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2, "bases to be stored": stored}),
             },
             disk=layers * stored,
             work=Work(
@@ -192,7 +204,7 @@ class Estimator:
         length: int,
         tokens: float,
         passes: float,
-        copies: float,
+        copies: int,
         **host: float,
     ) -> Need:
         """A dense model with its bases, run on some windows again and again.
@@ -203,7 +215,7 @@ class Estimator:
             length: of the windows.
             tokens: of all windows.
             passes: how often they are read.
-            copies: of a chunk's logits, in float32.
+            copies: of a chunk's logits, see `Sizes.logits`.
             host: further parts in main memory.
         """
         sizes = self._sizes(model)
@@ -215,8 +227,7 @@ class Estimator:
             device={
                 "weights": sizes.weights,
                 "bases": bases,
-                "activations": sizes.activations(batch),
-                "logits": sizes.logits(HEAD_TOKENS, copies),
+                **either(activations=sizes.activations(batch), logits=sizes.logits(HEAD_TOKENS, copies)),
             },
             host={"program": PROGRAM, **host},
             loading=sizes.weights + sizes.bases(SINGLE, full),
@@ -234,14 +245,14 @@ class Estimator:
         validation = self.study.validation[wildcards["validation"]]
         tokens, choice = validation.windows * validation.length, validation.select
         model, length = wildcards["model"], validation.length
-        return self._sliced(model, choice.covariance, length, tokens, choice.allocations, copies=2, texts=TEXTS)
+        return self._sliced(model, choice.covariance, length, tokens, choice.allocations, copies=1, texts=TEXTS)
 
     def _measure_sensitivity(self, wildcards: Wildcards) -> Need:
         settings = self.study.sensitivity[wildcards["sensitivity"]]
         types = FAMILIES[self.study.models[settings.model].shape.family].types
         passes, tokens = len(types) * len(settings.kept) + 1, settings.windows * settings.length
         model, covariance, length = settings.model, settings.covariance, settings.length
-        return self._sliced(model, covariance, length, tokens, passes, copies=2, texts=TEXTS)
+        return self._sliced(model, covariance, length, tokens, passes, copies=1, texts=TEXTS)
 
     def _measure_truncations(self, wildcards: Wildcards) -> Need:
         figure = self.study.figures[wildcards["figure"]]
@@ -250,7 +261,7 @@ class Estimator:
         passes, tokens = figure.matrices * len(figure.kept) / 2 + 2, figure.windows * figure.length
         kept = self._sizes(figure.model).hidden(tokens)
         parts = {"hidden states": 2 * kept, "texts": TEXTS}
-        return self._sliced(figure.model, wildcards["covariance"], figure.length, tokens, passes, copies=2, **parts)
+        return self._sliced(figure.model, wildcards["covariance"], figure.length, tokens, passes, copies=1, **parts)
 
     def _search_allocation(self, wildcards: Wildcards) -> Need:
         method = self.study.method(wildcards["method"])
@@ -265,7 +276,7 @@ class Estimator:
             validation.length,
             tokens,
             search.evaluations + 1,
-            copies=6 if search.kl_weight else 2,
+            copies=4 if search.kl_weight else 1,
             **{"dense hidden states": reference, "libraries": SEARCH_LIBRARIES},
         )
 
@@ -284,11 +295,13 @@ class Estimator:
         return self._decomposed(method, dense, sizes)
 
     def _decomposed(self, method: MethodSettings, dense: Sizes, sizes: Sizes) -> Need:
-        """A method that decomposes or prunes by itself: its factors wait in float64, not yet cut where they are views;
-        with gradients or hidden states if it reads the calibration windows. An upper estimate for all of them."""
+        """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
+        windows. An upper estimate for all of them."""
         on_device = computes_on_device(method)
         device = {"a decomposition": float(decomposition(dense.block))} if on_device else {}
-        host = {"program": PROGRAM, "weights": dense.weights, "factors": DOUBLE * dense.linears}
+        host = {"program": PROGRAM, "weights": dense.weights}
+        as_written = method.kind in STORE_AS_WRITTEN
+        host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
         work = plus(work, double=dense.decompositions() if on_device else 0)
         if "statistics" in method.reads and method.calibration:
@@ -299,11 +312,17 @@ class Estimator:
             windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
             length = getattr(method, "length", None) or calibration.length
             tokens = min(windows, calibration.windows) * length
-            device |= {"weights": dense.weights, "sums": SINGLE * dense.linears}
-            device["activations"] = dense.training_activations(length)
+            if method.kind in TAKE_GRADIENTS:  # before it decomposes anything
+                device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
+            else:
+                device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
+            device["weights"] = host.pop("weights")
             host["hidden states"] = 2 * dense.hidden(tokens)
-            work = plus(work, in_dtype(dense, 4 * dense.forward(tokens, length)))
-        return Need(gpu=on_device, device=device, host=host, disk=sizes.weights, work=work)
+            # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
+            trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
+            passes = 4 + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
+        return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
 
     def _post_train(self, wildcards: Wildcards) -> Need:
         tuning = self.study.tuning[wildcards["tuning"]]
@@ -313,11 +332,6 @@ class Estimator:
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
         return suite_need(self._checkpoint(wildcards), suite, longest)
-
-
-def _held(layers_per_pass: int, layers: int) -> int:
-    """Blocks whose accumulators are there at once: those of a pass are made while those of the last one still are."""
-    return min(2 * layers_per_pass, layers)
 
 
 def computes_on_device(method: MethodSettings) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from lowrank.budget import ALIGNMENT, Budget
@@ -43,8 +44,8 @@ class Rounder:
     - `down`: 8 floor(ceil(rank of the ratio) / 8), at least 8, as the paper's authors compute it. The ceiling, the
       least rank of 8 and a layer left dense can cost more than was asked for, so ranks shrink if the budget is
       exceeded.
-    - `give-back`: 8 floor(rank of the ratio / 8); what this frees goes back, one step of 8 each, to the units that
-      were cut most, as long as it fits and stays within their upper bound.
+    - `give-back`: 8 floor(rank of the ratio / 8); what this frees goes back in steps of 8, always to the unit that is
+      cut most of those whose next step fits and stays within their upper bound, until there is none.
     """
 
     def __init__(self, budget: Budget, units: Sequence[Unit], how: Rounding) -> None:
@@ -113,14 +114,26 @@ class Rounder:
         return aligned or self.smallest[index]
 
     def _give_back(self, choices: list[Choice], ratios: Sequence[float], allowed: float) -> None:
-        spent = sum(self.cost(index, choice) for index, choice in enumerate(choices))
-        cut = [self._rank(index, ratio) - (choices[index] or 0) for index, ratio in enumerate(ratios)]
-        for index in sorted(range(len(choices)), key=lambda index: -cut[index]):
+        """Raise whichever unit is cut most, until no unit's next step fits.
+
+        A unit whose next step does not fit is done with: what is left only shrinks, and its step stays what it is.
+        """
+
+        def cut(index: int) -> float:
+            choice = choices[index]
+            return self._rank(index, ratios[index]) - (self._rank(index, 1.0) if choice is None else choice)
+
+        left = allowed - sum(self.cost(index, choice) for index, choice in enumerate(choices))
+        units = [(-cut(index), index) for index in range(len(choices))]
+        heapify(units)
+        while units:
+            _, index = heappop(units)
             raised = self._raised(index, choices[index])
             extra = self.cost(index, raised) - self.cost(index, choices[index])
-            if extra > 0 and spent + extra <= allowed:
+            if 0 < extra <= left:
                 choices[index] = raised
-                spent += extra
+                left -= extra
+                heappush(units, (-cut(index), index))
 
     def _raised(self, index: int, choice: Choice) -> Choice:
         """A step of 8 up, or dense where a pair of that rank is not worth it; unchanged beyond the upper bound."""

@@ -20,9 +20,10 @@ from botorch.exceptions.errors import BotorchError, ModelFittingError
 
 from lowrank.budget import Ranks
 from lowrank.config.presets import Search
+from lowrank.errors import RankwiseError
 from lowrank.objective import Score
-from lowrank.search_space import SearchSpace
 from lowrank.search_start import initial_points
+from lowrank.space import Space
 from lowrank.surrogate import candidates
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,9 @@ class Trial:
     """One evaluated allocation.
 
     Attributes:
-        origin: `transfer`, `uniform`, `lord`, `given` or `spread` for initial points; then `improvement`, where the
-            model expects most, or `random`.
-        x: the kept ratios, d.
+        origin: `transfer`, `uniform`, `lord`, `predicted`, `given` or `spread` for initial points; then
+            `improvement`, where the model expects most, or `random`.
+        x: the variables, d.
         score: what it scored.
         kept: share of the decoder's linear parameters kept after rounding.
     """
@@ -55,23 +56,34 @@ class TrialLog:
         self.names = names
 
     def read(self) -> list[Trial]:
-        """All complete lines; a last line that a kill cut short is dropped from the file."""
+        """All complete lines; a last line that a kill cut short is dropped from the file.
+
+        Raises:
+            RankwiseError: the file is damaged, or it has other columns.
+        """
         if not self.path.is_file():
             return []
-        text = self.path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            self.path.write_text(complete, encoding="utf-8")
-        rows = list(csv.DictReader(complete.splitlines()))
-        return [
-            Trial(
-                row["origin"],
-                np.array([float(row[name]) for name in self.names]),
-                Score(float(row["perplexity"]), float(row["kl"]) if row["kl"] else None, float(row["objective"])),
-                float(row["kept"]),
-            )
-            for row in rows
-        ]
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            complete = text[: text.rfind("\n") + 1]
+            if complete != text:
+                self.path.write_text(complete, encoding="utf-8")
+            rows = list(csv.DictReader(complete.splitlines()))
+            if [row["trial"] for row in rows] != [str(index) for index in range(len(rows))]:
+                raise ValueError("the trials are not numbered from 0")
+            return [self._trial(row) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:  # of decoding too
+            raise RankwiseError(
+                f"{self.path}: damaged ({error}). Delete {self.path.parent} and run the workflow again."
+            ) from error
+
+    def _trial(self, row: Mapping[str, str]) -> Trial:
+        return Trial(
+            row["origin"],
+            np.array([float(row[name]) for name in self.names]),
+            Score(float(row["perplexity"]), float(row["kl"]) if row["kl"] else None, float(row["objective"])),
+            float(row["kept"]),
+        )
 
     def append(self, index: int, trial: Trial) -> None:
         """Add one line; numbers are written so that they read back exactly."""
@@ -86,7 +98,7 @@ class TrialLog:
 
 
 def search_allocation(
-    space: SearchSpace,
+    space: Space,
     evaluate: Callable[[Mapping[str, int | None]], Score],
     settings: Search,
     seed: int,
@@ -143,7 +155,7 @@ def objective_of(trials: list[Trial], origin: str) -> float | None:
     return next((trial.score.objective for trial in trials if trial.origin == origin), None)
 
 
-def propose(space: SearchSpace, trials: list[Trial], settings: Search, seed: int) -> tuple[str, np.ndarray]:
+def propose(space: Space, trials: list[Trial], settings: Search, seed: int) -> tuple[str, np.ndarray]:
     """The point to try next: where the model expects most, or, in a share of the steps, a random one.
 
     A point whose ranks were evaluated before teaches nothing, so the best of those with new ranks is taken, if there
@@ -155,8 +167,8 @@ def propose(space: SearchSpace, trials: list[Trial], settings: Search, seed: int
     """
     if np.random.default_rng(seed).random() < settings.random_share:
         return "random", space.sample(1, seed)[0]
-    if len(space.names) == 1 and space.band is None:
-        return "improvement", space.uniform()
+    if (only := space.only_point) is not None:
+        return "improvement", only
     points = np.array([trial.x for trial in trials])
     objectives = np.array([trial.score.objective for trial in trials])
     try:

@@ -20,6 +20,7 @@ from lowrank.errors import RankwiseError
 from lowrank.families import LinearModule
 from lowrank.reach import limits_of, why_out_of_reach
 from lowrank.rounding import DENSE, Rounder, Rounding, Unit
+from lowrank.space import Space, layer_groups, matrices_by_variable
 
 _BURN_IN, _THINNING = 500, 20
 _DRAWS, _DRAWS_AT_ONCE = 2_000_000, 50_000
@@ -28,22 +29,13 @@ _DENSE_WHEN_SCALED = 1e6
 _WHOLE = 1e-3  # of one parameter: more than the rounding error of the budget's product
 
 
-def layer_groups(layers: int, groups: int) -> list[list[int]]:
-    """Split 0..layers-1 into consecutive groups whose sizes differ by one at most, the larger ones first."""
-    if not 1 <= groups <= layers:
-        raise RankwiseError(f"`groups: {groups}`: a model of {layers} layers can have 1 to {layers} groups")
-    return [part.tolist() for part in np.array_split(np.arange(layers), groups)]
-
-
-class SearchSpace:
+class SearchSpace(Space):
     """Kept ratios within bounds per (tied type, group), with the budget met exactly before rounding.
 
     Attributes:
-        names: variable names, `type/group`.
         weights: d, share of all linear parameters that each variable governs.
         total: the share that the variables may keep together: weights . x = total, or with a band
             total - band <= weights . x <= total.
-        lower, upper: d, smallest and largest kept ratios.
     """
 
     def __init__(
@@ -84,7 +76,8 @@ class SearchSpace:
             raise RankwiseError(
                 f"`bounds`: no matrices of type {', '.join(unknown)} are searched here; there are {', '.join(limits)}"
             )
-        self.names: list[str] = []
+        self.matrices = matrices_by_variable(free, self.groups)
+        self.names = list(self.matrices)
         self.units = self._units(free, limits)
         self.lower, self.upper = (
             np.array([limits[name.split("/")[0]][side] for name in self.names], dtype=float) for side in (0, 1)
@@ -108,17 +101,12 @@ class SearchSpace:
         )
 
     def _units(self, free: Sequence[LinearModule], limits: Mapping[str, tuple[float, float]]) -> list[Unit]:
-        group_of = {layer: index for index, layers in enumerate(self.groups) for layer in layers}
-        matrices: dict[tuple[str, int], list[LinearModule]] = {}
-        for module in free:
-            matrices.setdefault((module.type.name, group_of[module.layer]), []).append(module)
-        units = []
-        for (_, group), modules in matrices.items():
-            tied = modules[0].type.tied
-            if (name := f"{tied}/{group}") not in self.names:
-                self.names.append(name)
-            units.append(Unit(self.names.index(name), tuple(modules), limits[tied][1]))
-        return units
+        by_type: dict[tuple[str, int], list[LinearModule]] = {}
+        for variable, name in enumerate(self.names):
+            for module in self.matrices[name]:
+                by_type.setdefault((module.type.name, variable), []).append(module)
+        tied = {module.type.name: module.type.tied for module in free}
+        return [Unit(index, tuple(modules), limits[tied[name]][1]) for (name, index), modules in by_type.items()]
 
     def _budget_equation(self) -> tuple[np.ndarray, float]:
         dense = self.budget.dense_parameters
@@ -144,6 +132,11 @@ class SearchSpace:
     def most(self) -> float:
         """The largest share that points may keep; below `total` only if the band lets the bounds say so."""
         return min(self.total, float(self.share(self.upper)))
+
+    @property
+    def only_point(self) -> np.ndarray | None:
+        """The uniform one, where the budget leaves one variable no choice."""
+        return self.uniform() if len(self.names) == 1 and self.band is None else None
 
     def uniform(self) -> np.ndarray:
         """The point where every variable keeps the same share, as far as the bounds allow."""
@@ -226,7 +219,7 @@ class SearchSpace:
     def _rejection_sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
         found: list[np.ndarray] = []
         for _ in range(_DRAWS // _DRAWS_AT_ONCE):
-            points = self._box(_DRAWS_AT_ONCE, generator)
+            points = self.box(_DRAWS_AT_ONCE, generator)
             share = self.share(points)
             found.extend(points[(share >= self.least) & (share <= self.most)][: count - len(found)])
             if len(found) == count:
@@ -237,30 +230,18 @@ class SearchSpace:
             "and `upper` towards the budget, or leave `band` out, which searches on the budget itself"
         )
 
-    def _box(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        return generator.uniform(self.lower, self.upper, (count, len(self.names)))
-
     def scatter(self, count: int, generator: np.random.Generator) -> np.ndarray:
         """count x d points all over the space, not uniform but cheap: points of the box, each scaled into the budget.
 
         Many have some ratio at a bound, as good allocations do, where uniform points have none.
         """
-        points = self._box(count, generator)
+        points = self.box(count, generator)
         share = generator.uniform(self.least, self.most, count) if self.band is not None else self.most
         return self.scaled(points, share)
 
     def around(self, x: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
         """count x d points near one: steps of several sizes in a few random ratios, paid for by all."""
-        d = len(self.names)
-        changed = generator.random((count, d)) < min(1.0, 4 / d)
-        changed[np.arange(count), generator.integers(d, size=count)] = True
-        size = np.exp(generator.uniform(np.log(0.02), np.log(0.5), (count, 1)))
-        step = changed * size * generator.standard_normal((count, d)) * (self.upper - self.lower)
-        return self.onto_budget(np.clip(x + step, self.lower.clip(1e-9), self.upper))
-
-    def bounds(self) -> torch.Tensor:
-        """2 x d, lower and upper bounds."""
-        return torch.tensor(np.stack([self.lower, self.upper]), dtype=torch.double)
+        return self.onto_budget(np.clip(x + self.steps(count, generator), self.lower.clip(1e-9), self.upper))
 
     def constraints(self) -> dict[str, Any]:
         """The budget as BoTorch takes it: (indices, coefficients, right-hand side) of an equality or two inequalities.
@@ -276,16 +257,9 @@ class SearchSpace:
         """The ranks of a point; the budget is never exceeded, see `Rounder`."""
         allowed = math.floor(self.budget.allowed(self.ratio) + _WHOLE) - self._fixed
         dense = self.budget.dense_parameters
-        wanted = allowed if self.band is None else allowed - (self.total - float(self.share(x))) * dense
+        wanted = round(allowed - (self.total - float(self.share(x))) * dense)
         choices = self._rounder.choose([float(x[unit.variable]) for unit in self.units], allowed, wanted)
         ranks: Ranks = {module.name: None for module in self.budget.modules}
         for unit, rank in zip(self.units, choices, strict=True):
             ranks |= {module.name: rank for module in unit.modules}
         return ranks
-
-    def by_type(self, x: np.ndarray) -> dict[str, list[float]]:
-        """Tied type -> kept ratio in each group."""
-        table: dict[str, list[float]] = {}
-        for name, value in zip(self.names, x, strict=True):
-            table.setdefault(name.split("/")[0], []).append(float(value))
-        return table

@@ -24,6 +24,7 @@ from lowrank.checkpoint import family_of
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.families import LinearModule
+from lowrank.gradients import first_not_finite
 from lowrank.losses import head_of, token_nll
 from lowrank.partial_forward import block_input, exchanged, input_of, last_hidden_from
 from lowrank.reach import largest_rank_worth_it
@@ -49,32 +50,6 @@ class Trial:
     layer: str
     rank: int
     loss: float
-
-
-def candidate_ranks(budget: Budget, kept: Sequence[float], uncompressed: Sequence[str]) -> dict[str, list[int]]:
-    """Layer -> the ranks at which it is tried, ascending: shares of its break-even rank, down to multiples of 8.
-
-    Shares that round to one rank are one trial. A layer so narrow that rank 8 saves nothing is tried at the largest
-    rank that does; layers that no rank makes smaller are not tried.
-
-    Args:
-        budget: of the model.
-        kept: shares of a layer's parameters, below 1.
-        uncompressed: types that stay dense.
-
-    Raises:
-        RankwiseError: an unknown type.
-    """
-    budget.types(uncompressed)
-    ranks: dict[str, list[int]] = {}
-    for module in budget.modules:
-        largest = largest_rank_worth_it(budget, module)
-        if module.type.name in uncompressed or not largest:
-            continue
-        shares = [budget.rank_of_share(module, share) for share in kept]
-        wanted = [max(ALIGNMENT, ALIGNMENT * int((rank + 1e-9) // ALIGNMENT)) for rank in shares]
-        ranks[module.name] = sorted({min(rank, largest) for rank in wanted})
-    return ranks
 
 
 class _Pass:
@@ -130,15 +105,22 @@ def measure_layers(
         The trials, layer by layer. A loss that is not finite counts as infinite: that rank breaks the model.
 
     Raises:
-        RankwiseError: a decomposition fails, or the dense model's own loss is not finite.
+        RankwiseError: windows of one token, a decomposition that fails, or a loss of the dense model itself that is
+            not finite.
     """
+    if windows.shape[1] < 2:
+        raise RankwiseError("losses need calibration windows of two tokens or more; raise `length` in `calibration`")
     total, started = sum(map(len, candidates.values())), time.monotonic()
     trials: list[Trial] = []
     with torch.inference_mode():
         running = _Pass(model, windows, device)
         dense = running.loss()
         if not math.isfinite(dense):
-            raise RankwiseError("the dense model's loss on the calibration windows is not finite; set `dtype: float32`")
+            where = first_not_finite(model, windows[:1].to(device))
+            raise RankwiseError(
+                f"{where}: outputs are not finite, and so the dense model's loss on the calibration windows. Set "
+                "`dtype: float32` for this model in the config; if it is float32 already, the weights are damaged."
+            )
         log.info("sensitivity: the dense loss is %.4f nats; %d trials", dense, total)
         for layer in range(budget.dimensions.layers):
             if layer:

@@ -143,9 +143,14 @@ class Sizes:
         kept = 2 * self.query + 2 * self.key_value + (3 if self.gated else 1) * self.shape.intermediate
         return tokens * self.shape.layers * (kept * self.number + 2 * self.shape.hidden * SINGLE)
 
-    def logits(self, tokens: float, copies: float) -> float:
-        """Logits of T tokens in the model's dtype, and `copies` of them in float32."""
-        return tokens * self.shape.vocabulary * (self.number + copies * SINGLE)
+    @property
+    def widened(self) -> int:
+        """How many copies it takes to have something in float32: none if it is."""
+        return int(self.number != SINGLE)
+
+    def logits(self, tokens: float, copies: int) -> float:
+        """Logits of T tokens in the model's dtype and in float32, and `copies` more: log-probabilities, gradients."""
+        return tokens * self.shape.vocabulary * (self.number + (copies + self.widened) * SINGLE)
 
     def cache(self, tokens: float) -> float:
         """Keys and values of T tokens in all blocks."""
@@ -165,6 +170,12 @@ class Sizes:
     def decompositions(self) -> float:
         """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""
         return self.shape.layers * sum(_basis_work(module.out_features, module.in_features) for module in self.block)
+
+
+def either(**parts: float) -> dict[str, float]:
+    """Of things that are not there at the same time, the largest."""
+    name = max(parts, key=lambda part: parts[part])
+    return {name: parts[name]}
 
 
 def in_dtype(sizes: Sizes, operations: float, **other: float) -> Work:

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import resource
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.errors import RankwiseError
+from lowrank.files import disk_error, write_error
+from lowrank.lock import output_lock
+from lowrank.record import write_job_record
+from lowrank.redact import SafeFormatter
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import Snakemake
 
 log = logging.getLogger("rankwise")
 
+PROJECT = Path(__file__).resolve().parents[2]
+"""The checkout whose code runs."""
+
 FETCHING = "fetch_"
 """Rules of this name, and no others, may use the network; they run on the head node."""
+
+ENVIRONMENT = "RANKWISE_ENVIRONMENT"
+"""The variable that hands the head node's environment to its jobs."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
@@ -33,24 +46,64 @@ def share_library(scripts: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
+def remember_environment() -> None:
+    """Tell all jobs what the head node runs in: they get its variables."""
+    os.environ[ENVIRONMENT] = environment()
+
+
+def environment() -> str:
+    """What a job and the head node must have in common: Python and torch, which is not loaded for that."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "absent"
+    return f"Python {platform.python_version()} ({sys.prefix}), torch {torch}"
+
+
+def require_same_environment() -> None:
+    """Stop a job whose interpreter or torch are not those of the head node, before it computes something else.
+
+    Raises:
+        RankwiseError: with both environments.
+    """
+    expected, found = os.environ.get(ENVIRONMENT), environment()
+    if expected in (None, found):
+        return
+    raise RankwiseError(
+        f"this job runs in {found} on {socket.gethostname()}, and the head node in {expected}. Start Snakemake from an "
+        "environment that all nodes see at the same path, as it is."
+    )
+
+
 def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:
     """Run one stage under Snakemake.
 
     Log lines go to the rule's log file and to the terminal. A `RankwiseError` is printed as its message,
     without a traceback; any other exception keeps its traceback, since it is a bug. Both end with exit code 1.
+    While it runs, no other job may write the same outputs.
     """
-    set_up_logging(str(job.log[0]) if len(job.log) else None)
+    log_file = str(job.log[0]) if len(job.log) else None
+    set_up_logging(log_file)
     set_up_environment(job)
-    log.info("%s: %s", job.rule, describe_job(job))
     started = time.monotonic()
     try:
-        require_gpus(job)
-        work(job)
+        with output_lock(job.output, job.rule) as taken_over:
+            if log_file:
+                begin_log(log_file)  # only now: it may have been the log of a job that runs
+            log.info("%s: %s", job.rule, describe_job(job))
+            if taken_over:
+                log.warning("%s: %s", job.rule, taken_over)
+            require_same_environment()
+            require_gpus(job)
+            work(job)
+            write_job_record(job, PROJECT)
     except RankwiseError as error:
         log.error("%s: %s%s", job.rule, error, fetching_hint(error))
         sys.exit(1)
     except Exception as error:
-        if hint := fetching_hint(error) or missing_package(error):
+        if problem := disk_problem(job, error):
+            log.error("%s: %s", job.rule, problem)
+        elif hint := fetching_hint(error) or missing_package(error):
             log.error("%s: %s: %s%s", job.rule, type(error).__name__, error, hint)
         else:
             log.exception("%s: unexpected failure; please report it with this log", job.rule)
@@ -99,7 +152,7 @@ def require_gpus(job: Snakemake) -> None:
     Raises:
         RankwiseError: with what is seen, and why that may be.
     """
-    asked = asked_gpus(job)
+    asked = -(-asked_gpus(job) // int(job.resources.get("nodes", 0) or 1))  # on this node
     if not asked or computes_on_cpu(job):
         return
     import torch
@@ -133,6 +186,12 @@ def fetching_hint(error: BaseException) -> str:
             )
         current = current.__cause__ or current.__context__
     return ""
+
+
+def disk_problem(job: Snakemake, error: BaseException) -> str:
+    """The message if a disk was full or could not be written, wherever a library met it; nothing for other errors."""
+    found = disk_error(error)
+    return str(write_error(Path(found.filename or next(iter(job.output), "results")), found)) if found else ""
 
 
 def missing_package(error: BaseException) -> str:
@@ -170,13 +229,21 @@ def peak_resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
 
 
+def begin_log(log_file: str) -> None:
+    """Drop what an earlier job has left in the log."""
+    with suppress(OSError):  # as below
+        os.truncate(log_file, 0)
+
+
 def set_up_logging(log_file: str | None) -> None:
-    """Send log lines to the terminal and to `log_file`; keep the libraries' chatter out."""
+    """Send log lines to the terminal and to `log_file`; keep the libraries' chatter out, and secrets."""
+    logging.raiseExceptions = False  # a line that does not fit on a full disk must not hide the message about it
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file:
-        handlers.append(logging.FileHandler(log_file, mode="w", encoding="utf-8"))
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=handlers
-    )
+        with suppress(OSError):  # the stage's own writing will say what is wrong with the disk
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))  # appended to, see run_stage
+    for handler in handlers:
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
     for chatty in ("httpx", "urllib3", "filelock", "fsspec", "datasets", "lm_eval", "DeepSpeed", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

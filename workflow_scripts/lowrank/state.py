@@ -15,9 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank.files import digest_of, read_json, sha256_file, write_json
+from lowrank.errors import RankwiseError
+from lowrank.files import digest_of, read_json, sha256_file, write_error, write_json
 
 log = logging.getLogger(__name__)
+
+KEY = "key.json"
+"""In a folder of unfinished work: all that decides the result, in full."""
 
 
 class Clock:
@@ -26,7 +30,7 @@ class Clock:
     def __init__(self, path: Path) -> None:
         """Args: path: a JSON file in the folder of the unfinished work."""
         self.path = path
-        self.before = float(read_json(path)) if path.is_file() else 0.0
+        self.before = _seconds(path) if path.is_file() else 0.0
         self.started = time.monotonic()
 
     @property
@@ -39,6 +43,13 @@ class Clock:
         write_json(self.path, self.seconds)
 
 
+def _seconds(path: Path) -> float:
+    value = read_json(path)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RankwiseError(f"{path}: damaged, it holds no number. Delete {path.parent} and run the workflow again.")
+    return float(value)
+
+
 @contextmanager
 def resumable_state(root: str | Path, stage: str, settings: Any, inputs: Mapping[str, str | Path]) -> Iterator[Path]:
     """Yield the folder of a job's unfinished work; it is removed when the block succeeds and kept otherwise.
@@ -48,6 +59,9 @@ def resumable_state(root: str | Path, stage: str, settings: Any, inputs: Mapping
         stage: the stage's name, the first part of the folder's name.
         settings: a JSON value of every setting (and the code's fingerprint) that decides the result.
         inputs: name -> file; their contents enter the digest.
+
+    Raises:
+        RankwiseError: the folder cannot be made, or the disk is full.
     """
     key = {
         "stage": stage,
@@ -55,9 +69,24 @@ def resumable_state(root: str | Path, stage: str, settings: Any, inputs: Mapping
         "inputs": {name: sha256_file(path) for name, path in sorted(inputs.items())},
     }
     folder = Path(root) / f"{stage}-{digest_of(key)[:16]}"
-    if folder.is_dir() and any(folder.iterdir()):
-        log.info("resuming from %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "key.json", key)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if _holds(folder / KEY, key):
+                log.info("resuming from %s", folder)
+            else:
+                log.warning("%s belongs to another job, or its %s is damaged: starting afresh", folder, KEY)
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    write_json(folder / KEY, key)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds(path: Path, key: Any) -> bool:
+    """Whether a file holds a key."""
+    try:
+        return bool(digest_of(read_json(path)) == digest_of(key))
+    except RankwiseError:
+        return False

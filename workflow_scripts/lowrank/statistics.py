@@ -2,8 +2,10 @@
 
 For y = W x + b the covariance of the outputs is W Cov(x) W', so a block needs one covariance per distinct input
 (four in a Llama block) and every method finds what it needs in the same files. The pass walks the model a few
-blocks at a time and keeps the hidden states in between on disk: it never holds the accumulators of all layers,
-and a killed pass goes on at the last finished group of blocks.
+blocks at a time and keeps the hidden states in between on disk: neither the weights nor the accumulators of all blocks
+are ever on its device, and a killed pass goes on at the last finished group of blocks. Several processes share the
+windows; which of them did a batch shows nowhere in the folder, so that any number of them goes on with what another
+number left.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.checkpoint import family_of
+from lowrank.checkpoint import family_of, load_checkpoint
 from lowrank.config.sources import ModelShape
 from lowrank.families import FAMILIES, Family
-from lowrank.files import layer_files, layer_name, load_tensors, save_tensors, write_json
+from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors, write_json
 from lowrank.moments import MomentAccumulator, Moments, check_finite
+from lowrank.runtime import parse_dtype, pick_device
+from lowrank.share import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +53,36 @@ class BlockInputs:
     arguments: list[dict[str, Any]]
 
 
+def collect_share(arguments: dict[str, Any], share: Share) -> None:
+    """A process's share of the pass.
+
+    Args:
+        arguments: "model" (folder), "dtype", "tokens" (file of the calibration windows), "layers_per_pass", "state".
+        share: this process among those of the job.
+    """
+    device = pick_device()
+    model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]))
+    tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()
+    collect_statistics(model, tokens, arguments["layers_per_pass"], Path(arguments["state"]), device, share)
+
+
 def collect_statistics(
-    model: PreTrainedModel, tokens: torch.Tensor, layers_per_pass: int, state: Path, device: torch.device
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    layers_per_pass: int,
+    state: Path,
+    device: torch.device,
+    share: Share = ALONE,
 ) -> list[Path]:
     """Collect the moments of all input sites of all blocks.
 
     Args:
-        model: the dense model.
+        model: the dense model; it may be larger than the device's memory.
         tokens: windows x length token ids.
-        layers_per_pass: blocks whose accumulators are held at once.
+        layers_per_pass: blocks whose weights and accumulators are on the device at once.
         state: folder of unfinished work; finished layer files and hidden states live there.
-        device: where the model is.
+        device: where to compute.
+        share: this process among those of the job, which all see `state`.
 
     Returns:
         One safetensors file per block, in `state`.
@@ -66,26 +90,71 @@ def collect_statistics(
     family = family_of(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    batches = list(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
+    size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     files = [state / layer_name(layer) for layer in range(len(blocks))]
     first = _first_block(state, files, layers_per_pass)
     started = time.monotonic()
-    with torch.inference_mode():
-        for start in range(first, len(blocks), layers_per_pass):
-            layers = range(start, min(start + layers_per_pass, len(blocks)))
-            accumulators = _accumulators(family, blocks, layers, device)
-            for index, ids in enumerate(batches):
-                inputs = block_inputs(model, family, ids.to(device))
-                states = _load_hidden(state, start, index, inputs.hidden) if start else inputs.hidden
-                for layer in layers:
-                    states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
-                save_tensors(_hidden_file(state, layers.stop, index), {"hidden": states})
-            _store(files, accumulators, layers)
-            write_json(_marker(state, layers.stop), {"batches": len(batches)})
+    head = model.get_output_embeddings()  # is never reached
+    around = [module for name, module in model.named_modules() if not f"{name}.".startswith(f"{family.blocks}.")]
+    shallow = [tensor for module in around if module is not head for tensor in _own_tensors(module)]
+    for start in range(first, len(blocks), layers_per_pass):
+        layers = range(start, min(start + layers_per_pass, len(blocks)))
+        inner = [tensor for layer in layers for module in blocks[layer].modules() for tensor in _own_tensors(module)]
+        with _moved([*shallow, *inner], device):
+            _pass(model, family, tokens, size, layers, state, device, share)
+        # No process is past its sums before all are, and nobody reads these any more.
+        if share.first:
             shutil.rmtree(_hidden_folder(state, start), ignore_errors=True)
-            rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
-            log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
+        rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
+        log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
     return files
+
+
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module, without those of the modules in it."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+@contextmanager
+def _moved(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Parameters and buffers on a device, for a while: copies, if they are elsewhere, that are dropped afterwards."""
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@torch.inference_mode()
+def _pass(
+    model: PreTrainedModel,
+    family: Family,
+    tokens: torch.Tensor,
+    size: int,
+    layers: range,
+    state: Path,
+    device: torch.device,
+    share: Share,
+) -> None:
+    """Run some blocks on all windows, `size` at a time; their moments and the hidden states after them go to disk."""
+    blocks: Any = model.get_submodule(family.blocks)
+    accumulators = _accumulators(family, blocks, layers, device)
+    batches = torch.split(tokens, size)
+    mine = share.of(len(batches))
+    for index in mine:
+        inputs = block_inputs(model, family, batches[index].to(device))
+        states = _load_hidden(state, layers.start, index, inputs.hidden) if layers.start else inputs.hidden
+        for layer in layers:
+            states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
+        save_tensors(_hidden_file(state, layers.stop, index), {"hidden": states})
+    for accumulator in accumulators.values():
+        accumulator.add_up(share, mine.start * size, *tokens.shape)
+    if share.first:
+        _store([state / layer_name(layer) for layer in range(len(blocks))], accumulators, layers)
+        write_json(_marker(state, layers.stop), {"batches": len(batches)})
 
 
 def _hidden_folder(state: Path, layer: int) -> Path:
@@ -103,7 +172,7 @@ def _marker(state: Path, layer: int) -> Path:
 
 
 def _load_hidden(state: Path, layer: int, batch: int, like: torch.Tensor) -> torch.Tensor:
-    return load_tensors(_hidden_file(state, layer, batch))["hidden"].to(like)
+    return load_tensors(_hidden_file(state, layer, batch), ("hidden",), state)["hidden"].to(like)
 
 
 def _first_block(state: Path, files: list[Path], layers_per_pass: int) -> int:
@@ -135,7 +204,8 @@ class Statistics:
 
 def load_moments(path: Path, sites: Iterable[str]) -> dict[str, Moments]:
     """The moments of the input sites of a block."""
-    tensors = load_tensors(path)
+    sites = list(sites)
+    tensors = load_layer(path, [name for site in sites for name in Moments.names(site)])
     return {site: Moments.from_tensors(tensors, site) for site in sites}
 
 

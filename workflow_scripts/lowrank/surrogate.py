@@ -25,7 +25,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 
 from lowrank.config.presets import LengthScales, Search
-from lowrank.search_space import SearchSpace
+from lowrank.space import Space
 
 SCATTERED, AROUND = 1024, 256
 """Candidates that the acquisition is evaluated at: all over the space, and around each of the best points."""
@@ -40,9 +40,7 @@ _POSTERIOR_SAMPLES = 128
 _FIT = {"ftol": 1e-6, "maxcor": 30}  # the same optimum as by default, in a fifth of the steps
 
 
-def candidates(
-    space: SearchSpace, points: np.ndarray, objectives: np.ndarray, settings: Search, seed: int
-) -> np.ndarray:
+def candidates(space: Space, points: np.ndarray, objectives: np.ndarray, settings: Search, seed: int) -> np.ndarray:
     """Points that may be tried next, n x d, from the largest acquisition downwards.
 
     Args:
@@ -68,7 +66,7 @@ def candidates(
         return maximise(acquisition, space, best, seed)
 
 
-def fit_model(x: torch.Tensor, y: torch.Tensor, space: SearchSpace, scales: LengthScales | None) -> SingleTaskGP:
+def fit_model(x: torch.Tensor, y: torch.Tensor, space: Space, scales: LengthScales | None) -> SingleTaskGP:
     """Fit the Gaussian process by maximum a posteriori.
 
     The prior of a length scale grows with the square root of the number of variables, as distances do; without that,
@@ -102,9 +100,9 @@ def fit_model(x: torch.Tensor, y: torch.Tensor, space: SearchSpace, scales: Leng
     return model
 
 
-def length_scale_of(name: str, space: SearchSpace, scales: LengthScales) -> float:
+def length_scale_of(name: str, space: Space, scales: LengthScales) -> float:
     """The preset's length scale of a variable: that of attention if its matrices read or end attention."""
-    sites = {unit.modules[0].type.site for unit in space.units if space.names[unit.variable] == name}
+    sites = {module.type.site for module in space.matrices[name]}
     return scales.attention if sites <= set(_ATTENTION_SITES) else scales.mlp
 
 
@@ -127,7 +125,7 @@ def acquisition_of(
     return kind(model, best_f=y.max())
 
 
-def maximise(acquisition: AcquisitionFunction, space: SearchSpace, best: np.ndarray, seed: int) -> np.ndarray:
+def maximise(acquisition: AcquisitionFunction, space: Space, best: np.ndarray, seed: int) -> np.ndarray:
     """Candidates from the largest acquisition downwards.
 
     The acquisition is flat over most of a space of many variables, so ascents start where it is largest among many

@@ -9,24 +9,31 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Run the backward passes in a resumable folder, then move the layer files to their place."""
-    from lowrank.checkpoint import load_checkpoint
+    from lowrank.crew import crew_of
     from lowrank.files import atomic_path, link_or_copy, load_tensors, sha256_file, write_json
-    from lowrank.output_gradients import collect_output_gradients
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.launcher import run_shared
+    from lowrank.output_gradients import collect_share
+    from lowrank.runtime import describe_environment, limit_threads
     from lowrank.state import Clock, resumable_state
 
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
     inputs = {"model": job.input.model_manifest, "tokens": job.input.tokens}
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), device)
-    tokens = load_tensors(job.input.tokens)["tokens"].long()[: settings["windows"]]
+    tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"][: settings["windows"]]
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
         clock = Clock(state / "seconds.json")
-        files = collect_output_gradients(model, tokens, job.resources.layers_per_pass, state, device)
+        arguments = {
+            "model": str(job.input.model),
+            "dtype": settings["dtype"],
+            "tokens": str(job.input.tokens),
+            "windows": settings["windows"],
+            "layers_per_pass": int(job.resources.layers_per_pass),
+            "state": str(state),
+        }
+        run_shared(collect_share, arguments, crew_of(job.resources), job.threads, state)
         with atomic_path(job.output.layers) as folder:
             folder.mkdir()
-            for file in files:
+            for file in sorted(state.glob("layer_*.safetensors")):
                 link_or_copy(file, folder / file.name)  # the state must outlive a kill before the end
         clock.save()
         write_json(
@@ -37,7 +44,7 @@ def work(job: Snakemake) -> None:
                 "windows": tokens.shape[0],
                 "length": tokens.shape[1],
                 "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
-                "environment": describe_environment(device),
+                "environment": describe_environment(),
                 "seconds": clock.seconds,
             },
         )

@@ -9,23 +9,29 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Run the pass in a resumable folder, then move the layer files to their place."""
-    from lowrank.checkpoint import load_checkpoint
+    from lowrank.crew import crew_of
     from lowrank.files import atomic_path, link_or_copy, load_tensors, sha256_file, write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.launcher import run_shared
+    from lowrank.runtime import describe_environment, limit_threads
     from lowrank.state import resumable_state
-    from lowrank.statistics import collect_statistics
+    from lowrank.statistics import collect_share
 
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
     inputs = {"model": job.input.model_manifest, "tokens": job.input.tokens}
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), device)
-    tokens = load_tensors(job.input.tokens)["tokens"].long()
+    tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"]
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
-        files = collect_statistics(model, tokens, job.resources.layers_per_pass, state, device)
+        arguments = {
+            "model": str(job.input.model),
+            "dtype": settings["dtype"],
+            "tokens": str(job.input.tokens),
+            "layers_per_pass": int(job.resources.layers_per_pass),
+            "state": str(state),
+        }
+        run_shared(collect_share, arguments, crew_of(job.resources), job.threads, state)
         with atomic_path(job.output.layers) as folder:
             folder.mkdir()
-            for file in files:
+            for file in sorted(state.glob("layer_*.safetensors")):
                 link_or_copy(file, folder / file.name)  # the state must outlive a kill before the end
         write_json(
             job.output.manifest,
@@ -35,7 +41,7 @@ def work(job: Snakemake) -> None:
                 "windows": tokens.shape[0],
                 "length": tokens.shape[1],
                 "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
-                "environment": describe_environment(device),
+                "environment": describe_environment(),
             },
         )
 

@@ -15,7 +15,7 @@ def work(job: Snakemake) -> None:
     from lowrank.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.compression import compress_model, count_parameters
     from lowrank.config.sources import ModelShape
-    from lowrank.files import load_tensors, read_json, write_json
+    from lowrank.files import load_tensors, read_record, write_json
     from lowrank.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
     from lowrank.statistics import Statistics
 
@@ -27,7 +27,7 @@ def work(job: Snakemake) -> None:
     seed_everything(seed)
     shape = ModelShape.model_validate(settings["shape"])
     model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
-    allocation = read_json(job.input.allocation)["ranks"] if job.input.get("allocation") else None
+    allocation = read_record(job.input.allocation)["ranks"] if job.input.get("allocation") else None
     ranks = compress_model(
         method["kind"],
         method,
@@ -39,7 +39,7 @@ def work(job: Snakemake) -> None:
             "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
             "allocation": allocation,
             "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
-            "tokens": load_tensors(job.input.tokens)["tokens"].long() if job.input.get("tokens") else None,
+            "tokens": load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None,
         },
     )
     target = job.output.checkpoint

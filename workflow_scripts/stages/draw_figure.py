@@ -11,7 +11,7 @@ from snakemake.iocontainers import Snakemake
 from lowrank.config.outputs import Row
 from lowrank.config.presets import Search
 from lowrank.config.suites import PerplexitySuite
-from lowrank.files import read_json
+from lowrank.files import read_record
 from lowrank.paper.figures.comparison import comparison_frame, draw_comparison
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.predicted_loss import draw_predicted_loss, predicted_loss_frame
@@ -27,15 +27,15 @@ Settings = dict[str, Any]
 def sensitivity(settings: Settings) -> pd.DataFrame:
     """What a figure of sensitivity shows."""
     studies, paths = settings["figure"]["sensitivity"], settings["results"]["sensitivity"]
-    return sensitivity_frame({study: read_json(path) for study, path in zip(studies, paths, strict=True)})
+    return sensitivity_frame({study: read_record(path) for study, path in zip(studies, paths, strict=True)})
 
 
 def perplexity(settings: Settings) -> pd.DataFrame:
     """What a figure of perplexity against ratio shows."""
     results = settings["results"]
-    dense = [read_json(path) for path in results["dense"]]
+    dense = [read_record(path) for path in results["dense"]]
     curves = {
-        method: {ratio: [read_json(path) for path in paths] for ratio, paths in curve.items()}
+        method: {ratio: [read_record(path) for path in paths] for ratio, paths in curve.items()}
         for method, curve in results["curves"].items()
     }
     return perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]))
@@ -44,7 +44,7 @@ def perplexity(settings: Settings) -> pd.DataFrame:
 def predicted_loss(settings: Settings) -> pd.DataFrame:
     """What a figure of predicted losses shows."""
     results: dict[str, str] = settings["results"]["truncations"]
-    return predicted_loss_frame({preset: read_json(path) for preset, path in results.items()})
+    return predicted_loss_frame({preset: read_record(path) for preset, path in results.items()})
 
 
 def comparison(settings: Settings) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def comparison(settings: Settings) -> pd.DataFrame:
     rows = [
         RowResults(
             row=Row.model_validate(found["row"]),
-            evaluations={suite: [read_json(path) for path in found["evaluations"]]},
+            evaluations={suite: [read_record(path) for path in found["evaluations"]]},
             place=f"figures.{settings['name']}.rows[{index}]",
         )
         for index, found in enumerate(results["rows"])

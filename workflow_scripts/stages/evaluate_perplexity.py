@@ -1,6 +1,7 @@
 """Evaluate one checkpoint by token perplexity on the corpora of a suite."""
 
 import time
+from tempfile import TemporaryDirectory
 
 from snakemake.iocontainers import Snakemake
 
@@ -9,29 +10,33 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Write the perplexities, with the losses of each window."""
-    from lowrank.checkpoint import load_checkpoint, load_tokenizer
     from lowrank.config.suites import PerplexitySuite
-    from lowrank.evaluation.perplexity import evaluate_corpora
+    from lowrank.crew import crew_of
+    from lowrank.evaluation.perplexity import evaluate_share
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.launcher import run_shared
+    from lowrank.runtime import describe_environment, limit_threads
 
     started = time.monotonic()
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
-    checkpoint = job.input.checkpoint
-    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device)
     suite = PerplexitySuite.model_validate(settings["suite"])
-    tokenizer = load_tokenizer(checkpoint)
-    corpora, protocol = evaluate_corpora(model, checkpoint, tokenizer, suite, job.input.corpora)
+    arguments = {
+        "checkpoint": str(job.input.checkpoint),
+        "dtype": settings["dtype"],
+        "suite": suite.plain(),
+        "corpora": [str(index) for index in job.input.corpora],
+    }
+    with TemporaryDirectory(prefix="rankwise-") as folder:
+        found = run_shared(evaluate_share, arguments, crew_of(job.resources), job.threads, folder)
     write_json(
         job.output[0],
         {
             "kind": "perplexity",
             "subject": settings["subject"],
-            "protocol": suite.plain() | protocol | {"dtype": settings["dtype"]},
-            "corpora": corpora,
-            "environment": describe_environment(device),
+            "protocol": suite.plain() | found["protocol"] | {"dtype": settings["dtype"]},
+            "corpora": found["corpora"],
+            "environment": describe_environment(),
             "seconds": time.monotonic() - started,
         },
     )

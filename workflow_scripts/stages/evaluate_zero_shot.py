@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from snakemake.iocontainers import Snakemake
 
@@ -12,21 +13,26 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     """Write the accuracies with their standard errors."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read at import
-    from lowrank.checkpoint import load_checkpoint, load_tokenizer
     from lowrank.config.suites import ZeroShotSuite
-    from lowrank.evaluation.zero_shot import evaluate_zero_shot
+    from lowrank.crew import crew_of
+    from lowrank.evaluation.zero_shot import evaluate_share
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.launcher import run_shared
+    from lowrank.runtime import describe_environment, limit_threads
 
     started = time.monotonic()
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
-    checkpoint = job.input.checkpoint
-    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device)
     suite = ZeroShotSuite.model_validate(settings["suite"])
-    rows = {Path(folder).name: folder for folder in job.input.rows}
-    results = evaluate_zero_shot(model, load_tokenizer(checkpoint), suite, rows, settings["max_length"])
+    arguments = {
+        "checkpoint": str(job.input.checkpoint),
+        "dtype": settings["dtype"],
+        "suite": suite.plain(),
+        "rows": {Path(folder).name: str(folder) for folder in job.input.rows},
+        "longest": settings["max_length"],
+    }
+    with TemporaryDirectory(prefix="rankwise-") as folder:
+        results = run_shared(evaluate_share, arguments, crew_of(job.resources), job.threads, folder)
     protocol = suite.plain() | results.pop("protocol") | {"dtype": settings["dtype"]}
     write_json(
         job.output[0],
@@ -36,7 +42,7 @@ def work(job: Snakemake) -> None:
             "protocol": protocol,
             **results,
             "smoke": suite.limit is not None,
-            "environment": describe_environment(device),
+            "environment": describe_environment(),
             "seconds": time.monotonic() - started,
         },
     )

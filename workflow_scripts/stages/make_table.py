@@ -10,7 +10,7 @@ from snakemake.iocontainers import Snakemake
 from lowrank.config.outputs import Row, Table
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import Suite
-from lowrank.files import read_json, write_text
+from lowrank.files import read_record, write_text
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, build_table
 from lowrank.paper.tables.agreement import read_compared
@@ -47,8 +47,8 @@ def read_row(entry: dict[str, Any], place: str, folder: Path) -> RowResults:
     paths = [path for found in entry["evaluations"].values() for path in found] + manifests
     return RowResults(
         row=Row.model_validate(entry["row"]),
-        evaluations={suite: [read_json(path) for path in found] for suite, found in entry["evaluations"].items()},
-        manifests=[read_json(path) for path in manifests],
+        evaluations={suite: [read_record(path) for path in found] for suite, found in entry["evaluations"].items()},
+        manifests=[read_record(path) for path in manifests],
         place=place,
         evidence=[Path(os.path.relpath(path, folder)).as_posix() for path in paths],
     )

@@ -7,6 +7,7 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Write the tuned checkpoint and its manifest."""
+    from lowrank.crew import crew_of
     from lowrank.post_training.tune import tune_checkpoint
     from lowrank.runtime import limit_threads
 
@@ -19,6 +20,7 @@ def work(job: Snakemake) -> None:
         target_manifest=job.output.manifest,
         settings=job.params.settings,
         threads=job.threads,
+        crew=crew_of(job.resources, take_all=True),
     )
 
 

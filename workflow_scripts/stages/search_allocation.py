@@ -10,10 +10,12 @@ from lowrank.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Search in a resumable folder; the best allocation and all trials are the result."""
+    from lowrank.bases import Bases
     from lowrank.budget import Ranks
     from lowrank.config.presets import Search
     from lowrank.config.sources import ModelShape
-    from lowrank.files import atomic_path, load_tensors, read_json, write_json
+    from lowrank.files import atomic_path, load_tensors, read_record, write_json
+    from lowrank.loss_scales import LossScaleSpace, predicted_losses
     from lowrank.objective import Objective, Score
     from lowrank.runtime import describe_environment
     from lowrank.search import best_trial, objective_of, search_allocation
@@ -29,13 +31,20 @@ def work(job: Snakemake) -> None:
     transferred, transfer = None, None
     opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
     budget = replace(opened.budget, identity_block=method["identity_block"])
-    space = SearchSpace.of(budget, ratio, method["groups"], method["uncompressed"], search)
+    described = (budget, ratio, method["groups"], method["uncompressed"], search)
+    space: SearchSpace | LossScaleSpace
+    if search.variables == "loss-scales":
+        bases = Bases(job.input.bases, budget.dimensions.layers)
+        space = LossScaleSpace(*described, predicted_losses(bases, budget))
+    else:
+        space = SearchSpace.of(*described)
     if job.input.get("source"):
         inputs["source"] = job.input.source
-        source = read_json(job.input.source)
+        source = read_record(job.input.source)
+        assert isinstance(space, SearchSpace)  # the check of the config lets nothing else have a transfer
         transferred = transferred_point(space, source, ModelShape.model_validate(settings["source_shape"]))
         transfer = {"from": source["subject"], "ratios": space.by_type(transferred)}
-    windows = load_tensors(job.input.windows)["tokens"].long()
+    windows = load_tensors(job.input.windows, ("tokens",))["tokens"].long()
     objective = Objective.of(opened.sliced, windows, search, opened.device)
     total = sum(parameter.numel() for parameter in opened.sliced.model.parameters())
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
@@ -67,6 +76,7 @@ def work(job: Snakemake) -> None:
                 "origin": trials[best].origin,
                 "uniform_objective": objective_of(trials, "uniform"),
                 "lord_objective": objective_of(trials, "lord"),
+                "predicted_objective": objective_of(trials, "predicted"),
                 "transfer": transfer,
                 "best_trial": best,
                 "evaluations": len(trials),

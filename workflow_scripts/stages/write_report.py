@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.files import read_json, write_text
+from lowrank.files import read_record, write_text
 from lowrank.paper.report import render_report
 from lowrank.stage import run_stage
 
@@ -12,7 +12,7 @@ from lowrank.stage import run_stage
 def work(job: Snakemake) -> None:
     """Render the report from the files that the rule names."""
     report = Path(job.output.report)
-    write_text(report, render_report(job.params.settings, read_json(job.input.provenance), report))
+    write_text(report, render_report(job.params.settings, read_record(job.input.provenance), report))
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

@@ -6,7 +6,17 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 LARGEST = 10**12
@@ -84,6 +94,12 @@ class Section(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The section as a plain JSON value with all defaults filled in: what a rule passes to its stage."""
         return self.model_dump(mode="json")
+
+    @model_serializer(mode="wrap")
+    def _order_of_keys_means_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Mappings whose keys the user chooses are sorted: another order in YAML is the same value."""
+        free = {name for name in type(self).model_fields if isinstance(getattr(self, name), dict)}
+        return {key: dict(sorted(value.items())) if key in free else value for key, value in dump(self).items()}
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
 from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure
+from lowrank.config.presets import MethodSettings
 from lowrank.config.references import references
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
@@ -77,6 +78,7 @@ def _dense_and_ratio(study: Study) -> Iterator[str]:
 def _table_suites(study: Study) -> Iterator[str]:
     allowed: dict[str, tuple[type[Section], ...]] = {
         "accuracy": (ZeroShotSuite, PerplexitySuite),
+        "differences": (PerplexitySuite,),
         "statistics": (CostSuite,),
         "times": (CostSuite,),
         "allocations": (),
@@ -150,6 +152,19 @@ def _transfers(study: Study) -> Iterator[str]:
         source = method.transfer.method
         if source in study.methods and (study.method(source).search is None or study.method(source).transfer):
             yield f"methods.{name}.transfer.method: '{source}' has no search of its own to take an allocation from"
+        elif _searches_scales(study, method):
+            yield f"methods.{name}.search: '{method.search}' searches loss scales; kept ratios cannot start it"
+        elif source in study.methods and _searches_scales(study, study.method(source)):
+            yield f"methods.{name}.transfer.method: '{source}' searches loss scales, which are no kept ratios"
+
+
+def _searches_scales(study: Study, method: MethodSettings) -> bool:
+    search = study.search.get(method.search or "")
+    return search is not None and search.variables == "loss-scales"
+
+
+def _allocates_by_loss(study: Study, method: MethodSettings) -> bool:
+    return method.kind == "rankwise" or _searches_scales(study, method)
 
 
 def _predicted_losses(study: Study) -> Iterator[str]:
@@ -157,7 +172,7 @@ def _predicted_losses(study: Study) -> Iterator[str]:
     for name in study.methods:
         method = study.method(name)
         covariance = study.covariance.get(method.covariance or "")
-        if method.kind == "rankwise" and covariance is not None and covariance.gradients == "none":
+        if _allocates_by_loss(study, method) and covariance is not None and covariance.gradients == "none":
             yield (
                 f"methods.{name}.covariance: '{method.covariance}' has `gradients: none`, and '{method.kind}' "
                 "allocates by the loss that they predict; write `gradients: weigh` (or `predict`) there"

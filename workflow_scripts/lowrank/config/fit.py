@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank import reach
-from lowrank.budget import Budget, lord_kept
+from lowrank.budget import Budget
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
 from lowrank.config.presets import Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
-from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES
 
 
@@ -44,9 +43,10 @@ def problems_of_fit(study: Study) -> Iterator[str]:
     for use in _uses(study):
         if use.model in study.models and use.method in study.methods:
             first.setdefault((use.model, use.method, use.ratio), use)
-    for use in first.values():  # what ten rows do wrong in the same way is said once
-        yield from _method_problems(study, use)
-        yield from _validation_problems(study, use)
+    found: dict[str, None] = {}  # what ten rows do wrong in the same way is said once
+    for use in first.values():
+        found |= dict.fromkeys([*_method_problems(study, use), *_validation_problems(study, use)])
+    yield from found
 
 
 def why_out_of_reach(
@@ -88,13 +88,13 @@ def _uses(study: Study) -> Iterator[Use]:
 def _method_problems(study: Study, use: Use) -> Iterator[str]:
     method, shape = study.method(use.method), study.models[use.model].shape
     place = f"methods.{use.method}"
+    if use.ratio:
+        calibration = study.calibration.get(method.calibration or "")
+        for key, reason in method.misfits(Budget.of(shape), use.ratio, calibration):
+            about = f"model '{use.model}'"
+            yield f"{place}.{key}: {reason} ({about})" if key else f"{use.place}: {reason} (`{place}`, {about})"
     uncompressed: Sequence[str] | None = getattr(method, "uncompressed", None)
     if uncompressed is None:  # a method whose allocation is not a matter of its preset
-        if method.kind == "lord":
-            try:
-                lord_kept(Budget.of(shape), use.ratio)
-            except RankwiseError as error:
-                yield f"{use.place}: {error} (`{place}`, model '{use.model}')"
         return
     yield from _groups_and_types(place, use.model, shape, getattr(method, "groups", 1), uncompressed)
     search = study.search.get(method.search or "")
@@ -108,9 +108,10 @@ def _method_problems(study: Study, use: Use) -> Iterator[str]:
     if method.transfer:
         yield from _transfer_problems(study, use, shape, uncompressed)
     if use.ratio:
-        why = why_out_of_reach(shape, use.ratio, uncompressed, search.lower if search else 0.0, search)
+        bounded = search if search and search.variables == "kept-ratios" else None
+        why = why_out_of_reach(shape, use.ratio, uncompressed, bounded.lower if bounded else 0.0, bounded)
         if why:
-            by = f", `search.{method.search}`" if search else ""
+            by = f", `search.{method.search}`" if bounded else ""
             yield f"{use.place}: {why} (`{place}`{by}, model '{use.model}')"
 
 

@@ -35,13 +35,16 @@ class Row(Section):
 class RowTable(Section):
     """A table with one line a row: a model after a method, a ratio and a tuning.
 
-    accuracy: methods x tasks and corpora (Tables 1 to 6, 10). statistics: parameters, MACs, memory (Table 7).
+    accuracy: methods x tasks and corpora (Tables 1 to 6, 10). differences: of the loss on held-out text, each row
+    against the first of its model and ratio, paired by windows. statistics: parameters, MACs, memory (Table 7).
     times: measured durations. allocations: ranks by type and group (Table 8). generations: texts (Table 9).
     """
 
-    kind: Literal["accuracy", "statistics", "times", "allocations", "generations"]
+    kind: Literal["accuracy", "differences", "statistics", "times", "allocations", "generations"]
     title: Text
-    suites: Distinct[Name] = Field(default_factory=list, description="accuracy: zero-shot and perplexity; others: cost")
+    suites: Distinct[Name] = Field(
+        default_factory=list, description="accuracy: zero-shot and perplexity; differences: perplexity; others: cost"
+    )
     tasks: Literal["each", "mean"] = Field(default="each", description="accuracy: a column a task, or only their mean")
     rows: list[Row] = Field(min_length=1)
 

@@ -5,7 +5,8 @@ Stages rebuild a section from the plain dict that their rule passes, so these mo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -23,6 +24,9 @@ from lowrank.config.base import (
     Text,
     wrong,
 )
+
+if TYPE_CHECKING:
+    from lowrank.budget import Budget
 
 
 class Calibration(Section):
@@ -115,6 +119,9 @@ class LengthScales(Section):
     learned: bool = Field(default=False, description="fit them to the trials, starting here; else they stay fixed")
 
 
+_OF_RATIOS = ("start", "start_at", "lower", "upper", "bounds", "band", "rounding")
+
+
 class Search(Section):
     """Bayesian optimisation of the kept ratios (paper, Section 3.3; GPyTorch model, BoTorch acquisition)."""
 
@@ -127,6 +134,14 @@ class Search(Section):
     )
     start_at: dict[Name, Kept] | None = Field(
         default=None, description="a further allocation to begin with: tied type (as `qk`) -> kept ratio"
+    )
+    variables: Literal["kept-ratios", "loss-scales"] = Field(
+        default="kept-ratios",
+        description="kept-ratios: of each type and group of layers; loss-scales: a factor on the predicted losses of "
+        "each, which then decide the ranks; the bases must predict them",
+    )
+    largest_scale: Annotated[Number, Field(gt=1)] = Field(
+        default=8, description="loss-scales: factors lie between this and one over it"
     )
     lower: Share = Field(default=0.2, description="smallest kept ratio of a matrix")
     upper: Kept = Field(default=1.0, description="largest kept ratio; 1 means dense")
@@ -167,7 +182,17 @@ class Search(Section):
         return {**value, "bounds": pairs}
 
     @model_validator(mode="after")
+    def _variables_have_their_own_keys(self) -> Search:
+        other = _OF_RATIOS if self.variables == "loss-scales" else ("largest_scale",)
+        for key in other:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise wrong(key, f"says nothing to `variables: {self.variables}`; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _initial_points_fit(self) -> Search:
+        if self.variables == "loss-scales":
+            return self
         if self.initial > self.evaluations:
             raise wrong("initial", f"{self.initial} is more than `evaluations: {self.evaluations}`")
         points = len(self.start) + (self.start_at is not None)
@@ -281,3 +306,23 @@ class MethodSettings(Section):
     validation: Name | None = None
     search: Name | None = None
     transfer: Transfer | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the seed decides what comes out: it then runs once for each of the study's seeds."""
+        return self.search is not None
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """What shapes alone tell against this preset, each with the key to blame; methods that prune override it.
+
+        The ranges of kept ratios that `uncompressed` and a `search` leave are checked for all methods.
+
+        Args:
+            budget: of the model.
+            ratio: percent of its linear weights to remove, at least 1.
+            calibration: the preset's own, if it names one that exists.
+
+        Yields:
+            (a key of the preset, or "" for the ratio; what is wrong, and what to do).
+        """
+        yield from ()

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.suites import PerplexitySuite
 from lowrank.corpora import consecutive_windows, default_bos, load_documents, read_index, token_hash
 from lowrank.errors import RankwiseError
 from lowrank.losses import head_of, last_hidden, token_nll
+from lowrank.runtime import parse_dtype, pick_device
+from lowrank.share import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +93,31 @@ class WindowLosses:
         }
 
 
+def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
+    """A process's share of an evaluation.
+
+    Args:
+        arguments: "checkpoint" (folder), "dtype", "suite" (as a plain dict), "corpora" (their index files).
+        share: this process among those of the job.
+
+    Returns:
+        "corpora" and "protocol", see `evaluate_corpora`.
+    """
+    checkpoint = arguments["checkpoint"]
+    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_device())
+    suite = PerplexitySuite.model_validate(arguments["suite"])
+    tokenizer = load_tokenizer(checkpoint)
+    corpora, protocol = evaluate_corpora(model, checkpoint, tokenizer, suite, arguments["corpora"], share)
+    return {"corpora": corpora, "protocol": protocol}
+
+
 def evaluate_corpora(
-    model: PreTrainedModel, name: str, tokenizer: Any, suite: PerplexitySuite, indices: Sequence[str | Path]
+    model: PreTrainedModel,
+    name: str,
+    tokenizer: Any,
+    suite: PerplexitySuite,
+    indices: Sequence[str | Path],
+    share: Share = ALONE,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Perplexity of a model on each corpus of a suite.
 
@@ -101,6 +127,7 @@ def evaluate_corpora(
         tokenizer: the model's.
         suite: corpora, length, stride, number of windows, BOS.
         indices: the index files of the corpora, one for each name in `suite.corpora`, in any order.
+        share: this process among those of the job.
 
     Returns:
         Corpus -> its entry (see `WindowLosses.summary`, with the hashes of its file and of the windows), and what
@@ -117,7 +144,7 @@ def evaluate_corpora(
             windows = consecutive_windows(
                 load_documents(files[corpus]), tokenizer, suite.length, stride, suite.windows, suite.add_bos
             )
-            losses = evaluate_perplexity(model, windows, stride)
+            losses = evaluate_perplexity(model, windows, stride, share=share)
             results[corpus] = losses.summary()
         except RankwiseError as error:
             raise RankwiseError(f"{name} on the corpus '{corpus}': {error}") from error
@@ -143,6 +170,7 @@ def evaluate_perplexity(
     windows: torch.Tensor,
     stride: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    share: Share = ALONE,
 ) -> WindowLosses:
     """Losses of a model on windows of one length.
 
@@ -151,6 +179,7 @@ def evaluate_perplexity(
         windows: n x length token ids; with a stride below the length, consecutive windows overlap (see above).
         stride: tokens between the starts of two windows; None: the length.
         batch_tokens: tokens of one forward pass, roughly.
+        share: this process among those of the job; each runs some of the batches, and all return all losses.
 
     Raises:
         RankwiseError: no scored token, an id outside the vocabulary, or a loss that is not finite.
@@ -159,27 +188,32 @@ def evaluate_perplexity(
     stride = stride or length
     _check(windows, model)
     batch = max(1, batch_tokens // length)
-    nll: list[float] = []
-    tokens: list[int] = []
+    nll = torch.zeros(count, dtype=torch.float64)
+    mine = share.of(-(-count // batch))
+    first, last = mine.start * batch, min(mine.stop * batch, count)
     started, next_report = time.monotonic(), 0.1
-    for start in range(0, count, batch):
+    for start in range(first, last, batch):
         losses = _losses(model, windows[start : start + batch].to(model.device))
         for index, row in enumerate(losses, start=start):
-            scored = row if index == 0 or stride == length else row[-stride:]
-            total = float(scored.double().sum())
-            if not math.isfinite(total):
+            nll[index] = row[-_scored(index, stride, length) :].double().sum()
+            if not bool(nll[index].isfinite()):
                 raise RankwiseError(
                     f"the loss on window {index} (of 0 to {count - 1}) is not finite. Set `dtype: float32` for this "
                     "model in the config, or look at the checkpoint: its weights may be damaged."
                 )
-            nll.append(total)
-            tokens.append(len(scored))
-        done = len(nll) / count
+        read = start + len(losses) - first
+        done = read / (last - first)
         if done >= next_report or done == 1:
-            rate = len(nll) * length / (time.monotonic() - started)
-            log.info("%d of %d windows, %.0f tokens/s", len(nll), count, rate)
+            rate = share.world * read * length / (time.monotonic() - started)
+            log.info("%.0f %% of %d windows, %.0f tokens/s", 100 * done, count, rate)
             next_report = done + 0.1
-    return WindowLosses(tuple(nll), tuple(tokens))
+    tokens = tuple(_scored(index, stride, length) for index in range(count))
+    return WindowLosses(tuple(share.sum(nll).tolist()), tokens)
+
+
+def _scored(window: int, stride: int, length: int) -> int:
+    """How many tokens of a window are scored: its last ones."""
+    return length - 1 if window == 0 or stride == length else stride
 
 
 def _check(windows: torch.Tensor, model: PreTrainedModel) -> None:

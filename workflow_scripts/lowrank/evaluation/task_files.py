@@ -14,6 +14,7 @@ import lm_eval.tasks
 import yaml
 
 from lowrank.errors import RankwiseError
+from lowrank.files import check_manifest
 
 INSTALLED_TASKS = Path(lm_eval.tasks.__file__).parent
 _TASK_LINE = re.compile(r"^task:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", re.MULTILINE)
@@ -65,8 +66,10 @@ def find_rows(task: str, folder: str | Path) -> ScoredRows:
     """The file that a task is scored on, with its rows checked.
 
     Raises:
-        RankwiseError: the split is missing, holds fewer than two rows, or a row lacks a field; the file is named.
+        RankwiseError: the split is missing, holds fewer than two rows, a row lacks a field, or the file is not the one
+            that its index describes; it is named.
     """
+    check_manifest(Path(folder), "sha256")
     schema = SCHEMAS.get(task)
     splits = (schema.split,) if schema else _SPLITS
     files = [Path(folder).resolve() / f"{split}.jsonl" for split in splits]

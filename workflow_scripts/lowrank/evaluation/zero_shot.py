@@ -25,11 +25,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
+from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.suites import ZeroShotSuite
 from lowrank.corpora import default_bos
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
-from lowrank.runtime import seed_everything
+from lowrank.runtime import parse_dtype, pick_device, seed_everything
+from lowrank.share import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,15 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
     HFLM takes logits and their softmax over the whole vocabulary at every position, then reads those of the answer,
     the last few: hundreds of MB a batch for long prompts. It counts positions from the end of what `_model_call`
     returns, so returning only the last positions gives the same numbers.
+
+    Of several processes each makes the same batches, runs the model on every so-many-th of them and takes the answers
+    in the others from its peers: the same numbers as of one process, bit by bit. (The harness has a way of its own,
+    which needs its own launcher, and makes other batches.)
     """
 
     longest_answer: int
+    share: Share = ALONE
+    batches: int = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Without a progress bar for the tokenizer, which takes a moment: each task has a line in the log."""
@@ -59,29 +67,61 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
-        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
-        if not all(math.isfinite(loglikelihood) for loglikelihood, _ in answers):
+        self.batches = 0
+        mine: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
+        found = torch.tensor(
+            [(value, greedy, 1) if math.isfinite(value) else (0, 0, 0) for value, greedy in mine], dtype=torch.float64
+        ).reshape(-1, 3)
+        answers = self.share.sum(found).tolist()
+        if not all(known for *_, known in answers):
             raise RankwiseError(
                 "the model's log-likelihoods are not finite. Set `dtype: float32` for this model in the config, or "
                 "look at the checkpoint: its weights may be damaged."
             )
-        return answers
+        return [(value, bool(greedy)) for value, greedy, _ in answers]
 
     def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Logits of the last positions of a batch: as many as the longest answer and the longest padding.
 
-        Padding is id 0 on the right; an input that ends in a real id 0 only makes more logits than needed.
+        Padding is id 0 on the right; an input that ends in a real id 0 only makes more logits than needed. In batches
+        of other processes they are not numbers, and neither are the answers.
         """
+        self.batches += 1
         positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
         shortest = int(((inps != 0) * positions).amax(dim=1).min())
         keep = self.longest_answer + inps.shape[1] - shortest
+        if (self.batches - 1) % self.share.world != self.share.rank:
+            nothing = torch.full((), math.nan, device=inps.device)
+            return nothing.expand(len(inps), min(keep, inps.shape[1]), self.model.config.vocab_size)
         with torch.inference_mode():
             logits: torch.Tensor = self.model(inps, use_cache=False, logits_to_keep=keep).logits
         return logits
 
 
+def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
+    """A process's share of an evaluation.
+
+    Args:
+        arguments: "checkpoint" (folder), "dtype", "suite" (as a plain dict), "rows" (task -> folder), "longest".
+        share: this process among those of the job.
+
+    Returns:
+        See `evaluate_zero_shot`.
+    """
+    checkpoint = arguments["checkpoint"]
+    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_device())
+    suite = ZeroShotSuite.model_validate(arguments["suite"])
+    tokenizer = load_tokenizer(checkpoint)
+    return evaluate_zero_shot(model, tokenizer, suite, arguments["rows"], arguments["longest"], share)
+
+
 def evaluate_zero_shot(
-    model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, rows: Mapping[str, str | Path], longest: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    suite: ZeroShotSuite,
+    rows: Mapping[str, str | Path],
+    longest: int,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Score a model on the tasks of a suite.
 
@@ -91,6 +131,7 @@ def evaluate_zero_shot(
         suite: tasks with the metric of the average, limit, batch size, BOS, longest context, seed.
         rows: task -> folder with its `test.jsonl` or `validation.jsonl`, rows as on the hub.
         longest: the longest context of the model, tokens; the suite's `max_length` may be shorter.
+        share: this process among those of the job; each runs some of the batches, and all return the same.
 
     Returns:
         "tasks": task -> {"metric", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "of"} (no
@@ -101,8 +142,9 @@ def evaluate_zero_shot(
         RankwiseError: an unknown task or metric, a missing split, rows that do not fit; task and file are named.
     """
     scored = [find_rows(task, rows[task]) for task in suite.tasks]
-    scorer = _scorer(model, tokenizer, suite, longest)
     _settle_libraries(suite.seed)
+    scorer = _scorer(model, tokenizer, suite, longest)
+    scorer.share = share
     results: dict[str, dict[str, Any]] = {}
     versions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rankwise-tasks-") as folder:

@@ -10,7 +10,7 @@ budget is that of the decoder's linear layers, so the head, which they also fact
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
 from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.presets import Calibration
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,28 @@ class Settings(LowRankSettings):
         default="budget", description="strs: whether what the cut leaves of the budget is spent in steps of 8"
     )
     uncompressed: tuple[str, ...] = ()
+
+    @property
+    def is_random(self) -> bool:
+        """The randomised decomposition begins with random directions."""
+        return super().is_random or self.decomposition == "randomised"
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """The smallest ranks that the search tries may be too large."""
+        from lowrank.families import FAMILIES
+        from lowrank.reach import candidate_ranks
+
+        known = {linear.name for linear in FAMILIES[budget.dimensions.family].types}
+        if self.allocation == "uniform" or not known.issuperset(self.uncompressed):
+            return
+        budget = replace(budget, adds_bias=False, identity_block=self.identity_block)
+        smallest = {name: ranks[0] for name, ranks in candidate_ranks(budget, self.kept, self.uncompressed).items()}
+        if (least := budget.parameters(smallest)) > budget.allowed(ratio):
+            yield (
+                "",
+                f"removing {ratio} % is out of reach: the smallest ranks that are tried keep "
+                f"{100 * least / budget.dense_parameters:.1f} %; add smaller ratios to `kept`, or remove less",
+            )
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
@@ -107,7 +130,8 @@ def _search_ranks(
 ) -> dict[str, int | None]:
     """The ranks of the sensitivity-based search."""
     from lowrank.partial_forward import on_device
-    from lowrank.sensitivity_search import candidate_ranks, cut_trials, measure_layers, spend_rest
+    from lowrank.reach import candidate_ranks
+    from lowrank.sensitivity_search import cut_trials, measure_layers, spend_rest
     from lowrank.uniform import first_windows
 
     settings = task.settings

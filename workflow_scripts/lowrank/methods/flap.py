@@ -11,20 +11,22 @@ The released code squares the scores of attention channels before it standardise
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lowrank.config.base import Name, Positive, wrong
-from lowrank.config.presets import MethodSettings
+from lowrank.config.presets import Calibration, MethodSettings
 
 if TYPE_CHECKING:
     import torch
 
+    from lowrank.branches import Counts, Structure
+    from lowrank.budget import Budget
     from lowrank.compression import CompressionTask
     from lowrank.moments import Moments
     from lowrank.replacements import Replacements
-    from lowrank.structured import Counts, Structure
 
 
 class Settings(MethodSettings):
@@ -51,6 +53,22 @@ class Settings(MethodSettings):
             raise wrong("remove_heads", "is needed by `structure: AL-MM` and `UL-MM`, and only by them")
         return self
 
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """Every branch keeps some units, and heads go in whole groups."""
+        from lowrank.branches import Structure
+        from lowrank.errors import RankwiseError
+
+        structure, allowed = Structure.of(budget), budget.allowed(ratio)
+        try:
+            structure.require_reach(allowed)
+        except RankwiseError as error:
+            yield "", str(error)
+            return
+        try:
+            fixed_removal(self, structure, allowed)
+        except RankwiseError as error:
+            yield "remove_heads" if self.remove_heads else "", str(error)
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Prune what fluctuates least until the budget is met.
@@ -58,7 +76,8 @@ def compress(task: CompressionTask) -> Replacements:
     Raises:
         RankwiseError: the ratio is out of reach, or the channels of a layer cannot be told apart.
     """
-    from lowrank.structured import Structure, cut, kept_units
+    from lowrank.branches import Structure
+    from lowrank.structured import cut, kept_units
 
     if task.ratio == 0:
         return {}
@@ -68,31 +87,67 @@ def compress(task: CompressionTask) -> Replacements:
     return cut(task.model, structure, kept_units(scores, removed), means)
 
 
-def _removal(task: CompressionTask, structure: Structure, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
-    """How many units each branch loses."""
-    from lowrank.errors import RankwiseError
-    from lowrank.structured import even_removal, lowest_removal, lowest_units
+def fixed_removal(settings: Settings, structure: Structure, allowed: float) -> Counts | int:
+    """What shapes alone decide: what the branches lose where all blocks lose the same, else how many groups go.
 
-    allowed, settings = task.budget.allowed(task.ratio), task.settings
-    if settings.structure == "AL-AM":
-        return lowest_removal(structure, scores, allowed)
-    if settings.structure == "UL-UM":
-        return even_removal(structure, allowed)
-    layers = task.budget.dimensions.layers if settings.structure == "UL-MM" else 1
-    step = structure.heads_per_group * layers
+    Args:
+        settings: the preset.
+        structure: of the model.
+        allowed: parameters of all linear layers that may stay.
+
+    Raises:
+        RankwiseError: `remove_heads` is no whole number of groups, or the neurons cannot make up for it.
+    """
+    from lowrank.branches import even_removal
+    from lowrank.errors import RankwiseError
+
+    local = settings.structure.startswith("UL")
+    if settings.remove_heads is None:
+        return even_removal(structure, allowed) if local else 0
+    layers, attention = structure.budget.dimensions.layers, structure.attention
+    step = structure.heads_per_group * (layers if local else 1)
     groups, rest = divmod(settings.remove_heads, step)
     if rest:
         raise RankwiseError(
             f"flap: `remove_heads: {settings.remove_heads}` must be a multiple of {step}: query heads go together with "
-            f"the key/value head that they share{', and from every block the same' if layers > 1 else ''}"
+            f"the key/value head that they share{', and from every block the same' if local else ''}"
         )
-    if structure.attention.cost * groups * layers > task.budget.dense_parameters - allowed:
-        raise RankwiseError(f"flap: `remove_heads: {settings.remove_heads}` alone removes more than {task.ratio} %")
-    if settings.structure == "UL-MM":
+    whole = groups * (layers if local else 1)
+    if whole > layers * attention.most:
+        raise RankwiseError(
+            f"flap: `remove_heads: {settings.remove_heads}` is more than the "
+            f"{layers * attention.most * structure.heads_per_group} that can go; every block keeps a group"
+        )
+    dense = structure.budget.dense_parameters
+    removed = 100 * (1 - allowed / dense)
+    if attention.cost * whole > dense - allowed:
+        raise RankwiseError(
+            f"flap: `remove_heads: {settings.remove_heads}` alone removes more than {removed:.3g} %; remove fewer heads"
+        )
+    if local:
         return even_removal(structure, allowed, groups=groups)
+    neurons: Counts = {place: branch.most for place, branch in structure.places() if branch is structure.mlp}
+    if structure.remaining(neurons) - groups * attention.cost > allowed:
+        raise RankwiseError(
+            f"flap: removing {removed:.3g} % is out of reach: with `remove_heads: "
+            f"{settings.remove_heads}` even all neurons that can go are too few; remove more heads, or less"
+        )
+    return groups
+
+
+def _removal(task: CompressionTask, structure: Structure, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
+    """How many units each branch loses."""
+    from lowrank.structured import lowest_removal, lowest_units
+
+    allowed = task.budget.allowed(task.ratio)
+    fixed = fixed_removal(task.settings, structure, allowed)
+    if not isinstance(fixed, int):
+        return fixed
+    if task.settings.remove_heads is None:
+        return lowest_removal(structure, scores, allowed)
     neurons = {place: values for place, values in scores.items() if place[1] == structure.mlp.name}
     attention = {place: values for place, values in scores.items() if place not in neurons}
-    return lowest_removal(structure, neurons, allowed, lowest_units(structure, attention, groups))
+    return lowest_removal(structure, neurons, allowed, lowest_units(structure, attention, fixed))
 
 
 def _scores_and_means(

@@ -14,19 +14,22 @@ with the key/value head that they share.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Name, NotNegative, Positive, Share
-from lowrank.config.presets import MethodSettings
+from lowrank.config.presets import Calibration, MethodSettings
 
 if TYPE_CHECKING:
     import torch
 
+    from lowrank.branches import Counts, Structure
+    from lowrank.budget import Budget
     from lowrank.compression import CompressionTask
     from lowrank.replacements import Replacements
-    from lowrank.structured import Counts, Structure
 
 _NEEDS_GRADIENT = ("param_first", "param_mix", "vectorize")
 _NEEDS_SQUARES = ("param_second", "param_mix")
@@ -52,6 +55,43 @@ class Settings(MethodSettings):
         "whatever that is of the whole; null: what meets the row's ratio",
     )
 
+    @property
+    def is_random(self) -> bool:
+        """A random importance is drawn from the seed."""
+        return super().is_random or self.importance == "random"
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether it takes gradients."""
+        return self.importance in (*_NEEDS_GRADIENT, *_NEEDS_SQUARES)
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """Blocks that stay whole may leave too little to prune, and the calibration may have too few windows."""
+        from lowrank.branches import Structure
+        from lowrank.errors import RankwiseError
+
+        if calibration and self.reads_windows and (why := self.too_few(calibration.windows, calibration.length)):
+            yield "sequences", why
+        try:
+            pruned_blocks(self, budget.dimensions.layers)
+        except RankwiseError as error:
+            yield "skip_first", str(error)
+            return
+        try:
+            removal(Structure.of(replace(budget, adds_bias=False)), self, budget.allowed(ratio))
+        except RankwiseError as error:
+            whole = f" (`skip_first: {self.skip_first}`, `skip_last: {self.skip_last}`)"
+            yield ("", f"{error}{whole}") if self.own_ratio is None else ("own_ratio", str(error))
+
+    def too_few(self, windows: int, length: int) -> str | None:
+        """Why a calibration of so many windows of so many tokens is too small, or None."""
+        if windows >= self.sequences and length >= self.length:
+            return None
+        return (
+            f"`sequences: {self.sequences}` of `length: {self.length}` are more than the calibration "
+            f"'{self.calibration}' has ({windows} of {length} tokens); calibrate on more, or take fewer"
+        )
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Prune the least important units of each block between the first and the last ones.
@@ -60,9 +100,8 @@ def compress(task: CompressionTask) -> Replacements:
         RankwiseError: no block is left to prune, the ratio is out of reach, the calibration is too small, or a
             gradient is not finite.
     """
-    from dataclasses import replace
-
-    from lowrank.structured import Structure, cut, kept_units
+    from lowrank.branches import Structure
+    from lowrank.structured import cut, kept_units
 
     if task.ratio == 0:
         return {}
@@ -94,8 +133,8 @@ def removal(structure: Structure, settings: Settings, allowed: float) -> Counts:
 
     With `own_ratio` p a branch whose first layer has n rows loses n - int(n (1 - p)) of them, in whole units.
     """
+    from lowrank.branches import even_removal
     from lowrank.errors import RankwiseError
-    from lowrank.structured import even_removal
 
     blocks = pruned_blocks(settings, structure.budget.dimensions.layers)
     if settings.own_ratio is None:
@@ -151,11 +190,8 @@ def _gradients(task: CompressionTask, names: list[str], squared: bool = False) -
     from lowrank.runtime import pick_device
 
     tokens, settings = task.required_tokens(), task.settings
-    if tokens.shape[0] < settings.sequences or tokens.shape[1] < settings.length:
-        raise RankwiseError(
-            f"llm-pruner: `sequences: {settings.sequences}` of `length: {settings.length}` are more than the "
-            f"calibration '{settings.calibration}' has ({tokens.shape[0]} of {tokens.shape[1]} tokens)"
-        )
+    if why := settings.too_few(*tokens.shape):
+        raise RankwiseError(f"llm-pruner: {why}")
     tokens = tokens[: settings.sequences, : settings.length]
     sums = sum_gradients(task.model, tokens, names, pick_device(), squared=squared)
     return {name: total.div_(len(tokens)) for name, total in sums.items()}

@@ -6,14 +6,17 @@ as many key/value as query heads that is 30 % on q and k for a budget of 20 %, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from lowrank.config.base import Name, wrong
 from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.presets import Calibration
 
 if TYPE_CHECKING:
+    from lowrank.budget import Budget
     from lowrank.compression import CompressionTask
     from lowrank.factors import LowRankFactors
 
@@ -33,6 +36,16 @@ class Settings(LowRankSettings):
         if self.rounding == "down" and self.identity_block:
             raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
         return self
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """q and k may be too small to pay for v."""
+        from lowrank.budget import lord_kept
+        from lowrank.errors import RankwiseError
+
+        try:
+            lord_kept(budget, ratio)
+        except RankwiseError as error:
+            yield "", str(error)
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:

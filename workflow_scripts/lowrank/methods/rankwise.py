@@ -39,19 +39,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     import logging
 
     from lowrank.allocation import sliced_factors
-    from lowrank.errors import RankwiseError
+    from lowrank.loss_scales import predicted_losses
     from lowrank.predicted_loss import allocate
 
     bases = task.required_bases()
-    losses = {}
-    for module in task.budget.modules:
-        predicted = bases.of(module.layer, module.type.name).losses
-        if predicted is None:
-            raise RankwiseError(
-                f"{module.name}: its basis says nothing of the loss. The preset `covariance: "
-                f"{task.settings.covariance}` must name `gradients: weigh` or `gradients: predict`."
-            )
-        losses[module.name] = predicted.double().numpy()
+    losses = predicted_losses(bases, task.budget)
     allocation = allocate(task.budget, task.ratio, losses, task.settings.uncompressed)
     logging.getLogger(__name__).info("predicted rise of the loss: %.4f nats per token", allocation.loss)
     return sliced_factors(bases, task.budget, allocation.ranks)

@@ -8,14 +8,16 @@ embeddings, the final norm and the head stay as they are, for they may be tied a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import Name, Number
-from lowrank.config.presets import MethodSettings
+from lowrank.config.presets import Calibration, MethodSettings
 
 if TYPE_CHECKING:
+    from lowrank.budget import Budget
     from lowrank.compression import CompressionTask
     from lowrank.replacements import Replacements
     from lowrank.slicing import Widths
@@ -36,6 +38,15 @@ class Settings(MethodSettings):
         "null: as many as the ratio asks for, the matrices in residual connections counted",
     )
 
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """The ends of the stream stay at full width, so some ratios are out of reach."""
+        from lowrank.errors import RankwiseError
+
+        try:
+            widths_of(self.slice, budget, ratio)
+        except RankwiseError as error:
+            yield "slice" if self.slice is not None else "", str(error)
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Choose the widths, then rotate and slice block by block.
@@ -51,18 +62,30 @@ def compress(task: CompressionTask) -> Replacements:
     return rotate_and_slice(task.model, task.required_tokens(), _widths(task), pick_device())
 
 
+def widths_of(share: float | None, budget: Budget, ratio: int) -> Widths:
+    """The stream's widths, by the setting `slice` or, without it, by the ratio.
+
+    Raises:
+        RankwiseError: they are out of reach.
+    """
+    from lowrank.slicing import widths_of_slice, widths_within
+
+    if share is None:
+        return widths_within(budget, ratio)
+    return widths_of_slice(budget.dimensions.hidden, budget.dimensions.layers, share)
+
+
 def _widths(task: CompressionTask) -> Widths:
-    """The stream's widths, by the ratio or by the setting."""
+    """The stream's widths; what they leave is logged."""
     from lowrank.config.sources import ModelShape
-    from lowrank.slicing import describe_widths, reference_total, sliced_parameters, widths_of_slice, widths_within
+    from lowrank.slicing import describe_widths, reference_total, sliced_parameters
 
     budget, share = task.budget, task.settings.slice
     shape = budget.dimensions
-    chosen = share is not None
-    widths = widths_of_slice(shape.hidden, shape.layers, share) if chosen else widths_within(budget, task.ratio)
+    widths = widths_of(share, budget, task.ratio)
     kept = 100 * sliced_parameters(budget, widths) / budget.dense_parameters
     log.info("%s of %d channels: %.2f %% of the linear weights stay", describe_widths(widths), shape.hidden, kept)
-    if chosen and isinstance(shape, ModelShape):
+    if share is not None and isinstance(shape, ModelShape):
         total = reference_total(shape, widths[1])
         log.info("`slice: %g` is followed, not the ratio; its authors would count %d parameters in all", share, total)
     return widths

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file
+from lowrank.record import records_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGES = (
@@ -40,13 +41,15 @@ def describe_run(
 
     Args:
         run: name of the run.
-        config: the whole config with all defaults filled in.
-        artefacts: files whose checksums are recorded.
-        relative_to: the folder from which the artefacts are named.
+        config: what the results use of the config, with all defaults filled in.
+        artefacts: files whose checksums are recorded, and what made them.
+        relative_to: the folder of the run, from which the artefacts are named.
 
     Raises:
         RankwiseError: an artefact is missing.
     """
+    artefacts = list(artefacts)
+    records = records_of(artefacts, Path(relative_to) / "records")
     return {
         "run": run,
         "config_digest": digest_of(config),
@@ -56,8 +59,15 @@ def describe_run(
         "artefacts": {
             _relative(path, relative_to): _checksum(path) for path in sorted({Path(artefact) for artefact in artefacts})
         },
+        "made_by": {_relative(Path(path), relative_to): _maker(record) for path, record in sorted(records.items())},
         "config": config,
     }
+
+
+def _maker(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the job that made an artefact."""
+    told = ("rule", "config_digest", "code", "git", "inputs", "versions", "device")
+    return {key: record[key] for key in told}
 
 
 def git_state(project: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json
+from lowrank.layout import in_order
 from lowrank.paper.tables.data import MISSING, Context
 from lowrank.paper.tables.measures import Measure, measures_of
 from lowrank.paper.tables.rows import estimate_text
@@ -36,7 +37,8 @@ def show(folder: Path, console: Console) -> None:
     if not provenance.is_file():
         raise RankwiseError(f"{folder}: holds no finished run ({provenance.name} is missing). Run the workflow first.")
     study = Study.model_validate(read_json(provenance)["config"])
-    main_table = next(((name, table) for name, table in study.tables.items() if table.kind == "accuracy"), None)
+    tables = ((name, study.tables[name]) for name in in_order(study.tables))
+    main_table = next(((name, table) for name, table in tables if table.kind == "accuracy"), None)
     if main_table is not None:
         _print_table(folder / "tables" / f"{main_table[0]}.csv", main_table[1], study, console)
     console.print()

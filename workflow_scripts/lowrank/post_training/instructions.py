@@ -93,17 +93,18 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a text
     except (OSError, UnicodeDecodeError) as error:
-        raise RankwiseError(f"{path}: cannot be read ({error}). Run the workflow again.") from error
+        raise RankwiseError(f"{path}: cannot be read ({error}). Delete it and run the workflow again.") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             texts = (row["instruction"], row.get("input") or "", row["output"])
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise RankwiseError(
                 f"{path}, line {number}: no instruction row ({error!r}); "
-                "each line needs an object with `instruction`, `output` and perhaps `input`."
+                "each line needs an object with `instruction`, `output` and perhaps `input`. Delete the file and run "
+                "the workflow again."
             ) from error
         rows.append(dict(zip(("instruction", "input", "output"), map(str, texts), strict=True)))
     return rows

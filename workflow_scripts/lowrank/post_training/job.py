@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank.files import read_json, write_json
+from lowrank.files import read_record, write_json
 
 TRAIN_FILE = "train.safetensors"
 VALIDATION_FILE = "validation.safetensors"
@@ -72,7 +72,7 @@ class Progress:
         """Read the progress of a job; that of a fresh one if there is none."""
         if not (folder / PROGRESS_FILE).is_file():
             return cls()
-        values = read_json(folder / PROGRESS_FILE)
+        values = read_record(folder / PROGRESS_FILE)
         curves = {name: [(step, loss) for step, loss in values[name]] for name in ("loss", "validation")}
         return cls(**{**values, **curves})
 

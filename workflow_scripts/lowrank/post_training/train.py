@@ -24,6 +24,7 @@ from lowrank.config.presets import parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors
 from lowrank.post_training.adapters import Learnt, attach, learnt_by, merge, trained_numbers
+from lowrank.post_training.engine_state import SafeCheckpoints
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, vectors_file
 from lowrank.post_training.loss import InstructionLoss
@@ -73,7 +74,8 @@ class Trainer:
         self.wrapped = attach(model, self.tuning, self.stage, self.seed)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.tuning.learning_rate, weight_decay=self.tuning.weight_decay)
-        self.engine = _initialize(InstructionLoss(model, family_of(model).decoder), optimizer, config, self.device)
+        loss = InstructionLoss(model, family_of(model).decoder)
+        self.engine = _initialize(loss, optimizer, config, self.device, self.folder)
         # Neither in steps has the frozen model dropout, as in its own statistics; what is trained may have.
         self.engine.eval()
         if self.rank == 0:
@@ -85,11 +87,11 @@ class Trainer:
         progress = Progress.load(self.folder)
         if not progress.step:
             return
-        # DeepSpeed's checkpoints are torch pickles. They are only ever read from the state folder of this very
-        # job, where it wrote them itself; nothing that was fetched or handed over is opened this way.
         path, _ = self.engine.load_checkpoint(str(self.checkpoints), progress.checkpoint, load_module_strict=False)
         if path is None:
-            raise RankwiseError(f"{self.checkpoints}: the checkpoint is gone. Delete {self.folder} and run again.")
+            raise RankwiseError(
+                f"{self.checkpoints}: the checkpoint is gone. Delete {self.folder} and run the workflow again."
+            )
         self.progress = progress
         log.info("going on after step %d of %d", progress.step, self.steps)
 
@@ -231,9 +233,13 @@ class Trainer:
 
 
 def _initialize(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    device: torch.device,
+    folder: Path,
 ) -> Any:
-    """A DeepSpeed engine that compiles nothing."""
+    """A DeepSpeed engine that compiles nothing and pickles nothing."""
     if device.type == "cpu":
         # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -243,4 +249,5 @@ def _initialize(
         config=config,
         model_parameters=[p for p in module.parameters() if p.requires_grad],
     )
+    engine.checkpoint_engine = SafeCheckpoints(folder)
     return engine

@@ -8,12 +8,13 @@ from typing import Any
 
 from lowrank.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
 from lowrank.config.presets import Tuning, parse_tuning
+from lowrank.crew import Crew
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_json, write_json
+from lowrank.files import load_tensors, read_record, write_json
 from lowrank.post_training.adapters import merge, stages_of, trained_numbers
 from lowrank.post_training.instructions import read_rows, split, tokenise
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, joined, vectors_file
-from lowrank.post_training.launch import launch, process_count
+from lowrank.post_training.launch import launch
 from lowrank.post_training.schedule import engine_config, total_steps
 from lowrank.runtime import describe_environment, parse_dtype
 from lowrank.state import resumable_state
@@ -29,6 +30,7 @@ def tune_checkpoint(
     target_manifest: str | Path,
     settings: dict[str, Any],
     threads: int,
+    crew: Crew,
 ) -> None:
     """Post-train a compressed checkpoint and write it, merged, with its manifest.
 
@@ -38,14 +40,15 @@ def tune_checkpoint(
         instructions: jsonl of `instruction`, `input`, `output`.
         target: folder of the tuned checkpoint.
         target_manifest: its manifest.json.
-        settings: "tuning", "deepspeed", "subject" (with "seed"), "dtype", "state", "code", perhaps "processes".
-        threads: CPU threads of all training processes together.
+        settings: "tuning", "deepspeed", "subject" (with "seed"), "dtype", "state", "code".
+        threads: CPU threads of all training processes of a machine together.
+        crew: the training processes.
 
     Raises:
         RankwiseError: bad settings or data, or a failed training process.
     """
     tuning = parse_tuning(settings["tuning"])
-    processes = process_count(on_cpu=settings.get("processes") or 1)
+    processes = crew.processes
     engine_config(settings["deepspeed"], tuning, processes)  # its complaints come before any work
     # A DeepSpeed checkpoint belongs to a number of processes: with another number, the job starts afresh.
     key = {name: value for name, value in settings.items() if name != "state"} | {"processes": processes}
@@ -59,12 +62,12 @@ def tune_checkpoint(
             log.info("post-training: %s", name)
             earlier = [str(path) for path in results]
             job = TrainingJob(str(checkpoint), str(part), settings["tuning"], settings["deepspeed"], seed, earlier)
-            launch(job, processes, threads)
+            launch(job, crew, threads)
             results.append(_result(part))
         progress = joined([Progress.load(part) for part in folders])
         _warn_if_worse(progress)
         model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]))
-        learnt = [load_tensors(path) for path in results]
+        learnt = [load_tensors(path, whole=folder) for path in results]
         for tensors in learnt:
             merge(model, tuning, tensors)
         files = save_checkpoint(model, checkpoint, target)
@@ -73,7 +76,7 @@ def tune_checkpoint(
         write_json(
             target_manifest,
             {
-                **read_json(manifest),
+                **read_record(manifest),
                 "subject": settings["subject"],
                 "files": files,
                 "tuning": settings["tuning"],

@@ -12,7 +12,7 @@ from lowrank.budget import has_native_bias
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.families import FAMILIES, linear_modules
-from lowrank.files import read_json
+from lowrank.files import read_record
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
 
@@ -32,7 +32,7 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     Raises:
         RankwiseError: the first kind of problem found, with all its instances (twelve at most).
     """
-    raw = read_json(folder / "config.json")
+    raw = read_record(folder / "config.json")
     _check_architecture(raw)
     _check_remote_code(folder, raw)
     config = _load_config(folder)
@@ -56,7 +56,7 @@ def _check_architecture(raw: dict[str, Any]) -> None:
 
 def _check_remote_code(folder: Path, raw: dict[str, Any]) -> None:
     tokenizer = folder / "tokenizer_config.json"
-    maps = [raw.get("auto_map"), read_json(tokenizer).get("auto_map") if tokenizer.is_file() else None]
+    maps = [raw.get("auto_map"), read_record(tokenizer).get("auto_map") if tokenizer.is_file() else None]
     if any(maps):
         raise RankwiseError(
             "it brings Python code of its own (`auto_map`), which is never run here. If its architecture is one of the "
@@ -68,7 +68,7 @@ def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a strange value raises in the class of the architecture
         raise RankwiseError(f"its config.json cannot be read by transformers ({error}).") from error
 
@@ -166,7 +166,7 @@ def _check_tokenizer(name: str, model: Model, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # ValueError, OSError, KeyError, ... by what is missing
         raise RankwiseError(f"its tokenizer cannot be loaded ({error}). Add the tokenizer's files.") from error
     if len(tokenizer) > model.shape.vocabulary:

@@ -6,7 +6,6 @@ The clients keep what they fetch in their own cache (HF_HOME), so a model that i
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowrank.config.sources import HubSource
 from lowrank.errors import RankwiseError
+from lowrank.redact import without_secrets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,7 +133,7 @@ def _message(source: HubSource, error: BaseException) -> str:
         )
     if "EntryNotFoundError" in {type_.__name__ for type_ in type(error).__mro__}:  # as a cause, it may be a mere probe
         return f"{place}: it has no file `{source.file}`. Take the file's path from its page of the hub."
-    return f"{place}: cannot be loaded ({type(error).__name__}: {_without_tokens(str(error))})"
+    return f"{place}: cannot be loaded ({type(error).__name__}: {without_secrets(str(error))})"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -142,8 +142,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None:
         yield current
         current = current.__cause__ or current.__context__
-
-
-def _without_tokens(text: str) -> str:
-    """The text without access tokens."""
-    return re.sub(r"hf_[A-Za-z0-9]{6,}|(?<=Bearer )\S+", "***", text)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
-from lowrank.files import atomic_path, link_or_copy, read_json, sha256_file
+from lowrank.files import atomic_path, link_or_copy, read_record, sha256_file
 from lowrank.runtime import parse_dtype
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
@@ -115,10 +115,11 @@ def weight_files(folder: Path) -> list[Path]:
         RankwiseError: there are none, or a shard of the index is missing.
     """
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        index = read_record(folder / INDEX)
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise RankwiseError(f"{folder / INDEX}: has no `weight_map`. Fetch the file again.")
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(names.values()))]
         if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
             raise RankwiseError(f"{folder}: the index lists files that are not there: {', '.join(missing)}. Add them.")
         return files

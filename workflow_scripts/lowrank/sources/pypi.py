@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from lowrank.config.sources import PypiSource
 from lowrank.errors import RankwiseError
 from lowrank.files import sha256_file, write_error
+from lowrank.redact import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _failure(source: PypiSource, output: str) -> str:
     if "DO NOT MATCH THE HASHES" in output and found:
         return _wrong_hash(source, found[1])
     lines = [line for line in output.splitlines() if line.strip() and "is ignored: it is neither" not in line]
-    shown = re.sub(r"//[^/@\s]+@", "//***@", "\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]))
+    shown = without_secrets("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]))
     return (
         f"{source.pypi}: pip could not download it. pip's last lines:\n{shown}\n"
         "Check the network, the proxy and pip's settings (`pip config list`; PIP_RETRIES and PIP_TIMEOUT help on a "

@@ -69,6 +69,6 @@ def _tokens(tokenizer: Path | None) -> dict[str, int]:
     """Ids of the tokenizer's special tokens, since those that a family assumes are another tokenizer's."""
     from transformers import AutoTokenizer
 
-    lent = AutoTokenizer.from_pretrained(tokenizer)
+    lent = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     ids = {"bos_token_id": lent.bos_token_id, "eos_token_id": lent.eos_token_id, "pad_token_id": lent.pad_token_id}
     return {name: number for name, number in ids.items() if number is not None}

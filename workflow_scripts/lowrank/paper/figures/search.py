@@ -23,9 +23,19 @@ Quantity = Literal["objective", "perplexity"]
 COLUMNS = ("trial", "origin", "perplexity", "kl", "objective", "kept")
 BEST = "best so far"
 # Origin of a trial -> its name in the legend.
-STARTS = {"uniform": "uniform allocation", "lord": "LoRD's allocation", "transfer": "transferred allocation"}
-START_DASHES: dict[str, Any] = {"uniform": (0, (6, 2)), "lord": (0, (1, 1.2)), "transfer": (0, (4, 1.5, 1, 1.5))}
-START_MARKERS = {"uniform": "h", "lord": "*", "transfer": "d"}
+STARTS = {
+    "uniform": "uniform allocation",
+    "lord": "LoRD's allocation",
+    "transfer": "transferred allocation",
+    "predicted": "ranks by predicted loss",
+}
+START_DASHES: dict[str, Any] = {
+    "uniform": (0, (6, 2)),
+    "lord": (0, (1, 1.2)),
+    "transfer": (0, (4, 1.5, 1, 1.5)),
+    "predicted": (0, (3, 3)),
+}
+START_MARKERS = {"uniform": "h", "lord": "*", "transfer": "d", "predicted": "P"}
 START_COLOUR = "#444444"
 SAME = 0.01  # starts that differ by less than this share are one line: it is wider than their distance
 MARKS = 8  # on a line

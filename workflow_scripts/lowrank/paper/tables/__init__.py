@@ -10,6 +10,7 @@ from lowrank.paper.tables.agreement import build_agreement
 from lowrank.paper.tables.allocations import build_allocations
 from lowrank.paper.tables.arithmetic import build_arithmetic
 from lowrank.paper.tables.data import Context, RowResults, TableData
+from lowrank.paper.tables.differences import build_differences
 from lowrank.paper.tables.generations import build_generations
 from lowrank.paper.tables.statistics import build_statistics
 from lowrank.paper.tables.times import build_times
@@ -22,6 +23,7 @@ BUILDERS: dict[str, Callable[..., TableData]] = {
     "times": build_times,
     "allocations": build_allocations,
     "generations": build_generations,
+    "differences": build_differences,
     "agreement": build_agreement,
     "arithmetic": build_arithmetic,
 }

@@ -16,6 +16,7 @@ from lowrank.paper.tables.measures import (
     TASK_TITLES,
     Measure,
     comparable_average,
+    in_order,
     match_corpora,
     measures_of,
 )
@@ -201,7 +202,7 @@ def _warning(context: Context) -> str:
 def _metric_note(suite: ZeroShotSuite) -> str:
     """Which metric of lm-eval each task shows; the average is over just these."""
     by_metric = {
-        metric: [TASK_TITLES.get(task, task) for task, chosen in suite.tasks.items() if chosen == metric]
+        metric: [TASK_TITLES.get(task, task) for task in in_order(suite.tasks) if suite.tasks[task] == metric]
         for metric in ("acc", "acc_norm")
     }
     parts = [f"{metric} for {', '.join(tasks)}" for metric, tasks in by_metric.items() if tasks]

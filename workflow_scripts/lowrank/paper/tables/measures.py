@@ -65,7 +65,7 @@ def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> li
     measures: list[Measure] = []
     for name, suite in context.suites.items():
         if isinstance(suite, ZeroShotSuite):
-            measures += [_task_measure(name, task) for task in (suite.tasks if tasks == "each" else ())]
+            measures += [_task_measure(name, task) for task in (in_order(suite.tasks) if tasks == "each" else ())]
             measures.append(_average_measure(name))
         elif isinstance(suite, PerplexitySuite):
             measures += [_corpus_measure(name, corpus) for corpus in suite.corpora]
@@ -76,6 +76,12 @@ def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> li
         else replace(measure, key=f"{measure.suite}.{measure.key}", group=f"{measure.group}: {measure.suite}")
         for measure in measures
     ]
+
+
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """The paper's tasks in the paper's order, then others by name; the order of keys in a config means nothing."""
+    known = list(TASK_TITLES)
+    return sorted(tasks, key=lambda task: (known.index(task) if task in known else len(known), task))
 
 
 def match_corpora(measures: Sequence[Measure], columns: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,0 +1,260 @@
+"""What methods say of a model's shapes before anything runs: the config check refuses what they would refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fit import shapes
+from wrong import BASE, Change, changed, errors_of
+
+from lowrank.branches import Structure
+from lowrank.budget import Budget
+from lowrank.config.presets import Calibration, MethodSettings
+from lowrank.config.sources import ModelShape
+from lowrank.config.study import Study
+from lowrank.errors import RankwiseError
+from lowrank.layout import Layout
+from lowrank.methods import asvd, flap, llm_pruner, slicegpt
+from lowrank.reach import candidate_ranks
+from lowrank.sensitivity_search import Trial, cut_trials
+from lowrank.slicing import sliced_parameters
+from lowrank.structured import lowest_removal, lowest_units
+
+CALIBRATION = Calibration(corpora=["c"], windows=16, length=64)
+PRUNED = {"kind": "llm-pruner", "calibration": "c4-32", "skip_first": 1, "skip_last": 0}
+
+
+def misfits(method: MethodSettings, shape: ModelShape, ratio: int) -> list[tuple[str, str]]:
+    return list(method.misfits(Budget.of(shape), ratio, CALIBRATION))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=shapes(),
+    ratio=st.integers(1, 90),
+    layout=st.sampled_from(["AL-AM", "UL-UM", "UL-MM", "AL-MM"]),
+    heads=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
+def test_flap_is_refused_if_and_only_if_it_would_fail(
+    shape: ModelShape, ratio: int, layout: str, heads: int, seed: int
+) -> None:
+    some = {"remove_heads": heads} if layout.endswith("MM") else {}
+    method = flap.Settings(kind="flap", calibration="c", structure=layout, **some)
+    budget = Budget.of(shape)
+    structure, allowed = Structure.of(budget), budget.allowed(ratio)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {place: torch.rand(branch.units, generator=generator) for place, branch in structure.places()}
+    removed = None
+    try:
+        fixed = flap.fixed_removal(method, structure, allowed)
+        if not isinstance(fixed, int):
+            removed = fixed
+        elif layout == "AL-AM":
+            removed = lowest_removal(structure, scores, allowed)
+        else:
+            groups = lowest_units(structure, {p: v for p, v in scores.items() if p[1] == "attention"}, fixed)
+            neurons = {p: v for p, v in scores.items() if p[1] == "mlp"}
+            removed = lowest_removal(structure, neurons, allowed, groups)
+    except RankwiseError:
+        pass
+    found = misfits(method, shape, ratio)
+    if found and removed is not None:  # what the check alone knows: no branch may be pruned further than this
+        pytest.fail(f"refused although it works: {found}")
+    if removed is None and not found:
+        # Biases come with every block that loses heads, and how many do is a matter of the scores: AL-MM alone.
+        assert layout == "AL-MM"
+        biases = shape.layers * structure.attention.added_bias
+        most = {place: branch.most for place, branch in structure.places() if branch is structure.mlp}
+        assert structure.remaining(most) - heads // structure.heads_per_group * structure.attention.cost + biases > (
+            allowed
+        )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=shapes(),
+    ratio=st.integers(1, 90),
+    first=st.integers(0, 2),
+    last=st.integers(0, 1),
+    own=st.sampled_from([None, 0.25, 0.9, 0.99]),
+)
+def test_llm_pruner_is_refused_if_and_only_if_it_would_fail(
+    shape: ModelShape, ratio: int, first: int, last: int, own: float | None
+) -> None:
+    some = {"skip_first": first, "skip_last": last, "own_ratio": own}
+    method = llm_pruner.Settings(kind="llm-pruner", calibration="c", **some)
+    budget = Budget.of(shape)
+    structure = Structure.of(replace(budget, adds_bias=False))
+    try:
+        counts = llm_pruner.removal(structure, method, budget.allowed(ratio))
+        assert own is not None or structure.remaining(counts) <= budget.allowed(ratio)
+        possible = True
+    except RankwiseError:
+        possible = False
+    assert (not misfits(method, shape, ratio)) == possible
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=shapes(), ratio=st.integers(1, 90), share=st.sampled_from([None, 0.2, 0.9, 0.99]))
+def test_slicegpt_is_refused_if_and_only_if_it_would_fail(shape: ModelShape, ratio: int, share: float | None) -> None:
+    method = slicegpt.Settings(kind="slicegpt", calibration="c", slice=share)
+    budget = Budget.of(shape)
+    found = misfits(method, shape, ratio)
+    if share is None:
+        narrowest = (shape.hidden, *[min(8, shape.hidden)] * (2 * shape.layers - 1), shape.hidden)
+        assert bool(found) == (sliced_parameters(budget, narrowest) > budget.allowed(ratio))
+    else:
+        assert bool(found) == ((1 - share) * shape.hidden < 8 - 1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=shapes(),
+    ratio=st.integers(1, 90),
+    kept=st.lists(st.sampled_from([0.1, 0.4, 0.6, 0.9]), min_size=1, unique=True),
+    block=st.booleans(),
+)
+def test_asvd_is_refused_if_and_only_if_its_search_would_fail(
+    shape: ModelShape, ratio: int, kept: list[float], block: bool
+) -> None:
+    method = asvd.Settings(kind="asvd", calibration="c", kept=kept, identity_block=block)
+    budget = replace(Budget.of(shape), adds_bias=False, identity_block=block)
+    ranks = candidate_ranks(budget, kept, ())
+    trials = [Trial(name, rank, 1.0 / rank) for name, tried in ranks.items() for rank in tried]
+    try:
+        cut_trials(trials, budget, ratio)
+        possible = True
+    except RankwiseError:
+        possible = False
+    assert (not misfits(method, shape, ratio)) == possible
+
+
+def study(method: dict[str, Any], ratio: int, *changes: Change) -> list[str]:
+    """The messages for the quickstart with one more method, in a table of its own row."""
+    row = {"model": "smollm2-135m", "method": "other", "ratio": ratio}
+    added: list[Change] = [(("methods", "other"), method), (("tables", "table_8", "rows", 0), row)]
+    return errors_of(changed(*added, *changes))
+
+
+ROW = "tables.table_8.rows[0].ratio"
+SHAPE = "model 'smollm2-135m'"
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "message"),
+    [
+        (
+            {**PRUNED, "skip_first": 4, "skip_last": 20, "sequences": 8},
+            30,
+            f"{ROW}: removing 30 % is out of reach: pruning 6 of 30 blocks down to 1 key/value head and 8 neurons each "
+            f"leaves 81.7 %; remove less, or prune more blocks (`skip_first: 4`, `skip_last: 20`) (`methods.other`, "
+            f"{SHAPE})",
+        ),
+        (
+            {**PRUNED, "skip_first": 20, "skip_last": 10},
+            20,
+            "methods.other.skip_first: llm-pruner: `skip_first: 20` and `skip_last: 10` leave none of 30 blocks to "
+            f"prune; lower them ({SHAPE})",
+        ),
+        (
+            {**PRUNED, "own_ratio": 0.999},
+            20,
+            "methods.other.own_ratio: llm-pruner: `own_ratio: 0.999` leaves 0 of 3 units of the attention branch; "
+            f"at least 1 must stay ({SHAPE})",
+        ),
+        (
+            {**PRUNED, "sequences": 33},
+            20,
+            "methods.other.sequences: `sequences: 33` of `length: 64` are more than the calibration 'c4-32' has (32 of "
+            f"256 tokens); calibrate on more, or take fewer ({SHAPE})",
+        ),
+        (
+            {**PRUNED, "length": 300},
+            20,
+            "methods.other.sequences: `sequences: 10` of `length: 300` are more than the calibration 'c4-32' has (32 "
+            f"of 256 tokens); calibrate on more, or take fewer ({SHAPE})",
+        ),
+        (
+            {"kind": "flap", "calibration": "c4-32", "structure": "UL-MM", "remove_heads": 90},
+            3,
+            "methods.other.remove_heads: flap: `remove_heads: 90` alone removes more than 3 %; remove fewer heads "
+            f"({SHAPE})",
+        ),
+        (
+            {"kind": "flap", "calibration": "c4-32", "structure": "AL-MM", "remove_heads": 4},
+            20,
+            "methods.other.remove_heads: flap: `remove_heads: 4` must be a multiple of 3: query heads go together with "
+            f"the key/value head that they share ({SHAPE})",
+        ),
+        (
+            {"kind": "slicegpt", "calibration": "c4-32", "slice": 0.99},
+            20,
+            f"methods.other.slice: `slice: 0.99` leaves fewer than 8 of 576 channels; cut less ({SHAPE})",
+        ),
+        (
+            {"kind": "asvd", "calibration": "c4-32", "kept": [0.9]},
+            20,
+            f"{ROW}: removing 20 % is out of reach: the smallest ranks that are tried keep 89.5 %; add smaller ratios "
+            f"to `kept`, or remove less (`methods.other`, {SHAPE})",
+        ),
+    ],
+)
+def test_it_says_where_why_and_what_to_do(method: dict[str, Any], ratio: int, message: str) -> None:
+    assert study(method, ratio) == [message]
+
+
+def test_a_model_too_small_to_be_pruned_or_sliced_so_far() -> None:
+    small = {**BASE["models"]["smollm2-135m"]["shape"], "hidden": 64, "intermediate": 64, "heads": 1, "kv_heads": 1}
+    change = (("models", "smollm2-135m", "shape"), small)
+    assert errors_of(changed(change)) == [], "the quickstart's own methods fit, so that what follows is of one method"
+    (message,) = study({"kind": "flap", "calibration": "c4-32"}, 50, change)
+    assert message == (
+        f"{ROW}: removing 50 % is out of reach: pruning 30 of 30 blocks down to 1 key/value head and 8 neurons each "
+        f"leaves 62.7 %; remove less (`methods.other`, {SHAPE})"
+    )
+    (message,) = study({"kind": "slicegpt", "calibration": "c4-32"}, 90, change)
+    assert message.startswith(f"{ROW}: SliceGPT cannot remove 90 %: the first layers read"), message
+    assert message.endswith(f"remove less (`methods.other`, {SHAPE})")
+
+
+def test_a_magnitude_needs_no_windows() -> None:
+    assert study({**PRUNED, "importance": "l1", "sequences": 99}, 20) == []
+    assert study({**PRUNED, "importance": "param_mix", "sequences": 99}, 20) != []
+
+
+def test_what_two_rows_do_wrong_in_the_same_way_is_said_once() -> None:
+    rows = [{"model": "smollm2-135m", "method": "other", "ratio": ratio} for ratio in (20, 30)]
+    raw = changed((("methods", "other"), {**PRUNED, "sequences": 33}), (("tables", "table_8", "rows"), rows))
+    assert len(errors_of(raw)) == 1
+
+
+# --- whether the seed decides what comes out ---
+
+
+@pytest.mark.parametrize(
+    ("preset", "random"),
+    [
+        ({"kind": "dense"}, False),
+        ({"kind": "svd"}, False),
+        ({"kind": "lord", "calibration": "c4-32", "covariance": "naive"}, False),
+        ({"kind": "asvd", "calibration": "c4-32"}, False),
+        ({"kind": "asvd", "calibration": "c4-32", "decomposition": "randomised"}, True),
+        ({"kind": "flap", "calibration": "c4-32"}, False),
+        (PRUNED, False),
+        ({**PRUNED, "importance": "random"}, True),
+        (BASE["methods"]["bolaco-5x1"], True),
+    ],
+)
+def test_a_method_says_whether_the_seed_decides(preset: dict[str, Any], random: bool) -> None:
+    raw = changed((("methods", "other"), preset), (("seeds",), [3, 5, 8]))
+    layout = Layout(Study.model_validate(raw))
+    assert layout.seeds("other", "none") == ([3, 5, 8] if random else [3])
+    assert layout.seeds("other", "scales") == [3, 5, 8]
+    files = layout.evaluations("smollm2-135m", "other", 20, "none", "held-out")
+    assert [file.split("/")[-2] for file in files] == [f"seed{seed}" for seed in ([3, 5, 8] if random else [3])]

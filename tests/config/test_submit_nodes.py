@@ -1,0 +1,50 @@
+"""What is submitted when jobs get several GPUs, and post-training several nodes, by the profile of docs/cluster.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from test_submit import QUICKSTART, jobs_of, plan_small
+from wrong import REPOSITORY
+
+from lowrank.config.load import load_study
+from lowrank.needs import memory_request
+from lowrank.resources import Estimator
+
+SHARED = {"collect_statistics", "collect_gradients", "post_train", "evaluate_perplexity", "evaluate_zero_shot"}
+
+
+def written_profile() -> dict[str, dict[str, object]]:
+    """The last profile of the page that mentions nodes."""
+    page = (REPOSITORY / "docs/cluster.md").read_text(encoding="utf-8")
+    (found,) = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "nodes: 2" in text]
+    profile: dict[str, dict[str, object]] = yaml.safe_load(found)
+    return profile
+
+
+def test_several_gpus_go_to_those_who_share_and_nodes_to_post_training(tmp_path: Path) -> None:
+    profile = written_profile() | {"default-resources": {"gpus_per_job": 4, "launcher": "deepspeed"}}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/profile.yaml").write_text(yaml.safe_dump(profile))
+    arguments = ("--profile", str(tmp_path / "site"))
+    estimator = Estimator(load_study(QUICKSTART))
+    seen = set()
+    for job, _ in jobs_of(plan_small(tmp_path, *arguments)):
+        need = estimator.need(job["rule"], job.get("wildcards", {}))
+        if job["local"] or not need.gpu:
+            continue
+        seen.add(job["rule"])
+        asked, line = job["resources"], job["line"]
+        assert asked["launcher"] == "deepspeed"
+        expected = 8 if job["rule"] == "post_train" else 4 if job["rule"] in SHARED else 1
+        assert f" --gpus={expected}" in line, line
+        assert f" --nodes={2 if job['rule'] == 'post_train' else 1} " in line, line
+        # Memory is that of one node, where each process loads the model.
+        assert asked["mem_mb"] == memory_request(need, min(expected, 4)), job
+        if job["rule"] == "post_train":
+            assert " --ntasks-per-node=4 " in line
+            assert " --gpus-per-node=4 " in line
+            assert asked["mpi"] == "srun"
+    assert {"post_train", "collect_statistics", "compute_bases", "evaluate_perplexity"} <= seen

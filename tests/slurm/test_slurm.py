@@ -1,0 +1,233 @@
+"""A tiny study on a real SLURM by the literal `--profile slurm`, undisturbed and through every fault.
+
+After the recovery that docs/cluster.md names, its tables must be those of the undisturbed run, and no file may ever be
+seen under its own name unless it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import CPU_NODE, Cluster, Job, until
+from slurm_study import GPUS_IN_FLIGHT, Study
+from watcher import watched
+
+pytestmark = pytest.mark.slurm
+
+ON_PROCESSORS = {"sample_calibration", "compress_model"}
+"""Rules that need no GPU; compression does if it decomposes weights, as SVD does."""
+ON_GPUS = {
+    *("collect_statistics", "collect_gradients", "compute_bases", "select_validation", "measure_sensitivity"),
+    *("search_allocation", "compress_model", "post_train"),
+    *("evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost", "evaluate_generation"),
+}
+ALLOCATION = "allocation/tiny/bolaco/20/seed0"
+
+
+def most_at_once(jobs: list[Job]) -> int:
+    """The most GPUs that jobs held at the same time."""
+    return max(sum(other.gpus for other in jobs if other.started <= job.started < other.ended) for job in jobs)
+
+
+# --- undisturbed ---
+
+
+def test_the_study_is_finished_and_nothing_is_left_to_do(undisturbed: Study) -> None:
+    assert os.readlink(undisturbed.clone / "slurm") == "profiles/slurm"
+    assert len(undisturbed.tables()) == 4 * 4
+    assert (undisturbed.run / "report.html").is_file()
+    assert not undisturbed.leftovers()
+    assert {job.state for job in undisturbed.first} == {"COMPLETED"}
+    assert "Nothing to be done" in undisturbed.snakemake()
+
+
+def test_rules_go_where_their_resources_are(undisturbed: Study) -> None:
+    assert {job.rule for job in undisturbed.first if not job.gpus} == ON_PROCESSORS
+    assert {job.rule for job in undisturbed.first if job.gpus} == ON_GPUS
+    for job in undisturbed.first:
+        assert job.partition == ("accelerators" if job.gpus else "processors"), job
+        assert job.gpus <= 1, job
+    assert most_at_once(undisturbed.first) <= GPUS_IN_FLIGHT
+
+
+def test_each_log_names_interpreter_job_torch_and_device(undisturbed: Study) -> None:
+    for job in undisturbed.first:
+        log = undisturbed.log(job)
+        assert f"{job.rule}: Python {sys.version.split()[0]} ({sys.executable}), host " in log
+        assert f"SLURM job {job.number}, " in log
+        assert ("1 GPU asked for" in log) == bool(job.gpus), log
+        assert f"torch {version('torch')}" in log, log
+
+
+# --- faults of jobs and nodes, in one run ---
+
+
+def test_jobs_that_fail_are_cancelled_run_out_of_time_or_memory_or_lose_their_node(
+    undisturbed: Study, cluster: Cluster, tmp_path: Path
+) -> None:
+    """One fault for each of five jobs; the retries of the profile and SLURM's requeueing are the whole recovery."""
+    study = undisturbed.copy(tmp_path, "evaluation/tiny/svd", "compressed/tiny/rankwise", "evaluation/tiny/rankwise")
+    study.write_site(
+        set_resources={
+            # A GPU that is not there: the first try may not compute on the processor instead.
+            "evaluate_cost": {"device": "'gpu' if attempt == 1 else 'cpu'"},
+            "evaluate_generation": {"mem_mb": "350 if attempt == 1 else 3000"},
+        }
+    )
+
+    def cancel(job: Job) -> None:
+        cluster.order("scancel", job.number)
+
+    def run_out_of_time(job: Job) -> None:
+        cluster.order("scontrol", "update", f"JobId={job.number}", "EndTime=now")
+
+    def lose_node(job: Job) -> None:
+        cluster.lose(CPU_NODE)
+        until(lambda: cluster.state(job) == "PENDING", f"{job} to be queued again")
+        until(lambda: not cluster.steps(job), f"the processes of {job} to end")
+        cluster.bring_back(CPU_NODE)
+        cluster.order("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # SLURM would wait for 2 minutes
+
+    faults: dict[str, Callable[[Job], None]] = {
+        "evaluate_perplexity_wildcards_tiny_svd_20_none_0_held-out": cancel,
+        "evaluate_zero_shot_wildcards_tiny_svd_20_none_0_zero-shot": run_out_of_time,
+        "compress_model_wildcards_tiny_rankwise_20_0": lose_node,
+    }
+    deadline = time.monotonic() + 1800
+    with watched(study.run), study.head() as head:
+        while head.poll() is None:
+            assert time.monotonic() < deadline, study.said()[-6000:]
+            for job in study.jobs():
+                fault = job.comment.removeprefix("rule_")
+                if fault in faults and job.state == "RUNNING" and study.stage(job):
+                    study.freeze(job)
+                    faults.pop(fault)(job)
+            time.sleep(0.2)
+    assert not faults, f"these were never at work: {set(faults)}"
+    assert head.returncode == 0, study.said()[-6000:]
+    assert study.tables() == undisturbed.tables()
+    assert not study.leftovers()
+    assert most_at_once(study.jobs()) <= GPUS_IN_FLIGHT
+    check_tries(study)
+
+
+def check_tries(study: Study) -> None:
+    """What became of each job, and what the logs of those that failed say."""
+    tries: dict[str, list[Job]] = {}
+    for job in study.jobs():
+        tries.setdefault(job.comment, []).append(job)
+    states = sorted((jobs[0].rule, [job.state for job in jobs]) for jobs in tries.values())
+    assert states == [
+        ("compress_model", ["COMPLETED"]),  # started anew by SLURM, under its number
+        ("evaluate_cost", ["FAILED", "COMPLETED"]),
+        ("evaluate_generation", ["FAILED", "COMPLETED"]),
+        ("evaluate_perplexity", ["CANCELLED", "COMPLETED"]),
+        ("evaluate_perplexity", ["COMPLETED"]),  # of the checkpoint that was compressed again
+        ("evaluate_zero_shot", ["TIMEOUT", "COMPLETED"]),
+    ]
+    first = {jobs[0].rule: study.log(jobs[0]) for jobs in tries.values() if len(jobs) > 1}
+    assert "1 GPU was asked for, and this job sees none on " in first["evaluate_cost"]
+    assert "exceeded memory limit" in first["evaluate_generation"]
+    assert "DUE TO TIME LIMIT" in first["evaluate_zero_shot"]
+    second = {jobs[1].rule: study.log(jobs[1]) for jobs in tries.values() if len(jobs) > 1}
+    for rule in ("evaluate_perplexity", "evaluate_zero_shot"):  # they were killed, so that their locks remained
+        assert re.search(r"taking over the lock .* of a job that is gone \(SLURM job \d+", second[rule])
+
+
+# --- faults of the head ---
+
+
+def test_a_head_that_is_killed_interrupted_and_terminated(undisturbed: Study, cluster: Cluster, tmp_path: Path) -> None:
+    """SIGKILL during a search, SIGINT and SIGTERM during post-training, one after the other in one study."""
+    study = undisturbed.copy(tmp_path, ALLOCATION, "compressed/tiny/bolaco", "tuned", "evaluation/tiny/bolaco")
+    with watched(study.run):
+        orphan = kill_during_search(study, cluster)
+        refuse_a_second_writer(study, orphan)
+        cancel_orphans(study, cluster, orphan)
+        interrupt_post_training(study, cluster)
+        terminate_during_post_training(study, cluster)
+        study.snakemake()
+    assert study.tables() == undisturbed.tables()
+    assert (study.run / ALLOCATION / "trials.csv").read_bytes() == (
+        undisturbed.run / ALLOCATION / "trials.csv"
+    ).read_bytes()
+    assert found_allocation(study) == found_allocation(undisturbed)
+    assert not study.leftovers()
+
+
+def found_allocation(study: Study) -> dict[str, Any]:
+    found = json.loads((study.run / ALLOCATION / "allocation.json").read_text())
+    return {name: value for name, value in found.items() if name not in ("seconds", "environment")}
+
+
+def kill_during_search(study: Study, cluster: Cluster) -> Job:
+    """SIGKILL: the search, stopped after some evaluations, is left in the queue without a head."""
+    with study.head() as head:
+        job = study.at_work("search_allocation")
+
+        def evaluated() -> bool:
+            logs = list(study.run.glob(".state/search_allocation-*/trials.csv"))
+            return bool(logs) and logs[0].read_bytes().count(b"\n") > 2
+
+        until(evaluated, "some evaluations", every=0.005)
+        study.freeze(job)
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+    assert cluster.state(job) == "RUNNING"
+    assert not (study.run / ALLOCATION / "allocation.json").exists()
+    return job
+
+
+def refuse_a_second_writer(study: Study, orphan: Job) -> None:
+    """Who starts Snakemake again without cancelling the orphan is told of it by the second job."""
+    study.snakemake("--unlock")
+    study.snakemake("--retries", "0", fails=True)
+    (second,) = study.jobs()
+    assert second.state == "FAILED"
+    log = study.log(second)
+    assert f"allocation.json: another job writes it (SLURM job {orphan.number}, search_allocation, process " in log
+    assert f"`scancel {orphan.number}`" in log
+    assert "Traceback" not in log
+
+
+def cancel_orphans(study: Study, cluster: Cluster, orphan: Job) -> None:
+    """What docs/cluster.md says."""
+    cluster.order("scancel", "--name", orphan.name)
+    until(lambda: cluster.state(orphan) == "CANCELLED", "the orphan to end")
+
+
+def interrupt_post_training(study: Study, cluster: Cluster) -> None:
+    """Ctrl-C: the search goes on where it stood; the head cancels the jobs that run then."""
+    with study.head() as head:
+        job = study.at_work("post_train")
+        until(lambda: list(study.run.glob(".state/post_train-*/progress.json")), "a checkpoint", every=0.005)
+        study.freeze(job)
+        os.killpg(head.pid, signal.SIGINT)
+        assert head.wait(timeout=1800)
+    until(lambda: cluster.state(job) == "CANCELLED", f"{job} to be cancelled")
+    (search,) = [job for job in study.jobs() if job.rule == "search_allocation"]
+    assert re.search(r"search: [2-5] of 6 evaluations were finished before", study.log(search))
+    assert "taking over the lock" in study.log(search)
+    assert not (study.run / "tuned/tiny/bolaco/20/scales/seed0/manifest.json").exists()
+
+
+def terminate_during_post_training(study: Study, cluster: Cluster) -> None:
+    """SIGTERM: post-training goes on where it stood; the head waits for what runs, and submits nothing new."""
+    with study.head() as head:
+        job = study.at_work("post_train")
+        head.send_signal(signal.SIGTERM)
+        assert head.wait(timeout=1800)
+    assert cluster.state(job) == "COMPLETED"
+    assert re.search(r"going on after step [23] of 3", study.log(job))
+    assert (study.run / "tuned/tiny/bolaco/20/scales/seed0/manifest.json").exists()
+    assert not list((study.run / "evaluation/tiny/bolaco/20").glob("scales/seed0/*.json"))

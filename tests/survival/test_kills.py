@@ -1,0 +1,134 @@
+"""Killed twenty times at random, in a folder with a strange name and behind a link: the same tables, byte by byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import small
+from workshop import flip, snapshot
+
+KILLS = 20
+TRIALS = "tiny/bolaco/20/seed0/trials.csv"
+SECRET = "hf_" + "notARealTokenButNobodyMaySeeIt0"
+ODD = "größe 名 ; touch x & $(touch y) `touch z`"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nobody kills, and how long it took, in seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    small.write_study(folder)
+    started = time.monotonic()
+    small.succeeded(small.snakemake(folder))
+    return folder, time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def killed(undisturbed: tuple[Path, float], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same study after twenty kills, elsewhere, with a token in the environment and results on another disk."""
+    folder = tmp_path_factory.mktemp("killed") / ODD
+    small.write_study(folder)
+    disk = tmp_path_factory.mktemp("disk")
+    (folder / "results").symlink_to(disk, target_is_directory=True)
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(3 * KILLS):
+        if kills == KILLS:
+            break
+        if kill_after(folder, draw.uniform(0.04, 0.2) * undisturbed[1]):
+            kills += 1
+            small.succeeded(small.snakemake(folder, "--unlock"))
+        else:  # everything was finished before: make some of it again, with all that follows
+            lost = draw.choice(["statistics", "bases", "allocation", "compressed", "tuned", "evaluation"])
+            shutil.rmtree(folder / small.RUN / lost)
+    assert kills == KILLS
+    small.succeeded(small.snakemake(folder, HF_TOKEN=SECRET))
+    return folder
+
+
+def kill_after(folder: Path, seconds: float) -> bool:
+    """Start Snakemake, and kill it with all its jobs (SIGKILL) after a time; whether it was still at work."""
+    process = subprocess.Popen(
+        small.command(folder),
+        cwd=small.ROOT,
+        env=small.environment(HF_TOKEN=SECRET),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.communicate()
+        psutil.wait_procs(family, timeout=30)
+        return True
+    assert process.returncode == 0, said
+    return False
+
+
+def test_the_tables_are_those_of_an_undisturbed_run(undisturbed: tuple[Path, float], killed: Path) -> None:
+    expected = small.tables(undisturbed[0])
+    assert {name.partition(".")[0] for name in expected} == {"table_1", "table_7", "table_8"}
+    assert len(expected) == 12
+    assert small.tables(killed) == expected
+
+
+def test_so_are_the_weights_and_the_trials(undisturbed: tuple[Path, float], killed: Path) -> None:
+    expected = small.weights(undisturbed[0])
+    assert len(expected) == 2
+    assert small.weights(killed) == expected
+    trials = f"{small.RUN}/allocation/{TRIALS}"
+    assert (killed / trials).read_bytes() == (undisturbed[0] / trials).read_bytes()
+
+
+def test_damage_is_told_and_mended(undisturbed: tuple[Path, float]) -> None:
+    """Through Snakemake: one flipped bit stops the job that reads it, and what is made again is what was there."""
+    folder, _ = undisturbed
+    bases = folder / small.RUN / "bases/tiny/c/pooled/layers"
+    before, expected = snapshot(folder / small.RUN / "statistics"), small.tables(folder)
+    flip(bases / "layer_001.safetensors", -3)
+    failed = small.snakemake(folder, f"{small.RUN}/allocation/{TRIALS}", "--forcerun", "search_allocation")
+    said = failed.stdout + failed.stderr
+    assert failed.returncode == 1
+    assert "layer_001.safetensors: damaged, its content has not the checksum" in said
+    assert "Delete results/small/bases/tiny/c/pooled/layers and run the workflow again." in said
+    assert "Traceback" not in said
+    shutil.rmtree(bases)
+    small.succeeded(small.snakemake(folder))
+    assert small.tables(folder) == expected
+    assert snapshot(folder / small.RUN / "statistics") == before
+
+
+def test_nothing_is_left_over(killed: Path) -> None:
+    assert (killed / "results").is_symlink()
+    left = [path for path in (killed / small.RUN).rglob("*") if path.name.endswith(".tmp") or ".tmp" in path.name]
+    assert not left
+    assert not list((killed / small.RUN / ".state").glob("*"))
+    assert "Nothing to be done" in small.succeeded(small.snakemake(killed))
+
+
+def test_no_name_went_through_a_shell(killed: Path) -> None:
+    for folder in (killed, killed.parent, small.ROOT, killed / small.RUN):
+        assert not {"x", "y", "z"} & {path.name for path in folder.iterdir()}
+
+
+def test_the_token_is_in_no_file(killed: Path) -> None:
+    files = [path for top in (killed, killed / "results") for path in top.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]

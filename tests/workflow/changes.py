@@ -1,0 +1,318 @@
+"""Changes of a checkout, and the jobs that they concern: the table "what reruns when"."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clones import change_code, read_config, replace, write_config
+
+from lowrank.config.study import Study
+from lowrank.planned_jobs import Job
+
+Config = dict[str, Any]
+Concerns = Callable[[Job, Study], bool]
+CONFIGS = ("quickstart", "mini-paper", "paper")
+PARAMS, INPUT, MISSING = "Params have changed", "Updated input files", "Missing output files"
+
+# --- which jobs a change concerns ---
+
+
+def rule(*names: str) -> Concerns:
+    """All jobs of some rules."""
+    return lambda job, study: job.rule in names
+
+
+def nothing(job: Job, study: Study) -> bool:
+    """No job."""
+    return False
+
+
+def either(*several: Concerns) -> Concerns:
+    """Jobs that at least one of these concerns."""
+    return lambda job, study: any(concerns(job, study) for concerns in several)
+
+
+def unless(concerns: Concerns) -> Concerns:
+    """All jobs but some."""
+    return lambda job, study: not concerns(job, study)
+
+
+def method(kind: str) -> Concerns:
+    """Compressions by methods of some kind."""
+    return lambda job, study: job.rule == "compress_model" and study.method(job.wildcards["method"]).kind == kind
+
+
+def of_kind(what: str, kind: str) -> Concerns:
+    """Tables or figures of some kind."""
+    made_by = {"table": "make_table", "figure": "draw_figure"}[what]
+    return lambda job, study: job.rule == made_by and getattr(study, f"{what}s")[job.wildcards[what]].kind == kind
+
+
+def showing(suite: str) -> Concerns:
+    """Tables that show a suite."""
+    return lambda job, study: job.rule == "make_table" and suite in study.tables[job.wildcards["table"]].suites
+
+
+def having(name: str, **wildcards: str) -> Concerns:
+    """Jobs of a rule with some wildcards."""
+    return lambda job, study: job.rule == name and wildcards.items() <= job.wildcards.items()
+
+
+def searching(preset: str) -> Concerns:
+    """Searches by a preset, and what draws them with its settings."""
+
+    def concerns(job: Job, study: Study) -> bool:
+        if job.rule == "search_allocation":
+            return study.method(job.wildcards["method"]).search == preset
+        figure: Any = study.figures[job.wildcards["figure"]] if job.rule == "draw_figure" else None
+        return bool(figure and figure.kind == "search" and preset in [study.method(m).search for m in figure.methods])
+
+    return concerns
+
+
+RECORDS = rule("write_provenance", "write_report")
+"""Both hold the settings of what was used."""
+WITHOUT_TORCH = rule(
+    *("fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
+    *("make_table", "draw_figure", "write_provenance", "write_report"),
+)
+
+# --- changes ---
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that a user does to a checkout whose study is finished.
+
+    Attributes:
+        name: in words.
+        do: given the checkout and the name of the config.
+        concerns: the jobs that have a reason of their own to run again.
+        reason: what Snakemake says of them.
+        configs: for which it is tried.
+        arguments: further ones of Snakemake.
+    """
+
+    name: str
+    do: Callable[[Path, str], None]
+    concerns: Concerns
+    reason: str = PARAMS
+    configs: tuple[str, ...] = ("quickstart",)
+    arguments: tuple[str, ...] = ()
+
+
+def code(file: str, function: str) -> Callable[[Path, str], None]:
+    """A change of a function of the library."""
+    return lambda checkout, config: change_code(checkout, file, function)
+
+
+def text(file: str, old: str, new: str, times: int | None = None) -> Callable[[Path, str], None]:
+    """A change of some text."""
+    return lambda checkout, name: replace(checkout, file, old, new, times)
+
+
+def pin(package: str) -> Callable[[Path, str], None]:
+    """An upgrade of a package that the workflow is pinned to."""
+    return text("envs/requirements.txt", f"\n{package}==", f"\n{package}==9")
+
+
+def study(edit: Callable[[Config], Any]) -> Callable[[Path, str], None]:
+    """A change of the config."""
+
+    def do(checkout: Path, name: str) -> None:
+        content = read_config(checkout, name)
+        before = repr(content)
+        edit(content)
+        assert repr(content) != before
+        write_config(checkout, name, content)
+
+    return do
+
+
+def value(new: object, *keys: str) -> Callable[[Config], None]:
+    """Another value at some place of a config."""
+
+    def do(content: Config) -> None:
+        *sections, last = keys
+        place = content
+        for key in sections:
+            place = place[key]
+        place[last] = new
+
+    return do
+
+
+def comments(checkout: Path, name: str) -> None:
+    """Comments, docstrings, blank lines and line breaks in every file of code, and in the config."""
+    for path in [*(checkout / "workflow_scripts").rglob("*.py"), *(checkout / "rules").glob("*.smk")]:
+        content = path.read_text().replace("\n    return ", "\n\n    # as it should be\n    return ")
+        content = content.replace('"""The', '"""Here the').replace(" = (\n", " = (  # a comment\n")
+        path.write_text(f"{content}\n# The end.\n")
+    path = checkout / f"config/{name}.yaml"
+    path.write_text("\n# A comment.\n\n".join(path.read_text().split("\n\n")))
+
+
+def other_order(value: Any) -> Any:
+    """All mappings the other way round."""
+    if isinstance(value, dict):
+        return {key: other_order(value[key]) for key in reversed(value)}
+    return [other_order(each) for each in value] if isinstance(value, list) else value
+
+
+def reverse_keys(content: Config) -> None:
+    turned = other_order(content)
+    content.clear()
+    content.update(turned)
+
+
+def swap(content: Config, section: str, preset: str, one: str, other: str) -> None:
+    entry = content[section][preset]
+    entry[one], entry[other] = entry[other], entry[one]
+
+
+def add_unused(content: Config) -> None:
+    content["methods"]["never-asked-for"] = {"kind": "svd"}
+    content["search"]["never-run"] = {"evaluations": 7}
+    content["corpora"]["never-read"] = next(iter(content["corpora"].values())) | {"documents": [900, 901]}
+    content["suites"]["never-judged"] = {"kind": "cost"}
+
+
+def add_row(content: Config) -> None:
+    content["tables"]["table_7"]["rows"].append({"model": "smollm2-135m", "method": "lord", "ratio": 40})
+
+
+def add_suite(content: Config) -> None:
+    content["suites"]["shorter"] = content["suites"]["held-out"] | {"length": 64}
+    content["tables"]["table_1"]["suites"].append("shorter")
+
+
+def new_times(checkout: Path, name: str) -> None:
+    """A fresh clone, and results that were copied into it in any order."""
+    moments = random.Random(0)
+    for path in sorted(checkout.rglob("*")):
+        if ".snakemake" not in path.parts:
+            moment = moments.randrange(10**9, 17 * 10**8)
+            os.utime(path, (moment, moment))
+
+
+ALL = CONFIGS
+CHANGES = [
+    # code
+    Change("nothing", lambda checkout, name: None, nothing),
+    Change("comments and formatting", comments, nothing, configs=ALL),
+    Change("one method", code("lowrank/methods/svd.py", "compress"), method("svd"), configs=ALL),
+    Change("another method", code("lowrank/methods/lord.py", "compress"), method("lord"), configs=("paper",)),
+    Change("the search", code("lowrank/search.py", "search_allocation"), rule("search_allocation"), configs=ALL),
+    Change(
+        "what searches, selections and uniform allocations share",
+        code("lowrank/search_space.py", "SearchSpace.ranks"),
+        either(rule("search_allocation", "select_validation"), method("svd"), method("lord")),
+    ),
+    Change("the choice of windows", code("lowrank/validation.py", "select_windows"), rule("select_validation")),
+    Change("bases", code("lowrank/block_bases.py", "bases_of_block"), rule("compute_bases")),
+    Change("training", code("lowrank/post_training/train.py", "train"), rule("post_train")),
+    Change("perplexity", code("lowrank/evaluation/perplexity.py", "evaluate_corpora"), rule("evaluate_perplexity")),
+    Change(
+        "one kind of figure",
+        code("lowrank/paper/figures/perplexity.py", "draw_perplexity"),
+        of_kind("figure", "perplexity"),
+        configs=("quickstart", "paper"),
+    ),
+    Change("the style of figures", code("lowrank/paper/figures/style.py", "save_figure"), rule("draw_figure")),
+    Change(
+        "one kind of table",
+        code("lowrank/paper/tables/statistics.py", "build_statistics"),
+        of_kind("table", "statistics"),
+        configs=("quickstart", "paper"),
+    ),
+    Change(
+        "a template",
+        text("workflow_scripts/lowrank/paper/templates/table.tex.j2", "toprule", "midrule"),
+        rule("make_table"),
+    ),
+    Change("the frame of stages", code("lowrank/stage.py", "run_stage"), nothing),
+    # the schema
+    Change("a check", code("lowrank/config/presets.py", "Search._initial_points_fit"), nothing),
+    Change(
+        "a default that the config leaves out",
+        text("workflow_scripts/lowrank/config/suites.py", "repeats: Positive = 3", "repeats: Positive = 4"),
+        either(rule("evaluate_cost"), showing("cost"), RECORDS),
+        configs=("quickstart", "paper"),
+    ),
+    Change(
+        "a default that the config states",
+        text("workflow_scripts/lowrank/config/suites.py", "new_tokens: Positive = 32", "new_tokens: Positive = 33"),
+        nothing,
+        configs=("quickstart", "paper"),
+    ),
+    Change(
+        "a default of a method that the config leaves out",
+        text("workflow_scripts/lowrank/methods/svd.py", "tuple[str, ...] = ()", 'tuple[str, ...] = ("v",)'),
+        either(method("svd"), RECORDS),
+    ),
+    # the config
+    Change(
+        "a swapped pair of values",
+        study(partial(swap, section="suites", preset="cost", one="prompt_tokens", other="new_tokens")),
+        either(rule("evaluate_cost"), showing("cost"), RECORDS),
+        configs=ALL,
+    ),
+    Change("another order of keys", study(reverse_keys), nothing, configs=ALL),
+    Change("unused presets", study(add_unused), nothing, configs=("quickstart", "paper")),
+    Change("another cache", study(value("elsewhere", "cache")), nothing),
+    Change("a licence", study(value("MIT", "models", "smollm2-135m", "license")), RECORDS),
+    Change(
+        "the title of a figure",
+        study(value("Other words", "figures", "figure_3", "title")),
+        either(having("draw_figure", figure="figure_3"), RECORDS),
+    ),
+    Change(
+        "a learning rate",
+        study(value(0.5, "tuning", "scales", "learning_rate")),
+        either(rule("post_train"), RECORDS),
+    ),
+    Change(
+        "the iterations of one search",
+        study(value(60, "search", "bo-50-forward-kl", "evaluations")),
+        either(searching("bo-50-forward-kl"), RECORDS),
+        configs=("paper",),
+    ),
+    Change(
+        "the groups of one covariance",
+        study(value(16, "covariance", "pooled-8", "groups")),
+        either(having("compute_bases", covariance="pooled-8"), RECORDS),
+    ),
+    Change(
+        "the windows of one calibration",
+        study(value(500, "calibration", "c4-512", "windows")),
+        either(having("sample_calibration", calibration="c4-512"), RECORDS),
+        configs=("paper",),
+    ),
+    Change("a new row", study(add_row), either(having("make_table", table="table_7"), RECORDS)),
+    Change("a table gains a suite", study(add_suite), either(having("make_table", table="table_1"), RECORDS)),
+    # elsewhere
+    Change(
+        "a published value",
+        text("config/published/table_8.csv", "\n", "\n# checked again\n", 1),
+        having("make_table", table="table_8"),
+        reason=INPUT,
+    ),
+    Change("a fresh clone with copied results", new_times, nothing, configs=ALL),
+    Change("torch in the pins", pin("torch"), unless(WITHOUT_TORCH), configs=ALL),
+    Change("matplotlib in the pins", pin("matplotlib"), rule("draw_figure")),
+    Change("pytest in the pins", pin("pytest"), nothing),
+    Change(
+        "what jobs are given",
+        lambda checkout, name: None,
+        nothing,
+        arguments=("--set-resources", "collect_statistics:layers_per_pass=3", "--set-threads", "post_train=2"),
+    ),
+    Change("one machine", lambda checkout, name: None, nothing, arguments=("--profile", "profiles/local")),
+    Change("a cluster", lambda checkout, name: None, nothing, arguments=("--profile", "profiles/slurm")),
+]

@@ -1,0 +1,148 @@
+"""Clones of this repository whose study looks finished, changes of them, and what Snakemake would run then.
+
+Nothing is computed: small files stand for the results, and Snakemake writes its own records of them (`--touch`). Every
+dry run is Snakemake's own command line, in a process of its own that starts from one in which Snakemake is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+PARTS = ("Snakefile", "rules", "config", "profiles", "envs", "workflow_scripts")
+LARGE = 1_100_000
+"""Bytes of a pretended file of tensors: more than Snakemake compares by content unless told to."""
+
+
+class Rerun(NamedTuple):
+    """A job that would run."""
+
+    rule: str
+    wildcards: dict[str, str]
+    reason: str
+
+
+def pool() -> ProcessPoolExecutor:
+    """Two processes at a time, each for one task."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["snakemake.cli"])
+    return ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1)
+
+
+def clone(source: Path, target: Path) -> Path:
+    """A copy of a checkout with the times of all files; of this repository without its results, else with them."""
+    for part in (*PARTS, *(() if source == REPOSITORY else ("results", ".snakemake"))):
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "log"))
+        elif (source / part).is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / part, target / part)
+    return target
+
+
+# --- in processes of their own ---
+
+
+def pretend_finished(checkout: Path, config: str) -> None:
+    """Put small files in place of all results of a config, and let Snakemake record them as made."""
+    from snakemake.executors import dryrun, touch
+
+    outputs: list[tuple[str, bool]] = []
+    run_job = dryrun.Executor.run_job
+
+    def remember(self: dryrun.Executor, job: Any) -> None:
+        outputs.extend((str(file), file.is_directory) for file in job.output)
+        run_job(self, job)
+
+    dryrun.Executor.run_job = remember  # type: ignore[method-assign]
+    _silence(checkout)
+    _snakemake(checkout, config, "--dry-run")
+    for name, is_folder in outputs:
+        path = checkout / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_folder:
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_text(f"in place of {name}\n")
+            if path.suffix == ".safetensors":
+                os.truncate(path, LARGE)
+    touch.Executor.SLEEPING_TIME = 0  # type: ignore[assignment]
+    _snakemake(checkout, config, "--touch", "--forceall")
+
+
+def reruns(checkout: Path, config: str, *arguments: str) -> list[Rerun]:
+    """What a dry run would run, without the target."""
+    _silence(checkout)
+    from why import planned
+
+    command = _command(checkout, config)
+    return [Rerun(job.rule, job.wildcards, job.reason) for job in planned([*command, *arguments]) if job.output]
+
+
+def _command(checkout: Path, config: str) -> list[str]:
+    os.chdir(checkout)
+    return ["--cores", "1", "--snakefile", "Snakefile", "--configfile", f"config/{config}.yaml"]
+
+
+def _snakemake(checkout: Path, config: str, *arguments: str) -> None:
+    import snakemake.cli
+
+    try:
+        snakemake.cli.main([*_command(checkout, config), *arguments])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def _silence(checkout: Path) -> None:
+    """Import the checkout's own library, and write what Snakemake says to a file."""
+    assert "lowrank" not in sys.modules
+    sys.path.insert(0, str(checkout / "workflow_scripts"))
+    said = os.open(checkout / "snakemake.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+
+
+# --- changes ---
+
+
+def replace(checkout: Path, file: str, old: str, new: str, times: int | None = None) -> None:
+    """Another text in a file, in the first so many places; by default in the only one."""
+    path = checkout / file
+    text = path.read_text()
+    assert text.count(old) >= (times or 1), f"{file}: {old!r} stands there {text.count(old)} times"
+    assert times or text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
+    path.write_text(text.replace(old, new, times or 1))
+
+
+def change_code(checkout: Path, file: str, function: str) -> None:
+    """A statement more at the beginning of a function (or of a class's method, `Class.method`)."""
+    path = checkout / "workflow_scripts" / file
+    lines = path.read_text().splitlines(keepends=True)
+    body: list[ast.stmt] = ast.parse("".join(lines)).body
+    for name in function.split("."):
+        (found,) = [each for each in body if getattr(each, "name", None) == name]
+        body = found.body  # type: ignore[attr-defined]
+    last = body[-1]
+    lines.insert(last.lineno - 1, f"{' ' * last.col_offset}assert True\n")
+    path.write_text("".join(lines))
+
+
+def read_config(checkout: Path, config: str) -> dict[str, Any]:
+    """The YAML as it stands."""
+    content: dict[str, Any] = yaml.safe_load((checkout / f"config/{config}.yaml").read_text())
+    return content
+
+
+def write_config(checkout: Path, config: str, content: dict[str, Any]) -> None:
+    """Another YAML."""
+    (checkout / f"config/{config}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -1,0 +1,109 @@
+"""What reruns when: for each change the jobs of a dry run, no more and no less, and why Snakemake says that they run.
+
+`changes.py` says which jobs a change concerns by itself; what follows from them is looked up in `lowrank.planned_jobs`,
+which works out from the config alone who waits for whom.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from changes import CHANGES, MISSING, Change
+from clones import REPOSITORY, Rerun, clone, pool, pretend_finished, reruns
+
+from lowrank.config.load import load_study
+from lowrank.config.study import Study
+from lowrank.planned_jobs import Job, planned_jobs
+from lowrank.reasons import BY_ANOTHER_JOB
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change in its own checkout, and the dry run of it."""
+
+    checkout: Path
+    before: Study
+    dry_run: Future[list[Rerun]]
+
+
+CASES = [(change, name) for change in CHANGES for name in change.configs]
+
+
+@pytest.fixture(scope="module")
+def tried(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[tuple[str, str], Tried]]:
+    """All changes, each in a clone of its own; two dry runs at a time."""
+    folder = tmp_path_factory.mktemp("clones")
+    cases = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
+    wanted = dict.fromkeys(cases)
+    source = clone(REPOSITORY, folder / "source")
+    with pool() as processes:
+        names = {name for _, name in wanted}
+        finished = {name: clone(source, folder / f"finished-{name}") for name in sorted(names)}
+        pending = {name: processes.submit(pretend_finished, place, name) for name, place in finished.items()}
+        found = {}
+        for change, name in wanted:
+            pending[name].result()
+            place = clone(finished[name], folder / f"{name}-{change.name}")
+            change.do(place, name)
+            study = load_study(finished[name] / f"config/{name}.yaml")
+            found[change.name, name] = Tried(place, study, processes.submit(reruns, place, name, *change.arguments))
+        yield found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}: {case[0].name}")
+def test_what_reruns(case: tuple[Change, str], tried: dict[tuple[str, str], Tried]) -> None:
+    change, name = case
+    this = tried[change.name, name]
+    jobs = planned_jobs(load_study(this.checkout / f"config/{name}.yaml"))
+    new = jobs.keys() - planned_jobs(this.before).keys()
+    concerned = {job for job in jobs if change.concerns(job, this.before)} | new
+    expected = set(concerned)
+    for job, after in jobs.items():  # each stands after those that it waits for
+        if expected.intersection(after):
+            expected.add(job)
+    found = {Job.of(rerun.rule, **rerun.wildcards): rerun.reason for rerun in this.dry_run.result()}
+    assert found.keys() == expected
+    for job in concerned:  # Snakemake does not look further once it knows that an input is made again
+        reason = MISSING if job in new else BY_ANOTHER_JOB if expected.intersection(jobs[job]) else change.reason
+        assert found[job].startswith(reason), job
+
+
+NAMED = {change.name: change for change in CHANGES}
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "words"),
+    [
+        (
+            (NAMED["a learning rate"], "quickstart"),
+            "",
+            ["post_train, model smollm2-135m", "    `tuning.learning_rate` was 0.01, and is 0.5", "1 evaluate_cost"],
+        ),
+        (
+            (NAMED["the search"], "quickstart"),
+            "results/quickstart/tables/table_8.csv",
+            ["5 jobs would run.", "search_allocation, model", "    the code that it runs has changed", "1 make_table"],
+        ),
+        ((NAMED["comments and formatting"], "quickstart"), "", ["Nothing would run"]),
+    ],
+    ids=["all", "a target", "nothing"],
+)
+def test_make_why(case: tuple[Change, str], target: str, words: list[str], tried: dict[tuple[str, str], Tried]) -> None:
+    """The command behind `make why`, without the set-up of an environment."""
+    makefile = ["make", "--dry-run", "--assume-old=setup", "why", "CONFIG=config/quickstart.yaml", f"TARGET={target}"]
+    line = subprocess.run(makefile, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable if word == "python" else word for word in shlex.split(line)]
+    place = tried[case[0].name, case[1]].checkout
+    run = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for part in words:
+        assert part in run.stdout

@@ -1,0 +1,103 @@
+"""What made an artefact: a record of each finished job, beside the results.
+
+`results/<run>/records/<rule>/<as its log>.json` tells of all outputs of the job, tables and figures included. No stage
+reads it, so nothing runs again because of it; `provenance.json` and `make why` do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank.files import digest_of, read_record, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import Snakemake
+
+CODE = ("code", "packages")
+"""Settings that are about code, not about the study."""
+LOGS, RECORDS = "/logs/", "/records/"
+
+
+def record_file(log: str) -> Path | None:
+    """Where the record of a job is, by its log file; None if it has none."""
+    before, found, name = log.rpartition(LOGS)
+    return Path(f"{before}{RECORDS}{name}").with_suffix(".json") if found else None
+
+
+def write_job_record(job: Snakemake, project: Path) -> None:
+    """Record what a finished job was made from.
+
+    Args:
+        job: with its outputs in place.
+        project: the checkout whose code it ran.
+
+    Raises:
+        RankwiseError: it cannot be written.
+    """
+    path = record_file(str(job.log[0])) if len(job.log) else None
+    if path is not None:
+        write_json(path, describe_job(job, project))
+
+
+def describe_job(job: Snakemake, project: Path) -> dict[str, Any]:
+    """The record's content: paths are as the workflow has them, folders are told by the manifests beside them."""
+    from lowrank.paper.provenance import git_state
+
+    settings: dict[str, Any] = job.params.get("settings", {})
+    pins: dict[str, str] = settings.get("packages", {})
+    return {
+        "rule": job.rule,
+        "wildcards": {name: str(value) for name, value in job.wildcards.items()},
+        "config_digest": digest_of({key: value for key, value in settings.items() if key not in CODE}),
+        "code": settings.get("code"),
+        "pins": pins,
+        "git": git_state(project),
+        "inputs": _checksums(job.input),
+        "outputs": _checksums(job.output),
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in pins},
+        "device": device_name(),
+        "machine": {"system": sys.platform, "architecture": platform.machine(), "threads": job.threads},
+    }
+
+
+def device_name() -> str:
+    """The accelerator of this process, as far as it has loaded torch; else `cpu`."""
+    torch: Any = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else "cpu"
+
+
+def records_of(artefacts: Iterable[str | Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """Artefact -> the record of the job that made it; one that has changed since then, or has no record, is left out.
+
+    Args:
+        artefacts: paths as the workflow has them.
+        folder: of the records of a run.
+
+    Raises:
+        RankwiseError: a record is damaged.
+    """
+    wanted = {os.path.normpath(path) for path in artefacts}
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.rglob("*.json")):
+        record = read_record(file)
+        for path, checksum in record["outputs"].items():
+            if os.path.normpath(path) in wanted and sha256_file(path) == checksum:
+                found[path] = record
+    return found
+
+
+def _checksums(paths: Iterable[Any]) -> dict[str, str]:
+    return {str(path): sha256_file(path) for path in paths if os.path.isfile(path)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
