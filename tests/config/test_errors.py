@@ -26,8 +26,8 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
         ("search", "bo-10", "estimator"),
         "naive",
         "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, "
-        "kl_direction, kl_reduction, kl_weight, length_scales, lower, random_share, response, rounding, start, "
-        "start_at, upper)",
+        "kl_direction, kl_reduction, kl_weight, largest_scale, length_scales, lower, random_share, response, "
+        "rounding, start, start_at, upper, variables)",
     ),
     ((*SHAPE, "layer"), 3, "models.smollm2-135m.shape.layer: unknown key - did you mean 'layers'?"),
     ((*SOURCE, "sha"), "0", "models.smollm2-135m.source.sha: unknown key - did you mean 'sha256'?"),
@@ -56,8 +56,8 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("tables", "table_1", "kind"),
         "accurracy",
-        "tables.table_1.kind: 'accurracy' is not one of accuracy, statistics, times, allocations, generations, "
-        "agreement, arithmetic - did you mean 'accuracy'?",
+        "tables.table_1.kind: 'accurracy' is not one of accuracy, differences, statistics, times, allocations, "
+        "generations, agreement, arithmetic - did you mean 'accuracy'?",
     ),
     (
         ("suites", "cost", "kind"),

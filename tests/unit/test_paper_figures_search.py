@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from snakemake.iocontainers import OutputFiles
 
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, Row, SearchFigure, SensitivityFigure
 from lowrank.errors import RankwiseError
@@ -276,7 +277,7 @@ def test_the_stage_writes_three_files_of_every_kind(kind: str, lines: int, tmp_p
     results = tmp_path / "results"
     results.mkdir()
     settings = stage_settings(kind, results) | {"name": "figure_1", "smoke": True}
-    output = SimpleNamespace(**{suffix: str(tmp_path / f"figure_1.{suffix}") for suffix in ("pdf", "png", "csv")})
+    output = OutputFiles(fromdict={suffix: str(tmp_path / f"figure_1.{suffix}") for suffix in ("pdf", "png", "csv")})
     job = SimpleNamespace(
         params=SimpleNamespace(settings=settings), output=output, log=[], threads=1, resources={}, rule="draw_figure"
     )

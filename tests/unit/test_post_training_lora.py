@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lowrank.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules
 from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning, parse_tuning
+from lowrank.crew import Crew
 from lowrank.errors import RankwiseError
 from lowrank.factors import LowRankFactors
 from lowrank.files import read_json
@@ -296,7 +297,7 @@ def test_two_stages_train_one_factor_each_and_write_one_merged_checkpoint(tmp_pa
     }  # fmt: skip
     tune_checkpoint(
         source, tmp_path / "manifest.json", tmp_path / "rows.jsonl",
-        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1,
+        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1, crew=Crew(),
     )  # fmt: skip
 
     before, after = (load_checkpoint(folder, torch.float32) for folder in (source, tmp_path / "tuned"))
