@@ -61,7 +61,13 @@ def test_everything_that_was_asked_for_is_there(study: Path) -> None:
     tables = {path.name for path in results(study, "tables/*")}
     assert tables == {
         f"{name}.{kind}"
-        for name in (*(f"table_{number}" for number in (1, 2, 7, 8, 9, 10)), "agreement", "arithmetic", "times")
+        for name in (
+            *(f"table_{number}" for number in (1, 2, 7, 8, 9, 10)),
+            "agreement",
+            "arithmetic",
+            "differences",
+            "times",
+        )
         for kind in ("csv", "md", "tex", "html")
     }
     figures = {path.name for path in results(study, "figures/*")}
