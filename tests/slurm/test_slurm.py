@@ -95,8 +95,16 @@ def test_jobs_that_fail_are_cancelled_run_out_of_time_or_memory_or_lose_their_no
         cluster.lose(CPU_NODE)
         until(lambda: cluster.state(job) == "PENDING", f"{job} to be queued again")
         until(lambda: not cluster.steps(job), f"the processes of {job} to end")
-        cluster.bring_back(CPU_NODE)
-        cluster.order("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # SLURM would wait for 2 minutes
+
+        def started_again() -> bool:
+            """SLURM would wait for 2 minutes; started too soon, the job is held and its node drained."""
+            cluster.bring_back(CPU_NODE)
+            if cluster.state(job) == "PENDING":
+                cluster.ask("scontrol", "release", job.number)
+                cluster.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+            return bool(cluster.steps(job))
+
+        until(started_again, f"{job} to start again", every=2.0)
 
     faults: dict[str, Callable[[Job], None]] = {
         "evaluate_perplexity_wildcards_tiny_svd_20_none_0_held-out": cancel,
