@@ -1,6 +1,6 @@
 # make quickstart   a whole small study, installed and run
 # make test         the checks and the tests
-# make test-slurm   of these, the tests on a throw-away SLURM cluster; for root, SLURM is installed first if it is missing (apt)
+# make test-slurm   tests on a throw-away SLURM cluster, 10 minutes or more; for root, SLURM is installed if it is missing (apt)
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
 # All set up ./.venv first if it is missing.
@@ -27,7 +27,7 @@ quickstart: setup
 
 test: setup lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/config
-	python -m pytest tests/workflow tests/survival tests/e2e tests/slurm
+	python -m pytest tests/workflow tests/survival tests/e2e
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
