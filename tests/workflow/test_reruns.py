@@ -99,7 +99,8 @@ NAMED = {change.name: change for change in CHANGES}
 )
 def test_make_why(case: tuple[Change, str], target: str, words: list[str], tried: dict[tuple[str, str], Tried]) -> None:
     """The command behind `make why`, without the set-up of an environment."""
-    makefile = ["make", "--dry-run", "--assume-old=setup", "why", "CONFIG=config/quickstart.yaml", f"TARGET={target}"]
+    options = ["--dry-run", "--no-print-directory", "--assume-old=setup"]
+    makefile = ["make", *options, "why", "CONFIG=config/quickstart.yaml", f"TARGET={target}"]
     line = subprocess.run(makefile, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     command = [sys.executable if word == "python" else word for word in shlex.split(line)]
     place = tried[case[0].name, case[1]].checkout
