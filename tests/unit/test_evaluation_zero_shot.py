@@ -155,6 +155,7 @@ def test_all_tasks_equal_a_stock_run(
         for name in ("acc", "acc_norm"):
             assert entry.get(name) == stock["results"][task].get(f"{name},none")
             assert entry.get(f"{name}_stderr") == stock["results"][task].get(f"{name}_stderr,none")
+        assert entry["scores"] == [document[metric] for document in stock["samples"][task]]
     scores = [found["tasks"][task][metric] for task, metric in METRICS.items()]
     errors = [found["tasks"][task][f"{metric}_stderr"] for task, metric in METRICS.items()]
     assert len(set(scores)) > 2  # the comparison is not one of zeros
@@ -176,6 +177,8 @@ def test_a_limit_is_recorded_and_changed_rows_are_seen(
     write_rows(tmp_path, "piqa", [row | {"label": 1} for row in ROWS["piqa"]])
     second = evaluate_zero_shot(model, tokenizer, suite, {"piqa": folder}, 512)["tasks"]["piqa"]
     assert first["acc"] + second["acc"] == 1
+    assert [a + b for a, b in zip(first["scores"], second["scores"], strict=True)] == [1, 1]
+    assert first["documents_sha256"] != second["documents_sha256"]
 
 
 def test_a_metric_that_the_task_lacks(

@@ -78,7 +78,7 @@ def _dense_and_ratio(study: Study) -> Iterator[str]:
 def _table_suites(study: Study) -> Iterator[str]:
     allowed: dict[str, tuple[type[Section], ...]] = {
         "accuracy": (ZeroShotSuite, PerplexitySuite),
-        "differences": (PerplexitySuite,),
+        "differences": (ZeroShotSuite, PerplexitySuite),
         "statistics": (CostSuite,),
         "times": (CostSuite,),
         "allocations": (),

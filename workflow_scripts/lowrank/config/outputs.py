@@ -35,15 +35,16 @@ class Row(Section):
 class RowTable(Section):
     """A table with one line a row: a model after a method, a ratio and a tuning.
 
-    accuracy: methods x tasks and corpora (Tables 1 to 6, 10). differences: of the loss on held-out text, each row
-    against the first of its model and ratio, paired by windows. statistics: parameters, MACs, memory (Table 7).
-    times: measured durations. allocations: ranks by type and group (Table 8). generations: texts (Table 9).
+    accuracy: methods x tasks and corpora (Tables 1 to 6, 10). differences: of the loss on held-out text and of the
+    mean accuracy on tasks, each row against the first of its model and ratio, paired by windows and documents.
+    statistics: parameters, MACs, memory (Table 7). times: measured durations. allocations: ranks by type and group
+    (Table 8). generations: texts (Table 9).
     """
 
     kind: Literal["accuracy", "differences", "statistics", "times", "allocations", "generations"]
     title: Text
     suites: Distinct[Name] = Field(
-        default_factory=list, description="accuracy: zero-shot and perplexity; differences: perplexity; others: cost"
+        default_factory=list, description="accuracy and differences: zero-shot and perplexity; others: cost"
     )
     tasks: Literal["each", "mean"] = Field(default="each", description="accuracy: a column a task, or only their mean")
     rows: list[Row] = Field(min_length=1)

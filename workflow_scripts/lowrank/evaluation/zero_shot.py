@@ -5,6 +5,7 @@ Prompts, scoring of answers and metrics are those of the installed lm-eval.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -134,9 +135,10 @@ def evaluate_zero_shot(
         share: this process among those of the job; each runs some of the batches, and all return the same.
 
     Returns:
-        "tasks": task -> {"metric", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "of"} (no
-        `acc_norm` where the task has none); "average" over the tasks' metrics and "average_stderr", which takes
-        tasks as independent, `sqrt(sum_t se_t^2) / T`; "protocol": what else defines the numbers.
+        "tasks": task -> {"metric", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "of", "scores",
+        "documents_sha256"} (no `acc_norm` where the task has none; the metric's 0 or 1 for each document, in the order
+        of the hash); "average" over the tasks' metrics and "average_stderr", which takes tasks as independent,
+        `sqrt(sum_t se_t^2) / T`; "protocol": what else defines the numbers.
 
     Raises:
         RankwiseError: an unknown task or metric, a missing split, rows that do not fit; task and file are named.
@@ -203,7 +205,7 @@ def _run(scorer: AnswerScorer, manager: TaskManager, entry: ScoredRows, suite: Z
         raise _unusable(entry, error) from error
     try:
         raw: dict[str, Any] = run_harness(
-            scorer, loaded, limit=suite.limit, bootstrap_iters=1000, log_samples=False, cache_requests=False
+            scorer, loaded, limit=suite.limit, bootstrap_iters=1000, log_samples=True, cache_requests=False
         )
     except (KeyError, TemplateError) as error:
         raise _unusable(entry, error) from error
@@ -231,7 +233,14 @@ def _result(entry: ScoredRows, metric: str, raw: Mapping[str, Any]) -> dict[str,
     for name, value in found.items():
         result |= {name: value, f"{name}_stderr": values[f"{name}_stderr,none"]}
     counts = raw["n-samples"][entry.task]
-    return result | {"documents": counts["effective"], "of": counts["original"]}
+    documents = raw["samples"][entry.task]
+    hashes = "".join(document["doc_hash"] for document in documents)
+    return result | {
+        "documents": counts["effective"],
+        "of": counts["original"],
+        "scores": [int(document[metric]) for document in documents],
+        "documents_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+    }
 
 
 def _average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

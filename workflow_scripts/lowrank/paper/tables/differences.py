@@ -1,7 +1,7 @@
-"""Tables of differences: each method against the first of its model and ratio, window by window.
+"""Tables of differences: each method against the first of its model and ratio, on the same windows and documents.
 
-Two methods are tested on the same windows, and most of the spread between windows is common to both. So the standard
-error of a difference is that of the paired differences, and much smaller than two separate errors suggest.
+Most of the spread between windows, and between a task's documents, is common to two methods. So the standard error of
+a difference is that of the paired differences, and much smaller than two separate errors suggest.
 """
 
 from __future__ import annotations
@@ -14,22 +14,34 @@ from typing import Any
 import numpy as np
 
 from lowrank.config.outputs import RowTable
-from lowrank.config.suites import PerplexitySuite
+from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import Cell, Column, Context, Line, RowResults, TableData
 
 CLEAR = 2.0
 """Standard errors from which on a difference is marked."""
+LOSS_NOTE = (
+    "Loss less that of the first method of the block, in nats per token; positive: the first is better. The "
+    "exponential of a difference is the ratio of perplexities."
+)
+ACCURACY_NOTE = (
+    "Mean accuracy of the tasks less that of the first method of the block, in percentage points; negative: the first "
+    "is better."
+)
+ERROR_NOTE = (
+    "± is the standard error of the mean of paired differences, of the same windows and the same documents; * marks "
+    "more than two of them."
+)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the mean loss per token, in nats; positive where the reference is better.
+    """Of two rows: the row's value less that of the reference.
 
     Attributes:
-        value: loss of the row less that of the reference.
-        stderr: of the mean over windows of paired differences; None with one window.
+        value: of the mean loss in nats per token, or of the mean accuracy in percentage points.
+        stderr: standard error of the mean of paired differences; None with one window or document.
     """
 
     value: float
@@ -42,48 +54,58 @@ class Difference:
 
 
 def build_differences(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
-    """Build a table of paired differences of the loss on held-out text.
+    """Build a table of paired differences: of the loss on held-out text, of the mean accuracy on tasks.
 
     Raises:
-        RankwiseError: results are missing or of another row, rows of one block were tested on different windows, or a
-            method missed its ratio.
+        RankwiseError: results are missing or of another row, rows of one block were tested on different windows or
+            documents, or a method missed its ratio.
     """
-    tested = [
+    corpora = [
         (name, corpus)
         for name, suite in context.suites.items()
         if isinstance(suite, PerplexitySuite)
         for corpus in suite.corpora
     ]
+    tasks = [name for name, suite in context.suites.items() if isinstance(suite, ZeroShotSuite)]
     references = _references(rows)
     lines, records = [], []
     for number, (results, starts_block) in enumerate(shared.block_starts(rows)):
         kept, reference = shared.kept_percent(results), references[results.row.model, results.row.ratio]
-        texts = [*shared.leading_texts(rows, results), f"{kept.value:.1f}"]
-        found = {key: paired(results, reference, *key) for key in tested}
-        cells = [Cell("reference" if results is reference else _text(found[key])) for key in tested]
-        lines.append(Line((*map(Cell, texts), *cells), starts_block=starts_block))
+        of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
+        of_means = {suite: accuracy_difference(results, reference, suite) for suite in tasks}
+        texts = [
+            *shared.leading_texts(rows, results),
+            f"{kept.value:.1f}",
+            *(_text(results, reference, difference, 3) for difference in of_losses.values()),
+            *(_text(results, reference, difference, 1) for difference in of_means.values()),
+        ]
+        lines.append(Line(tuple(map(Cell, texts)), starts_block=starts_block))
         record: dict[str, Any] = shared.record_start(results, number) | {"kept_percent": kept.value}
         record["reference"] = shared.method_title(reference)
-        for (_, corpus), difference in found.items():
+        for corpus, difference in of_losses.items():
             record[f"{corpus}_difference"] = difference.value
             record[f"{corpus}_difference_stderr"] = difference.stderr
             record[f"{corpus}_perplexity_ratio"] = math.exp(difference.value)
+        for suite, difference in of_means.items():
+            record[f"{suite}_difference"] = difference.value
+            record[f"{suite}_difference_stderr"] = difference.stderr
         records.append(record | shared.evidence_record(results))
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
         notes=(
             *shared.model_note(rows),
-            "Loss less that of the first method of the block, in nats per token; positive: the first is better. "
-            "± is the standard error of the mean of the windows' differences; * marks more than two of them. "
-            "The exponential of a difference is the ratio of perplexities.",
+            *([LOSS_NOTE] if corpora else []),
+            *([ACCURACY_NOTE] if tasks else []),
+            ERROR_NOTE,
             *shared.seeds_note(rows),
         ),
         frame=shared.frame_of(records),
         columns=(
             *leading,
             Column("Kept (%)"),
-            *(Column(corpus, group="Difference of the loss (nats per token)") for _, corpus in tested),
+            *(Column(corpus, group="Difference of the loss (nats per token)") for _, corpus in corpora),
+            *(Column(suite, group="Difference of the accuracy (points)") for suite in tasks),
         ),
         lines=tuple(lines),
         heading=len(leading),
@@ -91,23 +113,40 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
     )
 
 
-def paired(results: RowResults, reference: RowResults, suite: str, corpus: str) -> Difference:
+def loss_difference(results: RowResults, reference: RowResults, suite: str, corpus: str) -> Difference:
     """The paired difference of one row and its reference on one corpus; a row's seeds are averaged first.
 
     Raises:
         RankwiseError: an evaluation is missing, or they were made on different windows.
     """
-    one, windows = _window_losses(results, suite, corpus)
-    other, same = _window_losses(reference, suite, corpus)
-    if windows != same:
-        raise RankwiseError(
-            f"{results.place}: '{corpus}' was scored on other windows than for '{shared.method_title(reference)}', the "
-            "first row of the block, so that no differences can be taken. Rows of different tokenizers cannot stand in "
-            "one block; else delete the older evaluation and run the workflow again."
-        )
-    difference = one - other
-    stderr = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else None
-    return Difference(float(difference.mean()), stderr)
+
+    def losses(row: RowResults) -> tuple[np.ndarray, str]:
+        found = [evaluation["corpora"][corpus] for evaluation in shared.evaluations_of(row, suite, "perplexity")]
+        return _over_seeds(row, [(result["window_nll"], result["tokens_sha256"]) for result in found], corpus)
+
+    return _paired(results, reference, losses(results), losses(reference), corpus)
+
+
+def accuracy_difference(results: RowResults, reference: RowResults, suite: str) -> Difference:
+    """The paired difference of one row and its reference in the mean of a suite's tasks, percentage points.
+
+    Tasks are independent, so the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`.
+
+    Raises:
+        RankwiseError: an evaluation is missing, or they were made on different documents.
+    """
+
+    def scores(row: RowResults, task: str) -> tuple[np.ndarray, str]:
+        found = [evaluation["tasks"][task] for evaluation in shared.evaluations_of(row, suite, "zero-shot")]
+        return _over_seeds(row, [(result["scores"], result["documents_sha256"]) for result in found], task)
+
+    tasks = shared.evaluations_of(reference, suite, "zero-shot")[0]["tasks"]
+    found = [_paired(results, reference, scores(results, task), scores(reference, task), task) for task in tasks]
+    errors = [difference.stderr for difference in found if difference.stderr is not None]
+    return Difference(
+        100 * math.fsum(difference.value for difference in found) / len(found),
+        100 * math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
+    )
 
 
 def _references(rows: Sequence[RowResults]) -> dict[tuple[str, int], RowResults]:
@@ -117,15 +156,36 @@ def _references(rows: Sequence[RowResults]) -> dict[tuple[str, int], RowResults]
     return first
 
 
-def _window_losses(results: RowResults, suite: str, corpus: str) -> tuple[np.ndarray, str]:
-    """Mean loss of each window, and the hash of the windows' tokens."""
-    found = [e["corpora"][corpus] for e in shared.evaluations_of(results, suite, "perplexity")]
-    hashes = {result["tokens_sha256"] for result in found}
+def _over_seeds(results: RowResults, found: Sequence[tuple[Sequence[float], str]], name: str) -> tuple[np.ndarray, str]:
+    """The mean over seeds for each window or document, and the hash of what was tested."""
+    hashes = {tested for _, tested in found}
     if len(hashes) > 1:
-        raise RankwiseError(f"{results.place}: its seeds were scored on different windows of '{corpus}'; run again.")
-    return np.mean([result["window_nll"] for result in found], axis=0), hashes.pop()
+        raise RankwiseError(f"{results.place}: its seeds were scored on different parts of '{name}'; run again.")
+    return np.mean([values for values, _ in found], axis=0), hashes.pop()
 
 
-def _text(difference: Difference) -> str:
-    text = shared.estimate_text(difference.value, difference.stderr, 3)
+def _paired(
+    results: RowResults,
+    reference: RowResults,
+    ours: tuple[np.ndarray, str],
+    theirs: tuple[np.ndarray, str],
+    name: str,
+) -> Difference:
+    """The mean of the differences, and its standard error."""
+    (one, tested), (other, same) = ours, theirs
+    if tested != same:
+        raise RankwiseError(
+            f"{results.place}: '{name}' was scored on other texts than for '{shared.method_title(reference)}', the "
+            "first row of the block, so that no differences can be taken. Rows of different tokenizers cannot stand in "
+            "one block; else delete the older evaluation and run the workflow again."
+        )
+    difference = one - other
+    stderr = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else None
+    return Difference(float(difference.mean()), stderr)
+
+
+def _text(results: RowResults, reference: RowResults, difference: Difference, digits: int) -> str:
+    if results is reference:
+        return "reference"
+    text = shared.estimate_text(difference.value, difference.stderr, digits)
     return f"{text} *" if difference.clear else text
