@@ -41,6 +41,7 @@ def test_every_table_and_figure_of_the_paper_is_there(study: Study) -> None:
     accuracy = {f"table_{number}": "accuracy" for number in (1, 2, 3, 4, 5, 6, 10)}
     others = {"table_7": "statistics", "table_8": "allocations", "table_9": "generations"}
     ours = {"searches": "accuracy", "bases": "accuracy", "times": "times"}
+    ours |= {"differences": "differences", "differences_trained": "differences"}
     checks = {"agreement": "agreement", "arithmetic": "arithmetic"}
     assert kinds == accuracy | others | ours | checks
     assert {name: figure.kind for name, figure in study.figures.items()} == {
