@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -209,6 +210,10 @@ class Study:
                 continue
         return None
 
+    def holds_lock(self, job: Job) -> bool:
+        """Whether a job's stage has come as far as its lock."""
+        return any(job.number == _holder(path) for path in self.run.rglob(".*.lock"))
+
     def freeze(self, job: Job) -> psutil.Process:
         """Stop a job's stage where it is, so that it neither ends nor goes on before something happens to it."""
         stage = self.stage(job)
@@ -229,3 +234,11 @@ class Study:
     def tables(self) -> dict[str, bytes]:
         """All tables but the one of measured times, as they lie on disk."""
         return {path.name: path.read_bytes() for path in sorted((self.run / "tables").glob("table_[1289].*"))}
+
+
+def _holder(lock: Path) -> str:
+    """The job that holds a lock, as its number; empty if it was given back just now."""
+    try:
+        return str(json.loads(lock.read_text())["job"])
+    except FileNotFoundError:
+        return ""

@@ -218,7 +218,7 @@ def interrupt_post_training(study: Study, cluster: Cluster) -> None:
     """Ctrl-C: the search goes on where it stood; the head cancels the jobs that run then."""
     with study.head() as head:
         job = study.at_work("post_train")
-        until(lambda: list(study.run.glob(".state/post_train-*/progress.json")), "a checkpoint", every=0.005)
+        until(lambda: list(study.run.glob(".state/post_train-*/stage*/progress.json")), "a checkpoint", every=0.005)
         study.freeze(job)
         os.killpg(head.pid, signal.SIGINT)
         assert head.wait(timeout=1800)
