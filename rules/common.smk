@@ -12,6 +12,7 @@ from snakemake.exceptions import WorkflowError
 CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
+from lowrank.config.beside import check_beside, deepspeed_file
 from lowrank.config.load import check_study, read_yaml
 from lowrank.config.used import used_study
 from lowrank.errors import RankwiseError
@@ -19,18 +20,13 @@ from lowrank.files import read_json, sha256_file
 from lowrank.fingerprint import Code
 from lowrank.layout import Layout, in_order
 from lowrank.needs import memory_request, runtime_request
-from lowrank.paper.published import published_problems, published_references
+from lowrank.paper.published import published_references
 from lowrank.resources import LAYERS_PER_PASS, Estimator
 from lowrank.stage import remember_environment, share_library
 
 share_library(SCRIPTS)
 if workflow.is_main_process and not workflow.deployment_settings.deployment_method:
     remember_environment()  # jobs run in no other, unless Snakemake makes one for them
-
-
-def deepspeed_file(tuning):
-    """DeepSpeed's own configuration for a post-training preset."""
-    return f"{CONFIG}/deepspeed/{tuning.deepspeed}.json"
 
 
 def checked_study():
@@ -42,14 +38,8 @@ def checked_study():
     try:
         for path in files:
             read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
-        study = check_study(config, ", ".join(files))
-        problems = published_problems(study.tables, f"{CONFIG}/published")
-        for name, tuning in study.tuning.items():
-            if not os.path.isfile(deepspeed_file(tuning)):
-                problems.append(f"tuning.{name}.deepspeed: there is no {deepspeed_file(tuning)}")
-        if problems:
-            raise RankwiseError("\n".join(problems))
-        return study
+        where = ", ".join(files)
+        return check_beside(check_study(config, where), CONFIG, where)
     except RankwiseError as error:
         raise WorkflowError(str(error))
 

@@ -82,7 +82,7 @@ def post_training_settings(wildcards):
         model_settings(wildcards.model)
         | {
             "tuning": tuning.plain(),
-            "deepspeed": read_json(deepspeed_file(tuning)),
+            "deepspeed": read_json(deepspeed_file(tuning, CONFIG)),
             "subject": subject(wildcards),
             "state": LAYOUT.state,
         },

@@ -253,6 +253,12 @@ def test_what_many_rows_share_is_told_once_a_ratio() -> None:
     ]
 
 
+def test_ranks_of_a_training_may_not_exceed_the_width() -> None:
+    assert errors_of(changed((("tuning", "scales", "rank"), 577))) == [
+        "tuning.scales.rank: 577, but no matrix of model 'smollm2-135m' has a rank of more than 576, its width"
+    ]
+
+
 def test_groups_may_not_exceed_the_calibration_windows() -> None:
     messages = errors_of(changed((("covariance", "pooled-8", "groups"), 33)))
     assert messages == [

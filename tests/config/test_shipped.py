@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from wrong import QUICKSTART, REPOSITORY, changed
+from wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 from lowrank.config.__main__ import main
 from lowrank.config.load import json_schema, load_study
@@ -67,6 +67,18 @@ def test_command_checks_every_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["check"]) == 2
     assert main(["schema"]) == 0
     assert capsys.readouterr().out.endswith(SCHEMA.read_text(encoding="utf-8"))
+
+
+def test_command_looks_up_what_lies_beside_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published = {"file": "table_1", "model": "llama-2-7b", "method": "lrod", "ratio": 20}
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(changed(((*ROW, "published"), published), (("tuning", "scales", "deepspeed"), "x"))))
+    assert main(["check", str(bad)]) == 1
+    head, first, second, _ = capsys.readouterr().err.split("\n")
+    assert head == f"{bad} has 2 errors:"
+    assert first.startswith("  tables.table_1.rows[1].published.method: 'lrod' is not in ")
+    assert first.endswith("did you mean 'lord'?")
+    assert second.startswith("  tuning.scales.deepspeed: there is no ")
 
 
 def test_check_starts_fast() -> None:

@@ -75,9 +75,7 @@ def test_only_the_head_node_fetches_and_writes_tables(submitted: list[list[Descr
 
 
 def test_every_job_asks_for_what_is_estimated_for_it(submitted: list[list[Described]]) -> None:
-    profile = yaml.safe_load((REPOSITORY / "profiles/slurm/profile.yaml").read_text(encoding="utf-8"))
-    held = {rule: values["layers_per_pass"] for rule, values in profile["set-resources"].items()}
-    estimator = Estimator(load_study(PAPER), **held)
+    estimator = Estimator(load_study(PAPER))
     for tries in submitted:
         for attempt, job in enumerate(tries, start=1):
             if job["local"]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from lowrank.config.beside import check_beside
 from lowrank.config.load import json_schema, load_study
 from lowrank.errors import RankwiseError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
 def _check(path: str) -> int:
     try:
-        study = load_study(path)
+        study = check_beside(load_study(path), REPOSITORY / "config", path)
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

@@ -43,7 +43,7 @@ def problems_of_fit(study: Study) -> Iterator[str]:
     for use in _uses(study):
         if use.model in study.models and use.method in study.methods:
             first.setdefault((use.model, use.method, use.ratio), use)
-    found: dict[str, None] = {}  # what ten rows do wrong in the same way is said once
+    found = dict.fromkeys(_tuning_problems(study))  # what ten rows do wrong in the same way is said once
     for use in first.values():
         found |= dict.fromkeys([*_method_problems(study, use), *_validation_problems(study, use)])
     yield from found
@@ -145,6 +145,18 @@ def _transfer_problems(study: Study, use: Use, shape: ModelShape, uncompressed: 
             f"{_listed(missing)}, as '{use.model}' (family '{shape.family}') has; choose a model with the same "
             "types of layers"
         )
+
+
+def _tuning_problems(study: Study) -> Iterator[str]:
+    """Ranks of a post-training that no matrix of the model has."""
+    for use in _uses(study):
+        if use.tuning in study.tuning and use.model in study.models:
+            rank, widest = study.tuning[use.tuning].rank, study.models[use.model].shape.hidden
+            if rank > widest:
+                yield (
+                    f"tuning.{use.tuning}.rank: {rank}, but no matrix of model '{use.model}' has a rank of more than "
+                    f"{widest}, its width"
+                )
 
 
 def _validation_problems(study: Study, use: Use) -> Iterator[str]:

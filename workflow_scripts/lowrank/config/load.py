@@ -87,9 +87,9 @@ def check_study(raw: dict[str, Any], where: str = "config") -> Study:
     except ValidationError as error:
         found = error.errors(include_url=False)
         lines = [message(Study, item) for item in found]
-        raise RankwiseError(_listing(where, lines + _further_problems(raw, [item["loc"] for item in found]))) from error
+        raise RankwiseError(listing(where, lines + _further_problems(raw, [item["loc"] for item in found]))) from error
     if problems := problems_of(study):
-        raise RankwiseError(_listing(where, problems))
+        raise RankwiseError(listing(where, problems))
     return study
 
 
@@ -115,7 +115,8 @@ def _further_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]
         return []
 
 
-def _listing(where: str, lines: list[str]) -> str:
+def listing(where: str, lines: list[str]) -> str:
+    """The message for all errors of a config, each told once."""
     unique = list(dict.fromkeys(lines))
     count = "1 error" if len(unique) == 1 else f"{len(unique)} errors"
     return f"{where} has {count}:\n" + "\n".join(f"  {line}" for line in unique)

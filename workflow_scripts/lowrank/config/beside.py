@@ -1,0 +1,37 @@
+"""Checks of what a config names in the folder beside it: published values and DeepSpeed's own configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank.config.load import listing
+from lowrank.config.presets import Tuning
+from lowrank.config.study import Study
+from lowrank.errors import RankwiseError
+from lowrank.paper.published import published_problems
+
+
+def check_beside(study: Study, folder: str | Path, where: str) -> Study:
+    """Return the study if the folder has everything that it names.
+
+    Args:
+        study: a checked config.
+        folder: the repository's `config`.
+        where: the config's file, for messages.
+
+    Raises:
+        RankwiseError: all that is missing or does not answer, each with its YAML path.
+    """
+    problems = published_problems(study.tables, Path(folder) / "published")
+    for name, tuning in study.tuning.items():
+        file = deepspeed_file(tuning, folder)
+        if not Path(file).is_file():
+            problems.append(f"tuning.{name}.deepspeed: there is no {file}")
+    if problems:
+        raise RankwiseError(listing(where, problems))
+    return study
+
+
+def deepspeed_file(tuning: Tuning, folder: str | Path) -> str:
+    """DeepSpeed's own configuration for a post-training preset."""
+    return f"{folder}/deepspeed/{tuning.deepspeed}.json"
