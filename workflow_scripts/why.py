@@ -37,7 +37,8 @@ class _Jobs(logging.Filter):
             wildcards = {name: str(value) for name, value in (job["wildcards"] or {}).items()}
             output = tuple(map(str, job["output"]))
             commit = _commit(str(job["log"][0]) if job["log"] else "")
-            self.found.append(Planned(job["rule_name"], wildcards, str(job["reason"]), output, commit))
+            made = any(map(os.path.exists, output))
+            self.found.append(Planned(job["rule_name"], wildcards, str(job["reason"]), output, commit, made))
         return record.levelno >= logging.WARNING
 
 

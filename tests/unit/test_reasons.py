@@ -37,7 +37,7 @@ def job(reason: str, rule: str = "post_train", commit: str = "", **wildcards: st
             ],
         ),
         ("Missing output files: a, b", ["not made yet"]),
-        ("Missing output files: a", ["missing: a"]),
+        ("Missing output files: a", ["not made yet"]),
         ("Incomplete output files: a", ["was interrupted before it had finished"]),
         ("Updated input files: config/x.csv", ["reads what has changed since: config/x.csv"]),
         ("Set of input files has changed since last execution", ["reads other files than before"]),
@@ -47,11 +47,15 @@ def job(reason: str, rule: str = "post_train", commit: str = "", **wildcards: st
             f"Set of input files has changed since last execution; {changed({'a': 1}, {'a': 2})}",
             ["reads other files than before", "`a` was 1, and is 2"],
         ),
-        (f"Missing output files: a; {BY_ANOTHER_JOB}c", ["missing: a"]),
+        (f"Missing output files: a; {BY_ANOTHER_JOB}c", ["not made yet"]),
     ],
 )
 def test_each_reason_has_words(reason: str, words: list[str]) -> None:
     assert reasons(job(reason)) == words
+
+
+def test_what_is_missing_of_results_that_were_made_is_named() -> None:
+    assert reasons(Planned("rule", {}, "Missing output files: a", ("a", "b"), made=True)) == ["missing: a"]
 
 
 def test_changed_code_names_the_commit_that_it_was_made_by() -> None:
@@ -82,7 +86,7 @@ def test_the_report_tells_causes_apart_from_what_follows() -> None:
         "evaluate_cost, model m",
         "    not made yet",
         "",
-        "5 draw_figure, as figure 0",
+        "5 draw_figure, such as figure 0",
         "    `a` was 1, and is 2",
         "",
         "Because they read what those make: 2 compress_model.",

@@ -29,6 +29,7 @@ class Planned:
         reason: in Snakemake's words.
         output: paths that it writes.
         commit: of the code that its results were made by, if that is known.
+        made: some of its results are there.
     """
 
     rule: str
@@ -36,6 +37,7 @@ class Planned:
     reason: str
     output: tuple[str, ...] = ()
     commit: str = ""
+    made: bool = False
 
     @property
     def follows(self) -> bool:
@@ -75,8 +77,7 @@ def _parts(reason: str) -> list[str]:
 def _in_words(part: str, job: Planned) -> Iterator[str]:
     head, _, files = part.partition(": ")
     if head == "Missing output files":
-        everything = len(files.split(", ")) >= len(job.output)
-        yield "not made yet" if everything else f"missing: {files}"
+        yield f"missing: {files}" if job.made else "not made yet"
     elif head == "Incomplete output files":
         yield "was interrupted before it had finished"
     elif head == "Updated input files":
@@ -151,7 +152,7 @@ def _named(jobs: Sequence[Planned]) -> Iterator[str]:
         rules.setdefault(job.rule, []).append(job)
     for rule, group in rules.items():
         if len(group) > 3:
-            yield f"{len(group)} {rule}, as {_about(group[0])}"
+            yield f"{len(group)} {rule}, such as {_about(group[0])}"
         else:
             yield from (f"{rule}, {_about(job)}" if job.wildcards else rule for job in group)
 
