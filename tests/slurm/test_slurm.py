@@ -117,7 +117,7 @@ def test_jobs_that_fail_are_cancelled_run_out_of_time_or_memory_or_lose_their_no
             assert time.monotonic() < deadline, study.said()[-6000:]
             for job in study.jobs():
                 fault = job.comment.removeprefix("rule_")
-                if fault in faults and job.state == "RUNNING" and study.stage(job):
+                if fault in faults and job.state == "RUNNING" and study.holds_lock(job):
                     study.freeze(job)
                     faults.pop(fault)(job)
             time.sleep(0.2)
