@@ -95,7 +95,7 @@ def of_rule(rule, name, default):
     return default if found is None or found.raw is None else int(found.raw)
 
 
-ESTIMATOR = Estimator(STUDY, **{rule: of_rule(rule, "layers_per_pass", held) for rule, held in LAYERS_PER_PASS.items()})
+ESTIMATOR = Estimator(STUDY, **{rule: of_rule(rule, "layers_per_pass", 0) for rule in LAYERS_PER_PASS})
 
 
 def gpus(rule, wildcards):

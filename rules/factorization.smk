@@ -16,7 +16,7 @@ rule collect_statistics:
     resources:
         **asks("collect_statistics"),
         # Blocks whose accumulators are held at once: memory against passes, never a different result.
-        layers_per_pass=LAYERS_PER_PASS["collect_statistics"],
+        layers_per_pass=lambda wildcards: ESTIMATOR.layers_per_pass("collect_statistics", wildcards.model),
     params:
         settings=lambda wildcards: with_code(
             "collect_statistics",
@@ -43,7 +43,7 @@ rule collect_gradients:
     threads: 8
     resources:
         **asks("collect_gradients"),
-        layers_per_pass=LAYERS_PER_PASS["collect_gradients"],
+        layers_per_pass=lambda wildcards: ESTIMATOR.layers_per_pass("collect_gradients", wildcards.model),
     params:
         settings=lambda wildcards: with_code(
             "collect_gradients",

@@ -247,6 +247,18 @@ def test_statistics_and_bases_of_70b_fit_such_a_gpu_by_configuration() -> None:
     assert fit == {"collect_statistics", "compute_bases"}
 
 
+SMOLLM2 = LLAMA_7B | {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
+
+
+@pytest.mark.parametrize(("shape", "statistics", "gradients"), [(SMOLLM2, 30, 30), (LLAMA_7B, 8, 4), (LLAMA_70B, 8, 4)])
+def test_small_models_need_one_pass(shape: dict[str, Any], statistics: int, gradients: int) -> None:
+    estimator = Estimator(study_of(shape))
+    assert estimator.layers_per_pass("collect_statistics", "one") == statistics
+    assert estimator.layers_per_pass("collect_gradients", "one") == gradients
+    assert Estimator(study_of(shape), collect_gradients=2).layers_per_pass("collect_gradients", "one") == 2
+    assert Estimator(study_of(shape), collect_gradients=99).layers_per_pass("collect_gradients", "one") <= 80
+
+
 def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:
     study = study_of(LLAMA_70B)
     few, many = (

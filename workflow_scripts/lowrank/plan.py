@@ -80,15 +80,15 @@ class Plan:
         return sum(entry.jobs for entry in self.entries)
 
 
-def make_plan(study: Study, gpus: int = 1, **layers_per_pass: int) -> Plan:
+def make_plan(study: Study, gpus: int = 1, **held: int) -> Plan:
     """Estimate all jobs of a study.
 
     Args:
         study: the config.
         gpus: of a job that computes on them, if it can use so many; 0: everything on processors.
-        layers_per_pass: of the rules that work layer by layer, as in `Estimator`.
+        held: blocks a pass of the rules that work layer by layer, as in `Estimator`.
     """
-    estimator, jobs = Estimator(study, **layers_per_pass), planned_jobs(study)
+    estimator, jobs = Estimator(study, **held), planned_jobs(study)
     needs = {job: estimator.need(job.rule, job.wildcards) for job in jobs}
     hours = {job: need.seconds(need.gpus(gpus), THREADS) / 3600 for job, need in needs.items()}
     groups: dict[tuple[str, str], list[Job]] = {}

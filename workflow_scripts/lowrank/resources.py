@@ -34,7 +34,9 @@ STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
 
 LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
-"""Rule -> blocks whose accumulators it holds at once, unless the profile says otherwise."""
+"""Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
+ACCUMULATORS = 2 * GIB
+"""What the accumulators of small models may take: each pass for gradients begins anew at the loss."""
 STATISTICS_TOKENS, GRADIENT_TOKENS = 4096, 512
 """Tokens of a pass in the statistics, and of a backward pass for gradients."""
 
@@ -46,12 +48,11 @@ class Estimator:
 
     Attributes:
         study: the config.
-        layers_per_pass: rule -> blocks whose accumulators it holds at once; those of `LAYERS_PER_PASS` if not said.
+        held: rule -> blocks whose accumulators it holds at once, where the profile says so.
     """
 
-    def __init__(self, study: Study, **layers_per_pass: int) -> None:
-        self.study = study
-        self.layers_per_pass = LAYERS_PER_PASS | layers_per_pass
+    def __init__(self, study: Study, **held: int) -> None:
+        self.study, self.held = study, held
         self._sizes = cache(self._sizes_of)
         self._rules: dict[str, Callable[[Wildcards], Need]] = {
             "fetch_model": self._fetch_model,
@@ -81,6 +82,13 @@ class Estimator:
         estimate = self._rules.get(rule)
         return estimate(wildcards) if estimate else Need(work=Work(seconds=10))
 
+    def layers_per_pass(self, rule: str, model: str) -> int:
+        """How many blocks of a model have their accumulators in memory at once."""
+        sizes = self._sizes(model)
+        moments = {"collect_statistics": sizes.moments, "collect_gradients": sizes.output_moments}[rule]
+        held = self.held.get(rule) or max(LAYERS_PER_PASS[rule], int(ACCUMULATORS // moments(DOUBLE)))
+        return min(held, sizes.shape.layers)
+
     def _sizes_of(self, model: str, ratio: int = 0, dtype: str | None = None) -> Sizes:
         section = self.study.models[model]
         return Sizes(section.shape, dtype or section.dtype, 1 - ratio / 100)
@@ -106,7 +114,7 @@ class Estimator:
         sizes = self._sizes(wildcards["model"])
         tokens, layers = calibration.windows * calibration.length, sizes.shape.layers
         batch, widest = batch_tokens(calibration.length, STATISTICS_TOKENS), max(sizes.inputs)
-        held = min(self.layers_per_pass["collect_statistics"], layers)
+        held = self.layers_per_pass("collect_statistics", wildcards["model"])
         means = DOUBLE * calibration.windows * sum(sizes.inputs)
         # The inputs in float32 and around their mean, and their product in both precisions; or what their size adds.
         inputs = SINGLE * batch * widest
@@ -143,7 +151,7 @@ class Estimator:
         calibration = self.study.calibration[wildcards["calibration"]]
         sizes = self._sizes(wildcards["model"])
         layers, windows = sizes.shape.layers, calibration.gradient_windows or calibration.windows
-        held = min(self.layers_per_pass["collect_gradients"], layers)
+        held = self.layers_per_pass("collect_gradients", wildcards["model"])
         batch = batch_tokens(calibration.length, GRADIENT_TOKENS)
         widest = max(module.out_features for module in sizes.block)
         # The pass for the first blocks goes back through all of them, those for the others through fewer: half of it.
