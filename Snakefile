@@ -26,6 +26,11 @@ include: "rules/evaluation.smk"
 include: "rules/paper.smk"
 
 
+checked(
+    check_rules, workflow.resource_settings._parsed_overwrite_resources.keys(), [rule.name for rule in workflow.rules]
+)
+
+
 localrules:
     all,
     data,

@@ -22,6 +22,7 @@ from lowrank.layout import Layout, in_order
 from lowrank.needs import memory_request, runtime_request
 from lowrank.paper.published import published_references
 from lowrank.resources import LAYERS_PER_PASS, Estimator
+from lowrank.site import check_rules, site_of, whole_number
 from lowrank.stage import remember_environment, share_library
 
 share_library(SCRIPTS)
@@ -83,31 +84,43 @@ wildcard_constraints:
 # profile. On one machine they bind nothing: Snakemake limits memory and GPUs only if `--resources` says how much there is.
 
 
-def of_site(name):
-    """A value that the profile gives under `default-resources`, as text, or None."""
-    found = workflow.resource_settings._parsed_default_resources.get(name)
-    return None if found is None or found.raw is None else str(found.raw).strip("'\"")
+def as_written(resources):
+    """The values that a profile gives, as text, without those that are left open."""
+    return {name: str(one.raw).strip("'\"") for name, one in resources.items() if one.raw is not None}
+
+
+def checked(check, *arguments):
+    """A check of the profile; its errors are shown without a traceback."""
+    try:
+        return check(*arguments)
+    except RankwiseError as error:
+        raise WorkflowError(str(error))
 
 
 def of_rule(rule, name, default):
     """A number that the profile gives a rule under `set-resources`, or the default."""
-    found = workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).get(name)
-    return default if found is None or found.raw is None else int(found.raw)
+    found = as_written(workflow.resource_settings._parsed_overwrite_resources.get(rule, {})).get(name)
+    return default if found is None else checked(whole_number, rule, name, found)
 
 
+SITE = checked(
+    site_of,
+    as_written(workflow.resource_settings._parsed_default_resources),
+    as_written(workflow.resource_settings.resources).get("gpu"),
+)
 ESTIMATOR = Estimator(STUDY, **{rule: of_rule(rule, "layers_per_pass", 0) for rule in LAYERS_PER_PASS})
 
 
 def gpus(rule, wildcards):
     """How many GPUs a job holds: none if it does not compute on one, or if the profile hands out none."""
-    each = of_site("gpus_per_job")
-    if each is None and workflow.non_local_exec:
+    if SITE.gpus_per_job is None and workflow.non_local_exec:
         raise WorkflowError(
             "the profile does not say whether jobs get GPUs. Add `gpus_per_job: 1` to its `default-resources`, or "
             "`gpus_per_job: 0` to compute on CPUs (options on the command line replace those of the profile)."
         )
     need = ESTIMATOR.need(rule, wildcards)
-    return of_rule(rule, "gpu", need.gpus(int(each or 0))) if need.gpu else 0
+    wanted = of_rule(rule, "gpu", need.gpus(SITE.gpus_per_job or 0)) if need.gpu else 0
+    return checked(SITE.check_gpus, rule, wanted)
 
 
 def gpus_of_node(rule, wildcards):
@@ -120,11 +133,11 @@ def asks(rule):
     return {
         "gpu": lambda wildcards: gpus(rule, wildcards) or None,
         "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
-        "gpu_model": lambda wildcards: of_site("gpu_type") if gpus(rule, wildcards) else None,
+        "gpu_model": lambda wildcards: SITE.gpu_type if gpus(rule, wildcards) else None,
         "mem_mb": lambda wildcards, attempt: memory_request(
-            ESTIMATOR.need(rule, wildcards), gpus_of_node(rule, wildcards), attempt
+            ESTIMATOR.need(rule, wildcards), gpus_of_node(rule, wildcards), attempt, SITE.max_mem_mb
         ),
         "runtime": lambda wildcards, attempt, threads: runtime_request(
-            ESTIMATOR.need(rule, wildcards), gpus(rule, wildcards), threads, attempt
+            ESTIMATOR.need(rule, wildcards), gpus(rule, wildcards), threads, attempt, SITE.max_runtime
         ),
     }

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_share import assert_close, some_tokens
 
-from lowrank import launcher, node
+from lowrank import launcher, node, worker
 from lowrank.crew import LAUNCHERS, Crew, Place, command, crew_of
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors, write_json
@@ -116,8 +116,22 @@ def test_a_node_with_too_few_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     node.check_gpus(1)
-    with pytest.raises(RankwiseError, match=r"got 1 GPUs of this job, and 2 are needed .*--gpus-per-node=2"):
+    with pytest.raises(RankwiseError, match=r"sees 1 GPUs of this job, and 2 are needed .*--gpus-per-node=2"):
         node.check_gpus(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    node.check_gpus(0)
+    with pytest.raises(RankwiseError, match="sees 0 GPUs of this job, and 1 are needed"):
+        node.check_gpus(1)
+
+
+@pytest.mark.parametrize("own", ["2,3", None])
+def test_a_node_takes_its_own_gpus_and_not_those_of_the_first(monkeypatch: pytest.MonkeyPatch, own: str | None) -> None:
+    monkeypatch.setenv(worker.DEVICES, "0,1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if own:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    node.take_own_devices()
+    assert os.environ.get(worker.DEVICES) == own
 
 
 def test_workers_get_our_gpus_and_nothing_of_another_launcher() -> None:

@@ -315,6 +315,28 @@ def test_a_job_that_slurm_starts_anew_succeeds_itself(before: int, now: int, fat
     assert fate_of(there, here)[0] is fate
 
 
+@pytest.mark.parametrize(("before", "now"), [(-1, 1), (0, -1)])
+def test_a_job_of_which_scontrol_says_nothing_is_left_alone(before: int, now: int) -> None:
+    here = replace(Holder.here("post_train"), job="17", cluster="big", restarts=now)
+    fate, why = fate_of(elsewhere(restarts=before), here)
+    assert fate is Fate.UNKNOWN
+    assert "scontrol did not say" in why
+
+
+def test_how_often_a_job_was_started_is_asked_of_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's variable does not get through Snakemake's job step."""
+    fake_slurm(tmp_path, monkeypatch, "")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert Holder.here("post_train").restarts == -1
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" > "{tmp_path}/asked"\necho "   Requeue=1 Restarts=2 X=0"\n'
+    )
+    assert Holder.here("post_train").restarts == 2
+    assert (tmp_path / "asked").read_text() == "show job 17\n"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert Holder.here("post_train").restarts == 0
+
+
 @pytest.mark.parametrize("content", ["", "no lock", "[]", '{"token": "a"}'])
 def test_a_damaged_lock_is_explained(output: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)

@@ -319,6 +319,16 @@ def test_requests_hold_the_estimate_and_grow_with_each_try(
     assert memory % 500 == runtime % 10 == 0
 
 
+def test_further_tries_stay_within_what_the_site_has() -> None:
+    need = Need(gpu=True, device={}, host={"program": 0, "h": 40 * GIB}, work=Work(half=1e20))
+    first, third = memory_request(need, 1), memory_request(need, 1, 3)
+    assert memory_request(need, 1, 3, third - 500) == third - 500
+    assert memory_request(need, 1, 3, third + 500) == third
+    assert memory_request(need, 1, 3, 1000) == first  # with less, no try could end
+    assert runtime_request(need, 1, 8, 3, 60) == 60
+    assert runtime_request(need, 1, 8, 3, 10**9) == runtime_request(need, 1, 8, 3)
+
+
 @pytest.mark.parametrize("config", ["paper", "quickstart", "mini-paper"])
 def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None:
     """Held against the modules' own code; add a kind that computes on processors to `ON_PROCESSORS`."""

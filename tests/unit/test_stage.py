@@ -175,6 +175,18 @@ def test_a_job_that_was_promised_a_gpu_stops_without_one(tmp_path: Path) -> None
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize(
+    ("resources", "sees"), [({"gpus_per_job": 1}, "''"), ({"gpus_per_job": 0, "gpu": 0}, "''"), ({}, "'0'")]
+)
+def test_a_job_that_was_given_no_gpu_takes_none_of_another(
+    tmp_path: Path, resources: dict[str, int], sees: str
+) -> None:
+    work = "import os, logging; logging.info('sees %r', os.environ['CUDA_VISIBLE_DEVICES'])"
+    code, log = run(tmp_path, work, resources=resources, CUDA_VISIBLE_DEVICES="0")
+    assert code == 0
+    assert f"sees {sees}" in log
+
+
 def test_device_cpu_in_the_profile_hides_gpus(tmp_path: Path) -> None:
     work = "import os, logging; logging.info('sees %r', os.environ['CUDA_VISIBLE_DEVICES'])"
     code, log = run(tmp_path, work, resources={"gpu": 1, "device": "cpu"}, CUDA_VISIBLE_DEVICES="0")

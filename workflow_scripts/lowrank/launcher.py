@@ -92,7 +92,8 @@ def start_command(crew: Crew, job_file: Path) -> list[str]:
     srun = ["srun", "--overlap", f"--nodes={crew.nodes}", f"--ntasks={crew.nodes}", "--ntasks-per-node=1"]
     srun += ["--kill-on-bad-exit=1", "--cpu-bind=none"]
     meeting = job_file.with_name(f"meeting-{uuid.uuid4().hex}.json")
-    arguments = [str(crew.each), str(crew.nodes), crew.launcher, str(meeting), str(job_file)]
+    gpus = crew.each if _sees_gpus() else 0
+    arguments = [str(crew.each), str(crew.nodes), crew.launcher, str(gpus), str(meeting), str(job_file)]
     return [*srun, sys.executable, "-m", node.main.__module__, *arguments]
 
 

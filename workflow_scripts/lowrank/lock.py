@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -52,7 +53,8 @@ class Holder:
         token: differs for each job that ever takes a lock.
         boot, namespace: of the machine and of its numbers of processes; empty where the system does not tell.
         started: when the process was started, in the system's ticks, so that its number is not mistaken for another's.
-        job, restarts, cluster: SLURM's job, how often SLURM has started it anew, and where; empty without SLURM.
+        job, restarts, cluster: SLURM's job, how often SLURM has started it anew (-1: it does not say), and where;
+            empty without SLURM.
         since: when the lock was taken, for people.
     """
 
@@ -71,6 +73,7 @@ class Holder:
     @classmethod
     def here(cls, rule: str) -> Holder:
         """This process."""
+        job = os.environ.get("SLURM_JOB_ID", "")
         return cls(
             token=uuid.uuid4().hex,
             rule=rule,
@@ -79,8 +82,8 @@ class Holder:
             namespace=_link("/proc/self/ns/pid"),
             process=os.getpid(),
             started=process_start(os.getpid()) or "",
-            job=os.environ.get("SLURM_JOB_ID", ""),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            job=job,
+            restarts=_restarts(job) if job else 0,
             cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -243,8 +246,10 @@ def fate_of(holder: Holder, me: Holder) -> tuple[Fate, str]:
     if holder.cluster != (cluster := me.cluster or _cluster_here()):
         return Fate.UNKNOWN, f"it is a job of the cluster {holder.cluster or '?'}, and this is {cluster or 'none'}"
     if holder.job == me.job:
-        if holder.restarts < me.restarts:
+        if -1 < holder.restarts < me.restarts:
             return Fate.GONE, "SLURM has ended the job there and started it anew"
+        if -1 in (holder.restarts, me.restarts):
+            return Fate.UNKNOWN, "scontrol did not say whether SLURM has started this job anew"
         return Fate.RUNS, "it is a part of this same job"
     return _fate_of_job(holder.job)
 
@@ -291,6 +296,16 @@ def _fate_of_job(job: str) -> tuple[Fate, str]:
     if states <= ENDED | {ENDING}:
         return Fate.ENDING, f"SLURM says {ENDING}"
     return Fate.RUNS, f"SLURM says {', '.join(sorted(states - ENDED))}"
+
+
+def _restarts(job: str) -> int:
+    """How often SLURM has started a job anew, -1 if it does not say.
+
+    SLURM's own variable for it does not reach the step that Snakemake starts in a job.
+    """
+    code, output, _ = _slurm("scontrol", "show", "job", job) or (1, "", "")
+    found = re.search(r"\bRestarts=(\d+)", output)
+    return int(found[1]) if found and not code else -1
 
 
 def _cluster_here() -> str:

@@ -119,13 +119,25 @@ def plus(work: Work, more: Work | None = None, **values: float) -> Work:
 # --- what a job asks its cluster for ---
 
 
-def memory_request(need: Need, gpus: int, attempt: int = 1) -> int:
-    """MB to ask for: a quarter and 1 GiB (Snakemake's own processes) on top, half as much again at each further try."""
-    wanted = (1.25 * need.host_bytes(gpus) + GIB) * (1 + 0.5 * (attempt - 1))
-    return 500 * math.ceil(wanted / 1e6 / 500)
+def memory_request(need: Need, gpus: int, attempt: int = 1, most: int | None = None) -> int:
+    """MB to ask for: a quarter and 1 GiB (Snakemake's own processes) on top, half as much again at each further try.
+
+    Further tries ask for no more than `most`, the first one for what it needs whatever the site has.
+    """
+    wanted = [500 * math.ceil((1.25 * need.host_bytes(gpus) + GIB) * grown / 1e6 / 500) for grown in _growth(attempt)]
+    return wanted[-1] if most is None else max(wanted[0], min(wanted[-1], most))
 
 
-def runtime_request(need: Need, gpus: int, threads: int, attempt: int = 1) -> int:
-    """Minutes to ask for: thrice the expected time and half an hour, once more at each further try."""
+def runtime_request(need: Need, gpus: int, threads: int, attempt: int = 1, most: int | None = None) -> int:
+    """Minutes to ask for: thrice the expected time and half an hour, once more at each further try; at most `most`.
+
+    A shorter limit than a job needs is no loss where it goes on from its last step at the next try.
+    """
     minutes = 30 + 3 * need.seconds(gpus, threads) / 60
-    return 10 * math.ceil(attempt * minutes / 10)
+    wanted = 10 * math.ceil(attempt * minutes / 10)
+    return wanted if most is None else min(wanted, most)
+
+
+def _growth(attempt: int) -> tuple[float, float]:
+    """Of the first try and of this one."""
+    return 1.0, 1 + 0.5 * (attempt - 1)

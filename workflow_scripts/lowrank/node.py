@@ -25,11 +25,12 @@ PATIENCE = 600.0
 
 def main(arguments: list[str]) -> int:
     """Start this machine's processes and wait for them."""
-    each, nodes, launcher, meeting, job_file = arguments
+    each, nodes, launcher, gpus, meeting, job_file = arguments
     crew = Crew(int(each), int(nodes), launcher)
+    take_own_devices()
     try:
         names, rank = machines(os.environ, crew.nodes)
-        check_gpus(crew.each)
+        check_gpus(int(gpus))
         address, port = meet(Path(meeting), names, rank)
     except RankwiseError as error:
         name = f"-{os.environ.get('SLURM_NODEID', '')}"
@@ -61,13 +62,23 @@ def machines(environment: Mapping[str, str], nodes: int) -> tuple[tuple[str, ...
     if len(names) != nodes or not 0 <= int(rank) < nodes:
         raise RankwiseError(
             f"`nodes: {nodes}`, but this step runs on {len(names)} ({listed}), and this is number {rank} of them. "
-            "Set `nodes` for this rule, and `mpi: srun` with `tasks_per_node`, as profiles/README.md says."
+            "Set `nodes` for this rule, and `mpi: srun` with `tasks_per_node`, as docs/cluster.md says."
         )
     return names, int(rank)
 
 
-def check_gpus(each: int) -> None:
-    """Stop if this machine has GPUs, but fewer than it has processes: SLURM may share them out unevenly.
+def take_own_devices() -> None:
+    """The GPUs that SLURM gives this machine, in place of those of the first one, whose environment `srun` hands on."""
+    os.environ.pop(worker.DEVICES, None)
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        os.environ[worker.DEVICES] = os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def check_gpus(needed: int) -> None:
+    """Stop if this machine sees fewer GPUs than it must: the processes of the others would wait for its own in vain.
+
+    Args:
+        needed: GPUs that each machine must see; 0 where the first one has none, and all compute on processors.
 
     Raises:
         RankwiseError: with the numbers.
@@ -75,10 +86,11 @@ def check_gpus(each: int) -> None:
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < seen < each:
+    if seen < needed:
         raise RankwiseError(
-            f"{socket.gethostname()} got {seen} GPUs of this job, and {each} are needed on each node. Add "
-            f"`slurm_extra: \"'--gpus-per-node={each}'\"` to this rule's `set-resources`."
+            f"{socket.gethostname()} sees {seen} GPUs of this job, and {needed} are needed on each node. Add "
+            f"`slurm_extra: \"'--gpus-per-node={needed}'\"` to this rule's `set-resources`, or look at the node's "
+            "driver."
         )
 
 

@@ -117,10 +117,15 @@ def set_up_environment(job: Snakemake) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not job.rule.startswith(FETCHING):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
-    if computes_on_cpu(job):
+    if computes_on_cpu(job) or got_no_gpu(job):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if computes_on_cpu(job) or not os.path.exists("/dev/nvidiactl"):
+    if computes_on_cpu(job) or got_no_gpu(job) or not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by transformers, would warn otherwise
+
+
+def got_no_gpu(job: Snakemake) -> bool:
+    """Whether the profile hands out GPUs and this job got none: those that it may see all the same are of others."""
+    return job.resources.get("gpus_per_job") is not None and not asked_gpus(job)
 
 
 def computes_on_cpu(job: Snakemake) -> bool:
