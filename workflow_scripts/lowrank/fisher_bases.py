@@ -4,7 +4,7 @@ With C = Cov(y) of a layer's outputs and G = E[g g'] of the loss gradient there 
 costs 1/2 tr(G Cov(e)). Let s = tr(G)/m and s M'M = G + eps s I. Among all affine maps of rank r the cost in that metric
 is least for
 
-    B = M^-1 V_r,   A = V_r' M W,   bias = mu - B V_r' M mu,
+    B = M^-1 V_r,   A = V_r' M W,   bias = mu - B A E[x],
 
 where V_r are the top eigenvectors of M C M' (Eckart and Young, for M y), and it is s/2 times the sum of the other
 eigenvalues. So the columns of M^-1 V are nested as principal directions are: every rank is a prefix. With G = I these
