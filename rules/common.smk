@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 # Relative, so that results stay valid in another clone; not always `config`, since the working directory may differ.
 CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
@@ -26,8 +27,8 @@ from lowrank.site import check_rules, site_of, whole_number
 from lowrank.stage import remember_environment, share_library
 
 share_library(SCRIPTS)
-if workflow.is_main_process and not workflow.deployment_settings.deployment_method:
-    remember_environment()  # jobs run in no other, unless Snakemake makes one for them
+if workflow.is_main_process and DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+    remember_environment()  # jobs run in no other, unless Snakemake makes one for them; no rule names a container
 
 
 def checked_study():
