@@ -253,6 +253,65 @@ def test_what_many_rows_share_is_told_once_a_ratio() -> None:
     ]
 
 
+FLAP = {"kind": "flap", "calibration": "c4-32"}
+RANKWISE = {"kind": "rankwise", "calibration": "c4-32", "covariance": "fisher"}
+FISHER = {"estimator": "pooled", "groups": 8, "gradients": "weigh"}
+TWO_STAGES = {"kind": "lora", "instructions": "alpaca-demo", "stages": ["up", "down"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "tuning", "message"),
+    [
+        (FLAP, {}, "'scales' trains low-rank pairs, and 'other' makes none; take a tuning of kind `lora` with"),
+        (FLAP, TWO_STAGES, "'scales' trains low-rank pairs, and 'other' makes none"),
+        (
+            RANKWISE,
+            {"subspace": "top"},
+            "'scales' takes a subspace by the order of dimensions, and those of pairs with",
+        ),
+        (FLAP, TWO_STAGES | {"stages": ["all"]}, None),
+        (RANKWISE, {}, None),
+        (RANKWISE | {"identity_block": False}, {"subspace": "top"}, None),
+    ],
+)
+def test_a_training_that_would_find_nothing_to_train(
+    method: dict[str, object], tuning: dict[str, object], message: str | None
+) -> None:
+    scales = tuning if "kind" in tuning else BASE["tuning"]["scales"] | tuning
+    row = {"model": "smollm2-135m", "method": "other", "ratio": 20, "tuning": "scales"}
+    trained = [(("tuning", "scales"), scales), (("methods", "other"), method), (("covariance", "fisher"), FISHER)]
+    rows = [*BASE["tables"]["table_1"]["rows"], row]
+    own = [r for r in rows if r.get("tuning", "none") == "none" or r is row]
+    found = errors_of(changed(*trained, (("tables", "table_1", "rows"), own)))
+    place = f"tables.table_1.rows[{len(own) - 1}].tuning: "
+    assert [line[: len(place + (message or ""))] for line in found] == ([place + message] if message else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("search", "bo-10", "lord"), ("covariance", "naive", "svd"), ("calibration", "c4-32", "svd")],
+)
+def test_a_method_may_not_name_what_it_does_not_read(name: str, value: str, kind: str) -> None:
+    preset = {**BASE["methods"]["lord"], "kind": "lord"} if kind == "lord" else {"kind": kind}
+    assert errors_of(changed((("methods", "other"), {**preset, name: value}))) == [
+        f"methods.other.{name}: methods of kind '{kind}' read no {name}; leave it out, or take another `kind`"
+    ]
+
+
+def test_rows_that_a_table_has_nothing_to_show_for() -> None:
+    one, other = ({"model": "smollm2-135m", "method": "lord", "ratio": ratio} for ratio in (20, 30))
+    flap = {"model": "smollm2-135m", "method": "flap", "ratio": 20}
+    differences = {"kind": "differences", "title": "D", "suites": ["held-out"], "rows": [one, flap, other]}
+    allocations = {"kind": "allocations", "title": "A", "rows": [one, flap, one]}
+    tables = [(("tables", "d"), differences), (("tables", "a"), allocations)]
+    assert errors_of(changed((("methods", "flap"), FLAP), *tables)) == [
+        "tables.d.rows[2]: the only row of 'smollm2-135m' at 30 %, so there is nothing to compare; the first row of a "
+        "model and ratio is what its others are compared with",
+        "tables.a.rows[0]: stands 2 times in this table",
+        "tables.a.rows[1].method: 'flap' makes no low-rank pairs, so it has no ranks to show",
+    ]
+
+
 def test_ranks_of_a_training_may_not_exceed_the_width() -> None:
     assert errors_of(changed((("tuning", "scales", "rank"), 577))) == [
         "tuning.scales.rank: 577, but no matrix of model 'smollm2-135m' has a rank of more than 576, its width"

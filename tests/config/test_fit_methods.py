@@ -138,11 +138,11 @@ def test_asvd_is_refused_if_and_only_if_its_search_would_fail(
 def study(method: dict[str, Any], ratio: int, *changes: Change) -> list[str]:
     """The messages for the quickstart with one more method, in a table of its own row."""
     row = {"model": "smollm2-135m", "method": "other", "ratio": ratio}
-    added: list[Change] = [(("methods", "other"), method), (("tables", "table_8", "rows", 0), row)]
+    added: list[Change] = [(("methods", "other"), method), (("tables", "table_7", "rows", 0), row)]
     return errors_of(changed(*added, *changes))
 
 
-ROW = "tables.table_8.rows[0].ratio"
+ROW = "tables.table_7.rows[0].ratio"
 SHAPE = "model 'smollm2-135m'"
 
 
@@ -230,7 +230,7 @@ def test_a_magnitude_needs_no_windows() -> None:
 
 def test_what_two_rows_do_wrong_in_the_same_way_is_said_once() -> None:
     rows = [{"model": "smollm2-135m", "method": "other", "ratio": ratio} for ratio in (20, 30)]
-    raw = changed((("methods", "other"), {**PRUNED, "sequences": 33}), (("tables", "table_8", "rows"), rows))
+    raw = changed((("methods", "other"), {**PRUNED, "sequences": 33}), (("tables", "table_7", "rows"), rows))
     assert len(errors_of(raw)) == 1
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
-from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure
+from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table
 from lowrank.config.presets import MethodSettings
 from lowrank.config.references import references
 from lowrank.config.study import Study
@@ -95,12 +96,29 @@ def _table_suites(study: Study) -> Iterator[str]:
             if shown in study.tables and study.tables[shown].kind not in ("accuracy", "statistics"):
                 of = f"'{shown}' is a table of {study.tables[shown].kind}"
                 yield f"tables.{name}.tables[{index}]: {of}; name tables of accuracy or statistics"
+        yield from _rows_of_table(study, f"tables.{name}", table)
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
     for name, figure in study.figures.items():
         judge = study.suites.get(getattr(figure, "suite", ""))
         if judge and not isinstance(judge, PerplexitySuite):
             yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"
+
+
+def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
+    """Rows that a table of their kind has nothing to show for, or has twice."""
+    blocks = Counter((row.model, row.ratio) for row in table.rows)
+    shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
+    for index, row in enumerate(table.rows):
+        if table.kind == "differences" and blocks[row.model, row.ratio] == 1:
+            yield (
+                f"{place}.rows[{index}]: the only row of '{row.model}' at {row.ratio} %, so there is nothing to "
+                " first row of a model and ratio is what its others are compared with"
+            )
+        if table.kind == "allocations" and row.method in study.methods and not study.method(row.method).makes_pairs:
+            yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"
+        if (twice := shown.pop((row.model, row.method, row.ratio, row.tuning), 1)) > 1:
+            yield f"{place}.rows[{index}]: stands {twice} times in this table"
 
 
 def _limits(study: Study) -> Iterator[str]:

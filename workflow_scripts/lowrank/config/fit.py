@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lowrank import reach
 from lowrank.budget import Budget
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
-from lowrank.config.presets import Search
+from lowrank.config.presets import ScaledSubspaceTuning, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
@@ -148,15 +148,30 @@ def _transfer_problems(study: Study, use: Use, shape: ModelShape, uncompressed: 
 
 
 def _tuning_problems(study: Study) -> Iterator[str]:
-    """Ranks of a post-training that no matrix of the model has."""
+    """Post-trainings that would find nothing to train, or no matrix of such a rank, after hours of compression."""
     for use in _uses(study):
-        if use.tuning in study.tuning and use.model in study.models:
-            rank, widest = study.tuning[use.tuning].rank, study.models[use.model].shape.hidden
-            if rank > widest:
-                yield (
-                    f"tuning.{use.tuning}.rank: {rank}, but no matrix of model '{use.model}' has a rank of more than "
-                    f"{widest}, its width"
-                )
+        if use.tuning not in study.tuning or use.model not in study.models or use.method not in study.methods:
+            continue
+        tuning, method = study.tuning[use.tuning], study.method(use.method)
+        rank, widest = tuning.rank, study.models[use.model].shape.hidden
+        if rank > widest:
+            yield (
+                f"tuning.{use.tuning}.rank: {rank}, but no matrix of model '{use.model}' has a rank of more than "
+                f"{widest}, its width"
+            )
+        place = f"{use.place.removesuffix('ratio')}tuning"
+        needs_pairs = isinstance(tuning, ScaledSubspaceTuning) or any(stage != "all" for stage in tuning.stages)
+        if needs_pairs and not method.makes_pairs and method.kind != "dense":  # which is refused elsewhere
+            yield (
+                f"{place}: '{use.tuning}' trains low-rank pairs, and '{use.method}' makes none; take a tuning of kind "
+                "`lora` with `stages: [all]`"
+            )
+        ordered = isinstance(tuning, ScaledSubspaceTuning) and tuning.subspace != "random"
+        if ordered and getattr(method, "identity_block", False):
+            yield (
+                f"{place}: '{use.tuning}' takes a subspace by the order of dimensions, and those of pairs with "
+                f"identity blocks, as of '{use.method}', have none; write `subspace: random`"
+            )
 
 
 def _validation_problems(study: Study, use: Use) -> Iterator[str]:

@@ -5,6 +5,7 @@ Stages rebuild a section from the plain dict that their rule passes, so these mo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -296,9 +297,11 @@ class MethodSettings(Section):
     Attributes:
         reads: what the method reads of its calibration besides: `statistics` (moments of the inputs of all layers),
             `tokens` (the windows themselves).
+        makes_pairs: its compressed layers are low-rank pairs, which have ranks to show and scales to train.
     """
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ()
+    makes_pairs: ClassVar[bool] = True
 
     kind: str
     calibration: Name | None = None
@@ -306,6 +309,18 @@ class MethodSettings(Section):
     validation: Name | None = None
     search: Name | None = None
     transfer: Transfer | None = None
+
+    @model_validator(mode="after")
+    def _names_only_what_it_reads(self) -> MethodSettings:
+        """A key that the method's own class does not declare would be computed for nothing."""
+        above = [cls for cls in type(self).__mro__ if issubclass(cls, MethodSettings) and cls is not MethodSettings]
+        own = {name for cls in above for name in inspect.get_annotations(cls)}
+        for name in ("calibration", "covariance", "validation", "search"):
+            if getattr(self, name) is not None and name not in own:
+                raise wrong(name, f"methods of kind '{self.kind}' read no {name}; leave it out, or take another `kind`")
+        if self.transfer is not None and self.search is None:
+            raise wrong("transfer", f"methods of kind '{self.kind}' have no search that could begin with it")
+        return self
 
     @property
     def is_random(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lowrank.config.presets import MethodSettings
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 class Settings(MethodSettings):
     """The dense model has no settings."""
+
+    makes_pairs: ClassVar[bool] = False
 
     kind: Literal["dense"]
 

@@ -33,6 +33,7 @@ class Settings(MethodSettings):
     """FLAP reads means and variances of the inputs of o and down."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics",)
+    makes_pairs: ClassVar[bool] = False
 
     kind: Literal["flap"]
     calibration: Name

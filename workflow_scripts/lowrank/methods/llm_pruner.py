@@ -39,6 +39,7 @@ class Settings(MethodSettings):
     """LLM-Pruner reads calibration windows, to take gradients on."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
+    makes_pairs: ClassVar[bool] = False
 
     kind: Literal["llm-pruner"]
     calibration: Name

@@ -29,6 +29,7 @@ class Settings(MethodSettings):
     """SliceGPT runs the model, block by block, on its calibration windows."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
+    makes_pairs: ClassVar[bool] = False
 
     kind: Literal["slicegpt"]
     calibration: Name
