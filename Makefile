@@ -54,6 +54,7 @@ benchmark: setup
 memory: setup
 	python tests/benchmarks/memory.py $(MODEL)
 
-# After a change of the config's sections: the schema that editors use.
+# After a change of the config's sections: the schema that editors use, and the page of all keys.
 schema: setup
 	PYTHONPATH=workflow_scripts python -m lowrank.config schema > config/schema.json
+	PYTHONPATH=workflow_scripts python -m lowrank.config reference > docs/config.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 from lowrank.config.__main__ import main
 from lowrank.config.load import json_schema, load_study
+from lowrank.config.reference import reference
 
 SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
 SCHEMA = REPOSITORY / "config/schema.json"
@@ -38,6 +40,18 @@ def test_shipped_config_names_the_schema_for_editors(path: Path) -> None:
 
 def test_schema_file_is_the_generated_one() -> None:
     assert SCHEMA.read_text(encoding="utf-8") == json_schema(), "run `make schema`"
+
+
+def test_page_of_keys_is_the_generated_one_and_has_them_all() -> None:
+    page = (REPOSITORY / "docs/config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run `make schema`"
+    schema = json.loads(json_schema())
+    keys = [*schema["properties"], *(key for part in schema["$defs"].values() for key in part["properties"])]
+    assert all(f"`{key}`" in page for key in keys if key != "kind")
+    kinds = [part["properties"].get("kind", {}).get("const") for part in schema["$defs"].values()]
+    assert all(f"`kind: {kind}`" in page for kind in kinds if kind)
+    linked = set(re.findall(r"\]\(#(\w+)\)", page))
+    assert linked <= {heading.lower() for heading in re.findall(r"^### `(\w+)`$", page, re.MULTILINE)}
 
 
 @pytest.mark.parametrize(

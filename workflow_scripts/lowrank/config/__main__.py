@@ -1,4 +1,7 @@
-"""`python -m lowrank.config schema` prints the JSON schema; `python -m lowrank.config check FILE...` checks configs."""
+"""`python -m lowrank.config check FILE...` checks configs.
+
+`python -m lowrank.config schema` prints their JSON schema, `python -m lowrank.config reference` their keys in Markdown.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,20 @@ from pathlib import Path
 
 from lowrank.config.beside import check_beside
 from lowrank.config.load import json_schema, load_study
+from lowrank.config.reference import reference
 from lowrank.errors import RankwiseError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two commands.
+    """Run one of the commands.
 
     Returns:
-        The exit code: 0 if all is well, 1 if a config is wrong, 2 for a call that is neither of the two.
+        The exit code: 0 if all is well, 1 if a config is wrong, 2 for a call that is none of them.
     """
-    if arguments == ["schema"]:
-        print(json_schema(), end="")
+    if arguments in (["schema"], ["reference"]):
+        print(json_schema() if arguments == ["schema"] else reference(), end="")
         return 0
     if len(arguments) >= 2 and arguments[0] == "check":
         return max(_check(path) for path in arguments[1:])
