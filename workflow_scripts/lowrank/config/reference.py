@@ -78,7 +78,8 @@ def _keys(properties: dict[str, Schema], required: list[str]) -> list[str]:
     for key, value in properties.items():
         name = f"**`{key}`**" if key in required else f"`{key}`"
         default = f"`{json.dumps(value['default'])}`" if "default" in value else ""
-        rows.append(f"| {name} | {_type(value)} | {default} | {value.get('description', '')} |".replace("  ", " "))
+        what = value.get("description", "").replace("|", "\\|")  # else it would end the cell
+        rows.append(f"| {name} | {_type(value)} | {default} | {what} |".replace("  ", " "))
     return rows
 
 
