@@ -83,7 +83,8 @@ def compressed(
     if method == "afm":
         given["bases"] = bases(kind, estimator)
         settings["covariance"] = estimator
-    return model, compress_model(method, {"kind": method, "calibration": "c", **settings}, given)
+    named = {} if method == "svd" else {"calibration": "c"}
+    return model, compress_model(method, {"kind": method, **named, **settings}, given)
 
 
 def inputs_of_layers(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> dict[str, torch.Tensor]:

@@ -29,13 +29,6 @@ def test_the_image_has_the_python_of_the_conda_environment() -> None:
     assert f"\nFrom: python:{python.removeprefix('python=')}-" in RECIPE
 
 
-def test_the_conda_environment_has_the_pins_written_out() -> None:
-    dependencies = yaml.safe_load((ENVS / "rankwise.yaml").read_text(encoding="utf-8"))["dependencies"]
-    (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    pins = [line for line in (ENVS / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert pip == pins
-
-
 def test_the_image_is_tried_with_packages_that_are_pinned() -> None:
     pins = {
         line.split("==")[0].lower().replace("-", "_") for line in (ENVS / "requirements.txt").read_text().splitlines()

@@ -46,9 +46,10 @@ def compressed(
         "tokens": TOKENS,
         "allocation": allocation,
     }
-    named = {"covariance": "c"} if method in ("rankwise", "afm", "lord", "bolaco") else {}
+    named = {} if method == "svd" else {"calibration": "c"}
+    named |= {"covariance": "c"} if method in ("rankwise", "afm", "lord", "bolaco") else {}
     named |= {"validation": "v", "search": "s"} if method == "bolaco" else {}
-    return model, compress_model(method, {"kind": method, "calibration": "c", **named, **options}, given_to_it)
+    return model, compress_model(method, {"kind": method, **named, **options}, given_to_it)
 
 
 def budget_of(kind: str, identity_block: bool = True) -> Budget:
