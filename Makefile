@@ -1,6 +1,6 @@
 # make quickstart   a whole small study, installed and run
 # make test         the checks and the tests
-# make test-slurm   tests on a throw-away SLURM cluster, 10 minutes or more; for root, SLURM is installed if it is missing (apt)
+# make test-slurm   tests on a throw-away SLURM cluster, 9 minutes; for root, SLURM is installed if it is missing (apt)
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
 # All set up ./.venv first if it is missing.
