@@ -1,6 +1,6 @@
 # make quickstart   a whole small study, installed and run
-# make test         the checks and the tests
-# make test-slurm   tests on a throw-away SLURM cluster, 9 minutes; for root, SLURM is installed if it is missing (apt)
+# make test         the checks and the tests; for root, SLURM is installed if it is missing (apt), else its tests are skipped
+# make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
 # All set up ./.venv first if it is missing.
@@ -25,9 +25,10 @@ quickstart: setup
 	snakemake --configfile config/quickstart.yaml --profile profiles/local
 	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
+# Of the three processes of the last line, one mostly waits for SLURM. Threads that wait for others must not spin then.
 test: setup lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/config
-	python -m pytest tests/workflow tests/survival tests/e2e
+	OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadfile tests/slurm tests/workflow tests/survival tests/e2e
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm

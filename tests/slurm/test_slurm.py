@@ -1,7 +1,8 @@
 """A tiny study on a real SLURM by the literal `--profile slurm`, undisturbed and through every fault.
 
 After the recovery that docs/cluster.md names, its tables must be those of the undisturbed run, and no file may ever be
-seen under its own name unless it is whole.
+seen under its own name unless it is whole. And one job on both nodes, whose processes SLURM's own `srun` starts; no
+network lies between them, since they are one machine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import CPU_NODE, Cluster, Job, until
-from slurm_study import GPUS_IN_FLIGHT, Study
+from post_training_samples import a_job, save_tiny_model
+from slurm_cluster import CPU_NODE, GPU_NODE, Cluster, Job, until
+from slurm_study import GPUS_IN_FLIGHT, ROOT, Study
 from watcher import watched
+
+from lowrank.crew import Crew
+from lowrank.post_training.job import Progress
+from lowrank.post_training.launch import launch
 
 pytestmark = pytest.mark.slurm
 
@@ -239,3 +246,63 @@ def terminate_during_post_training(study: Study, cluster: Cluster) -> None:
     assert re.search(r"going on after step [23] of 3", study.log(job))
     assert (study.run / "tuned/tiny/bolaco/20/scales/seed0/manifest.json").exists()
     assert not list((study.run / "evaluation/tiny/bolaco/20").glob("scales/seed0/*.json"))
+
+
+# --- several nodes ---
+
+PATHS = [str(ROOT / name) for name in ("workflow_scripts", "tests/unit")]
+SCRIPT = """#!{python}
+import json, logging, os, sys
+from pathlib import Path
+
+sys.path[:0] = {paths!r}
+os.environ["PYTHONPATH"] = os.pathsep.join({paths!r})
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+kept = ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_SUBMIT_DIR")
+for name in list(os.environ):  # what Snakemake's job step leaves of them
+    if name.startswith(("SLURM_", "SRUN_", "SBATCH_")) and name not in kept:
+        del os.environ[name]
+logging.basicConfig(level=logging.INFO)
+import crew_work
+from lowrank.crew import Crew
+from lowrank.launcher import run_shared
+from lowrank.post_training.job import TrainingJob
+from lowrank.post_training.launch import launch
+
+folder = Path({folder!r})
+sums = [run_shared(crew_work.add_ranks, {{}}, Crew(1, 2, name), 1, folder / name) for name in ("torchrun", "deepspeed")]
+launch(TrainingJob(**json.loads({job!r})), Crew(1, 2), 1)
+(folder / "sums.json").write_text(json.dumps(sums))
+"""
+
+
+def test_two_nodes_work_on_one_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    checkpoint = save_tiny_model(tmp_path / "model")
+    alone, shared = (a_job(checkpoint, tmp_path / name, micro_batch_size=2, steps=3) for name in ("alone", "shared"))
+    launch(alone, Crew(), 1)
+    script = tmp_path / "job.py"
+    job = json.dumps(vars(shared))
+    script.write_text(SCRIPT.format(python=sys.executable, paths=PATHS, folder=str(tmp_path), job=job))
+    cluster.order("scontrol", "create", "PartitionName=both", f"Nodes={CPU_NODE},{GPU_NODE}", "MaxTime=60")
+    try:
+        options = ["--partition=both", "--nodes=2", "--ntasks-per-node=2", "--mem=6000", "--time=20"]
+        options.append(f"--output={tmp_path}/log")
+        run = subprocess.run(
+            ["sbatch", "--wait", *options, str(script)],
+            env=cluster.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr + (tmp_path / "log").read_text()[-3000:]
+    finally:
+        cluster.ask("scontrol", "delete", "PartitionName=both")
+    sums = json.loads((tmp_path / "sums.json").read_text())
+    assert [found["total"] for found in sums] == [[1, 2, 2e-30]] * 2
+    hosts = (tmp_path / "deepspeed/hostfile1").read_text()
+    assert hosts == f"{CPU_NODE} slots=1\n{GPU_NODE} slots=1\n"
+    one, two = (Progress.load(tmp_path / name) for name in ("alone", "shared"))
+    for curve in ("loss", "validation"):
+        assert dict(getattr(two, curve)) == pytest.approx(dict(getattr(one, curve)), rel=1e-5)
