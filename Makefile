@@ -25,10 +25,10 @@ quickstart: setup
 	snakemake --configfile config/quickstart.yaml --profile profiles/local
 	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
-# Of the three processes of the last line, one mostly waits for SLURM. Threads that wait for others must not spin then.
+# Of the three processes of the last line, the first mostly waits for SLURM. Threads that wait must not spin beside it.
 test: setup lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/config
-	OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadfile tests/slurm tests/workflow tests/survival tests/e2e
+	OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/workflow tests/survival tests/e2e
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm

@@ -51,6 +51,7 @@ rule collect_gradients:
             | {
                 "state": LAYOUT.state,
                 "windows": STUDY.calibration[wildcards.calibration].gradient_windows,
+                "draws": STUDY.calibration[wildcards.calibration].gradient_draws,
             },
         ),
     message:

@@ -34,8 +34,9 @@ def fetch_settings(stage, key, name, section):
 
 
 def calibration_settings(name):
-    """What decides the windows themselves; how many of them are used for gradients does not."""
-    return {key: value for key, value in STUDY.calibration[name].plain().items() if key != "gradient_windows"}
+    """What decides the windows themselves; how gradients are collected on them does not."""
+    plain = STUDY.calibration[name].plain()
+    return {key: value for key, value in plain.items() if key not in ("gradient_windows", "gradient_draws")}
 
 
 def model_settings(name):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank.errors import RankwiseError
-from lowrank.losses import head_of, last_hidden, token_kl, token_nll, token_nll_and_kl
+from lowrank.losses import draw_tokens, head_of, last_hidden, token_kl, token_nll, token_nll_and_kl
 
 SMALL = {
     "vocab_size": 50,
@@ -126,6 +126,20 @@ def test_half_precision_keeps_a_float32_softmax() -> None:
     hidden, head = hidden.bfloat16(), head.bfloat16()
     expected = torch.nn.functional.cross_entropy(head(hidden).double(), targets, reduction="none")
     torch.testing.assert_close(token_nll(hidden, head, targets).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_drawn_by_their_probabilities(dtype: torch.dtype) -> None:
+    """Counts of 20,000 draws within five standard errors, and a logit that cannot be is never drawn."""
+    draw, count = torch.Generator().manual_seed(0), 20_000
+    head = nn.Linear(3, 7, bias=False).to(dtype)
+    head.weight.data = torch.randn(7, 3, generator=draw).to(dtype)
+    head.weight.data[5] = -torch.inf
+    state = torch.tensor([[0.5, 1.0, 1.5]], dtype=dtype)
+    p = torch.softmax(head(state)[0].double(), dim=-1)
+    found = torch.bincount(draw_tokens(state.expand(count, 3), head, draw), minlength=7)
+    assert found[5] == 0
+    assert bool(((found - count * p).abs() <= 5 * (count * p * (1 - p)).sqrt()).all())
 
 
 def test_no_tokens_give_no_losses() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lowrank import losses, output_gradients
+from lowrank import gradients, losses, output_gradients
 from lowrank.checkpoint import family_of
 from lowrank.errors import RankwiseError
 from lowrank.output_gradients import collect_output_gradients, load_output_gradients
@@ -49,6 +51,31 @@ def by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[int,
     return {key: total / tokens.numel() for key, total in sums.items()}
 
 
+def fisher_by_enumeration(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
+    """sum over positions and all next tokens v of p(v) g_v g_v' / tokens: the Fisher information, without a draw."""
+    family, outputs = family_of(model), {}
+    handles = []
+    for layer in range(tiny.LAYERS):
+        for linear in family.types:
+            module = model.get_submodule(f"{family.blocks}.{layer}.{linear.path}")
+            key = (layer, linear.name)
+            handles.append(module.register_forward_hook(lambda _, args, y, key=key: outputs.__setitem__(key, y)))
+    sums: dict[tuple[int, str], torch.Tensor] = {}
+    model.requires_grad_(True)
+    for ids in tokens:
+        log_p = functional.log_softmax(model(input_ids=ids[None]).logits[0, :-1], dim=-1)
+        for position in log_p:
+            for one in position:
+                found = torch.autograd.grad(one, list(outputs.values()), retain_graph=True)
+                for key, gradient in zip(outputs, found, strict=True):
+                    g = gradient.flatten(0, -2)
+                    sums[key] = sums.get(key, 0) + one.exp().detach() * (g.T @ g)
+    model.requires_grad_(False)
+    for handle in handles:
+        handle.remove()
+    return {key: total / tokens.numel() for key, total in sums.items()}
+
+
 def stored(files: list[Path], model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
     names = [linear.name for linear in family_of(model).types]
     return {(i, name): g for i, file in enumerate(files) for name, g in load_output_gradients(file, names).items()}
@@ -73,6 +100,28 @@ def test_every_layer_equals_the_sum_over_tokens(
         assert torch.allclose(g.double(), expected[key], rtol=1e-6, atol=1e-7 * size), key  # rounded to float32 once
 
 
+def test_draws_of_the_models_predictions_come_near_the_fisher_information(tmp_path: Path) -> None:
+    model, tokens = tiny.model("llama-gqa"), some_tokens(1, 4)
+    exact = fisher_by_enumeration(model, tokens)
+    far = {}
+    for draws in (4, 64, 512):
+        files = collect_output_gradients(model, tokens, 2, tmp_path / str(draws), CPU, draws=draws)
+        found = stored(files, model)
+        far[draws] = max(float((g - exact[key]).norm() / exact[key].norm()) for key, g in found.items())
+    assert far[512] < 0.3
+    assert far[512] < far[64] / 2 < far[4] / 4
+
+
+def test_what_is_drawn_takes_the_place_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny.model("llama").double(), some_tokens()
+    monkeypatch.setattr(output_gradients, "TOKENS_PER_BATCH", 1)
+    expected = stored(collect_output_gradients(model, tokens, 2, tmp_path / "text", CPU), model)
+    texts = iter([window[1:] for window in tokens for _ in range(3)])
+    monkeypatch.setattr(gradients, "draw_tokens", lambda states, head, draw: next(texts))
+    for key, g in stored(collect_output_gradients(model, tokens, 2, tmp_path / "drawn", CPU, draws=3), model).items():
+        assert torch.allclose(g, expected[key], rtol=1e-5, atol=1e-8), key
+
+
 def test_narrow_models_are_accumulated_in_more_digits_and_near(tmp_path: Path) -> None:
     tokens, wide = some_tokens(), tiny.model("llama-gqa")
     exact = stored(collect_output_gradients(wide, tokens, 2, tmp_path / "wide", CPU), wide)
@@ -83,24 +132,27 @@ def test_narrow_models_are_accumulated_in_more_digits_and_near(tmp_path: Path) -
             assert torch.linalg.norm(g - exact[key]) < 0.1 * torch.linalg.norm(exact[key])
 
 
-def test_a_killed_pass_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draws", [None, 2])
+def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
+    draws: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokens = tiny.model("llama"), some_tokens()
     monkeypatch.setattr(output_gradients, "TOKENS_PER_BATCH", 18)  # three batches
-    whole = collect_output_gradients(model, tokens, 1, tmp_path / "whole", CPU)
+    whole = collect_output_gradients(model, tokens, 1, tmp_path / "whole", CPU, draws=draws)
     plain, calls = output_gradients.backpropagate, []
 
-    def killed(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    def killed(model: PreTrainedModel, ids: torch.Tensor, *drawing: Any) -> None:
         calls.append(ids)
         if len(calls) == 5:  # the last block is finished, the first is not
             raise KeyboardInterrupt
-        plain(model, ids)
+        plain(model, ids, *drawing)
 
     monkeypatch.setattr(output_gradients, "backpropagate", killed)
     with pytest.raises(KeyboardInterrupt):
-        collect_output_gradients(model, tokens, 1, tmp_path / "cut", CPU)
+        collect_output_gradients(model, tokens, 1, tmp_path / "cut", CPU, draws=draws)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == [whole[1].name]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    resumed = collect_output_gradients(model, tokens, 1, tmp_path / "cut", CPU)
+    resumed = collect_output_gradients(model, tokens, 1, tmp_path / "cut", CPU, draws=draws)
     assert len(calls) == 5 + 3
     for one, other in zip(whole, resumed, strict=True):
         assert one.read_bytes() == other.read_bytes()
@@ -143,5 +195,6 @@ def test_a_loss_that_is_not_finite_and_windows_of_one_token_are_refused(tmp_path
     with pytest.raises(RankwiseError, match="windows of two tokens or more, not of 1"):
         collect_output_gradients(model, some_tokens(length=1), 2, tmp_path, CPU)
     model.lm_head.weight.data[:] = float("nan")
-    with pytest.raises(RankwiseError, match="the loss of a calibration window is not finite"):
-        collect_output_gradients(model, some_tokens(), 2, tmp_path, CPU)
+    for draws in (None, 2):
+        with pytest.raises(RankwiseError, match="the loss of a calibration window is not finite"):
+            collect_output_gradients(model, some_tokens(), 2, tmp_path, CPU, draws=draws)

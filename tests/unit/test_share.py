@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from lowrank.share import ALONE, Share
 from lowrank.statistics import collect_statistics
 
 CPU = torch.device("cpu")
-COLLECTORS = {"statistics": (collect_statistics, statistics), "gradients": (collect_output_gradients, output_gradients)}
+COLLECTORS = {
+    "statistics": (collect_statistics, statistics),
+    "gradients": (collect_output_gradients, output_gradients),
+    "drawn gradients": (partial(collect_output_gradients, draws=2), output_gradients),
+}
 
 
 def some_tokens(windows: int = 7, length: int = 12) -> torch.Tensor:

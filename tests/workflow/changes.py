@@ -294,6 +294,12 @@ CHANGES = [
         either(having("sample_calibration", calibration="c4-512"), RECORDS),
         configs=("paper",),
     ),
+    Change(
+        "tokens drawn for loss gradients",
+        study(value(2, "calibration", "c4-32", "gradient_draws")),
+        either(having("collect_gradients", calibration="c4-32"), RECORDS),
+        configs=("mini-paper",),
+    ),
     Change("a new row", study(add_row), either(having("make_table", table="table_7"), RECORDS)),
     Change("a table gains a suite", study(add_suite), either(having("make_table", table="table_1"), RECORDS)),
     # elsewhere

@@ -8,6 +8,7 @@ in the model's own precision, and squares of the gradients of single sequences c
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank import losses
 from lowrank.errors import RankwiseError
-from lowrank.losses import head_of, last_hidden, token_nll
+from lowrank.losses import draw_tokens, head_of, last_hidden, token_nll
 
 log = logging.getLogger(__name__)
 
@@ -139,28 +140,47 @@ def _caught(
             handle.remove()
 
 
-def backpropagate(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One backward pass of the loss summed over all next tokens, with the logits of one chunk at a time.
+def backpropagate(
+    model: PreTrainedModel, ids: torch.Tensor, draw: torch.Generator | None = None, draws: int = 1
+) -> None:
+    """Backward passes of the loss summed over all next tokens, with the logits of one chunk at a time.
+
+    Args:
+        model: with hooks that use the gradients.
+        ids: sequences x length.
+        draw: where to draw next tokens from the model's own predictions; None: those of the text.
+        draws: backward passes after one forward pass, each with tokens drawn anew.
 
     Raises:
         RankwiseError: the loss is not finite; the first layer whose outputs are not is named.
     """
     hidden, head = last_hidden(model, ids)[:, :-1].flatten(0, 1), head_of(model)
-    gradients, loss = [], 0.0
-    chunks = [torch.split(part, losses.CHUNK_TOKENS) for part in (hidden.detach(), ids[:, 1:].flatten())]
-    for states, targets in zip(*chunks, strict=True):
+    for left in reversed(range(draws)):
+        gradient = _final_gradient(hidden.detach(), head, ids[:, 1:].flatten() if draw is None else draw)
+        if gradient is None:
+            where = first_not_finite(model, ids)
+            raise RankwiseError(
+                f"{where}: outputs are not finite, so the loss of a calibration window is not finite. Set `dtype: "
+                "float32` for this model in the config; if it is float32 already, the weights are damaged."
+            )
+        torch.autograd.backward([hidden], [gradient], retain_graph=left > 0)
+
+
+def _final_gradient(
+    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor | torch.Generator
+) -> torch.Tensor | None:
+    """Gradient of the summed loss at final hidden states, T x d; None if the loss is not finite."""
+    gradients: list[torch.Tensor] = []
+    loss = 0.0
+    for start in range(0, len(hidden), losses.CHUNK_TOKENS):
+        part = slice(start, start + losses.CHUNK_TOKENS)
+        states = hidden[part]
+        next_tokens = targets[part] if isinstance(targets, torch.Tensor) else draw_tokens(states, head, targets)
         states.requires_grad_(True)
-        total = token_nll(states, head, targets).sum()
-        (gradient,) = torch.autograd.grad(total, states)
-        gradients.append(gradient)
+        total = token_nll(states, head, next_tokens).sum()
+        gradients.extend(torch.autograd.grad(total, states))
         loss += float(total.detach())
-    if not torch.isfinite(torch.tensor(loss)):
-        where = first_not_finite(model, ids)
-        raise RankwiseError(
-            f"{where}: outputs are not finite, so the loss of a calibration window is not finite. Set `dtype: float32` "
-            "for this model in the config; if it is float32 already, the weights are damaged."
-        )
-    torch.autograd.backward([hidden], [torch.cat(gradients)])
+    return torch.cat(gradients) if math.isfinite(loss) else None
 
 
 def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:

@@ -77,6 +77,25 @@ def token_nll(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, chun
     return _joined(losses, hidden)
 
 
+@torch.no_grad()
+def draw_tokens(hidden: torch.Tensor, head: nn.Linear, draw: torch.Generator) -> torch.Tensor:
+    """One next token for each state, drawn from softmax(head(h_t)).
+
+    The largest of logits with Gumbel noise has that distribution; minus the logarithm of an exponential is such noise.
+
+    Args:
+        hidden: T x d, final hidden states; logits of all are held at once.
+        head: d -> vocabulary.
+        draw: on the states' device.
+
+    Returns:
+        T token ids.
+    """
+    logits: torch.Tensor = head(hidden).float()
+    noise = torch.empty_like(logits).exponential_(generator=draw)
+    return (logits - noise.log_()).argmax(dim=-1)
+
+
 def token_kl(
     hidden_p: torch.Tensor,
     head_p: nn.Linear,

@@ -5,6 +5,10 @@ the mean loss per token by 1/2 E[(g_t' e_t)^2], where g_t is the gradient of the
 errors that do not depend on g_t this is 1/2 tr(G Cov(e)) with G = E[g_t g_t'], which is what is collected here: one
 m x m matrix a layer, from one backward pass over the calibration windows.
 
+The Fisher information itself takes the next tokens from the model's own predictions, not from the text; with `draws`
+they are drawn from there (Kunstner et al. 2019 on the difference). And each of several draws from one window brings
+other gradients, so that few windows give a less noisy G, at the cost of as many backward passes.
+
 The pass takes a few blocks at a time, from the last to the first, so that accumulators of all layers are never held at
 once; a backward pass goes no deeper than the blocks it is for. A killed pass goes on at the last finished group.
 Several processes share the windows and add up.
@@ -41,13 +45,15 @@ def collect_share(arguments: dict[str, Any], share: Share) -> None:
     """A process's share of the passes.
 
     Args:
-        arguments: as of `statistics.collect_share`, and "windows": how many of the calibration windows, or None.
+        arguments: as of `statistics.collect_share`, and "windows": how many of the calibration windows, or None;
+            "draws": as of `collect_output_gradients`.
         share: this process among those of the job.
     """
     device = pick_device()
     model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]), device)
     tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()[: arguments["windows"]]
-    collect_output_gradients(model, tokens, arguments["layers_per_pass"], Path(arguments["state"]), device, share)
+    layers_per_pass, draws, state = arguments["layers_per_pass"], arguments["draws"], Path(arguments["state"])
+    collect_output_gradients(model, tokens, layers_per_pass, state, device, share, draws)
 
 
 def collect_output_gradients(
@@ -57,6 +63,7 @@ def collect_output_gradients(
     state: Path,
     device: torch.device,
     share: Share = ALONE,
+    draws: int | None = None,
 ) -> list[Path]:
     """Collect G = E[g g'] for all linear layers of all blocks.
 
@@ -67,6 +74,7 @@ def collect_output_gradients(
         state: folder of unfinished work; finished layer files live there.
         device: where the model is.
         share: this process among those of the job, which all see `state`.
+        draws: G is the mean over so many next tokens drawn at each position; None: for those of the text.
 
     Returns:
         One safetensors file per block, in `state`, with `<type>` -> m x m in float32.
@@ -90,11 +98,13 @@ def collect_output_gradients(
         moments = _accumulators(family, blocks, layers, device)
         with _caught(family, blocks, moments), torch.enable_grad():
             for index in share.of(len(batches)):
-                backpropagate(model, batches[index].to(device))
+                # The same tokens in each pass, in whatever process.
+                draw = None if draws is None else torch.Generator(device).manual_seed(index)
+                backpropagate(model, batches[index].to(device), draw, draws or 1)
         for total in moments.values():
             share.sum(total)
         if share.first:
-            _store(family, files, moments, tokens.numel())
+            _store(family, files, moments, tokens.numel() * (draws or 1))
         del moments, total  # before the next pass makes its own
         rate = tokens.numel() / (time.monotonic() - started)
         log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)
@@ -151,7 +161,7 @@ def _caught(family: Family, blocks: nn.ModuleList, moments: dict[tuple[int, str]
             handle.remove()
 
 
-def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], torch.Tensor], tokens: int) -> None:
+def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], torch.Tensor], count: int) -> None:
     """Write the means; from a damaged layer the damage spreads backwards, so the one nearest to the loss is named."""
     damaged = [place for place, total in moments.items() if not bool(total.isfinite().all())]
     if damaged:
@@ -162,5 +172,5 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
             "`bfloat16`) for this model in the config; if it is float32 already, look for damaged weights."
         )
     for layer in sorted({layer for layer, _ in moments}):
-        means = {linear.name: moments[layer, linear.name] / tokens for linear in family.types}
+        means = {linear.name: moments[layer, linear.name] / count for linear in family.types}
         save_tensors(files[layer], {name: ((mean + mean.T) / 2).float() for name, mean in means.items()})

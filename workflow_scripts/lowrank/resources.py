@@ -156,7 +156,8 @@ class Estimator:
         widest = max(module.out_features for module in sizes.block)
         # The pass for the first blocks goes back through all of them, those for the others through fewer: half of it.
         passes, tokens = math.ceil(layers / held), windows * calibration.length
-        through = 1 + (passes + 1) / 2 / passes
+        draws = calibration.gradient_draws or 1
+        through = 1 + draws * (passes + 1) / 2 / passes
         return Need(
             gpu=True,
             shared=True,
@@ -173,7 +174,7 @@ class Estimator:
             work=in_dtype(
                 sizes,
                 passes * through * sizes.forward(tokens, calibration.length),
-                single=sizes.products(tokens, sizes.output_moments(1)),
+                single=sizes.products(draws * tokens, sizes.output_moments(1)),
                 disk=sizes.weights + 2 * layers * sizes.output_moments(SINGLE),
             ),
         )

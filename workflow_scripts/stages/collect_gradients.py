@@ -27,6 +27,7 @@ def work(job: Snakemake) -> None:
             "dtype": settings["dtype"],
             "tokens": str(job.input.tokens),
             "windows": settings["windows"],
+            "draws": settings["draws"],
             "layers_per_pass": int(job.resources.layers_per_pass),
             "state": str(state),
         }
@@ -43,6 +44,7 @@ def work(job: Snakemake) -> None:
                 "calibration": job.wildcards.calibration,
                 "windows": tokens.shape[0],
                 "length": tokens.shape[1],
+                "draws": settings["draws"],
                 "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
                 "environment": describe_environment(),
                 "seconds": clock.seconds,

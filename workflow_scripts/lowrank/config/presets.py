@@ -40,6 +40,11 @@ class Calibration(Section):
     gradient_windows: Positive | None = Field(
         default=None, description="loss gradients are collected on the first so many windows; null: on all"
     )
+    gradient_draws: Positive | None = Field(
+        default=None,
+        description="next tokens at each position, drawn from the model's predictions, whose loss gradients are "
+        "collected, each by a backward pass of its own; null: the one of the text",
+    )
 
     @model_validator(mode="after")
     def _gradients_on_windows_that_are_there(self) -> Calibration:
