@@ -248,11 +248,11 @@ class Cluster:
         )
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        """In the foreground, so that it is a child; at low priority, and its jobs with it."""
+        """In the foreground, so that it is a child; at a priority below that of the test, and its jobs with it."""
         path = find(program)
         assert path
         self.daemons[" ".join((program, *arguments))] = subprocess.Popen(
-            ["nice", "-n", "19", path, "-D", *arguments],
+            ["nice", "-n", "5", path, "-D", *arguments],
             env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
