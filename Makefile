@@ -25,10 +25,12 @@ quickstart: setup
 	snakemake --configfile config/quickstart.yaml --profile profiles/local
 	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
-# Of the three processes of the last line, the first mostly waits for SLURM. Threads that wait must not spin beside it.
+# The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
+LONG := tests/slurm tests/survival tests/e2e tests/workflow
+
 test: setup lint
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/config
-	OMP_WAIT_POLICY=passive python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/workflow tests/survival tests/e2e
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
