@@ -62,13 +62,6 @@ def fill(folder: Path, leave: int = 0) -> Path:
     return ballast
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("workshop")
-    build(root)
-    return root
-
-
 BIG = torch.arange(100_000.0)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from workshop import VOCABULARY, build, model_section
+from workshop import VOCABULARY, model_section
 
 from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.sources import TokensSource
@@ -44,13 +44,6 @@ class Malicious:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.trace,)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("workshop")
-    build(root)
-    return root
 
 
 @pytest.fixture

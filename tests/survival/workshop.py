@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import torch
 
@@ -16,6 +18,7 @@ from lowrank.compression import compress_model
 from lowrank.config.presets import Calibration, Covariance
 from lowrank.config.sources import Corpus, Model, ModelShape
 from lowrank.corpora import sample_calibration
+from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, load_tensors, save_tensors, sha256_file, write_json
 from lowrank.output_gradients import collect_output_gradients
 from lowrank.sources.models import fetch_model
@@ -153,3 +156,16 @@ Damage = Callable[[Path], None]
 def snapshot(root: Path) -> dict[str, bytes]:
     """Content of all files below a folder."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def refused(run: Path, file: Path, read: Callable[[Path], Any]) -> str:
+    """The message of an error that names the file (or the folder that is made as a whole), and spoils nothing."""
+    before = snapshot(run)
+    with pytest.raises(RankwiseError, match=r"[Rr]un the workflow again") as caught:
+        read(run)
+    message = str(caught.value)
+    named = [file, *file.parents]
+    assert any(str(path) in message for path in named[: 1 + named.index(run)][:-1]), message
+    assert "Traceback" not in message
+    assert snapshot(run) == before
+    return message
