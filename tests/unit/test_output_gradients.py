@@ -122,6 +122,22 @@ def test_what_is_drawn_takes_the_place_of_the_text(tmp_path: Path, monkeypatch: 
         assert torch.allclose(g, expected[key], rtol=1e-5, atol=1e-8), key
 
 
+def test_each_batch_draws_other_tokens_and_each_pass_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, drawn = tiny.model("llama"), some_tokens(1).repeat(4, 1), []
+    monkeypatch.setattr(output_gradients, "TOKENS_PER_BATCH", 1)  # four batches, all of one window
+    plain = gradients.draw_tokens
+
+    def seen(*arguments: Any) -> torch.Tensor:
+        drawn.append(tuple(plain(*arguments).tolist()))
+        return torch.tensor(drawn[-1])
+
+    monkeypatch.setattr(gradients, "draw_tokens", seen)
+    collect_output_gradients(model, tokens, 1, tmp_path, CPU, draws=2)
+    assert len(drawn) == 2 * 4 * 2
+    assert drawn[:8] == drawn[8:]
+    assert len(set(drawn)) == 8
+
+
 def test_narrow_models_are_accumulated_in_more_digits_and_near(tmp_path: Path) -> None:
     tokens, wide = some_tokens(), tiny.model("llama-gqa")
     exact = stored(collect_output_gradients(wide, tokens, 2, tmp_path / "wide", CPU), wide)
