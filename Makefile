@@ -52,6 +52,7 @@ why: setup
 
 benchmark: setup
 	python tests/benchmarks/quickstart.py
+	python tests/benchmarks/gram.py
 
 # Peaks of the stages on a small model, beside the plan's estimates: make memory MODEL=folder
 memory: setup

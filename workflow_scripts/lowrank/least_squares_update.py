@@ -29,6 +29,7 @@ from lowrank.budget import Budget
 from lowrank.checkpoint import family_of
 from lowrank.factors import LowRankFactors
 from lowrank.families import LinearModule
+from lowrank.gram import add_gram, symmetric
 from lowrank.partial_forward import block_input, exchanged, input_of
 from lowrank.whitening import cholesky_factor
 
@@ -38,7 +39,10 @@ TOKENS_PER_BATCH = 4096
 
 
 class _Products:
-    """Sums of X X'' and X' X'' over batches, n x n, formed in float32 (float64 for float64 inputs), kept in float64."""
+    """Sums of X X'' and X' X'' over batches, n x n, formed in float32 (float64 for float64 inputs), kept in float64.
+
+    Of X' X'' it is the upper triangle.
+    """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.cross = torch.zeros(features, features, dtype=torch.float64, device=device)
@@ -49,7 +53,7 @@ class _Products:
         wide = torch.promote_types(dense.dtype, torch.float32)
         x, y = (states.flatten(0, -2).to(wide) for states in (dense, compressed))
         self.cross += (x.T @ y).double()
-        self.own += (y.T @ y).double()
+        add_gram(self.own, y)
 
 
 def refit_up_factors(
@@ -133,9 +137,9 @@ def _products(
 
 def _refitted(pair: LowRankFactors, weight: torch.Tensor, products: _Products, where: str) -> LowRankFactors:
     """A pair with the best up factor for its down factor."""
-    like = products.own
-    down, up, w = pair.down.to(like), pair.up.to(like), weight.to(like)
-    gram = down @ products.own @ down.T
+    own = symmetric(products.own)
+    down, up, w = pair.down.to(own), pair.up.to(own), weight.to(own)
+    gram = down @ own @ down.T
     root = cholesky_factor(gram, where)
     missing = w @ products.cross @ down.T - up @ gram
     return replace(pair, up=(up + torch.cholesky_solve(missing.T, root).T).to(pair.up))

@@ -13,6 +13,7 @@ import torch
 
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
+from lowrank.gram import add_gram, symmetric
 from lowrank.share import Share
 
 
@@ -54,7 +55,7 @@ class MomentAccumulator:
         self.window_length = x.shape[1]
         means = x.mean(dim=1, dtype=torch.float64)
         deviations = (x - means[:, None].to(x.dtype)).flatten(0, 1)
-        self.scatter += (deviations.T @ deviations).double()
+        add_gram(self.scatter, deviations)
         self.absolute += x.abs().sum(dim=(0, 1), dtype=torch.float64)
         self.window_means.append(means)
 
@@ -83,7 +84,7 @@ class MomentAccumulator:
         means = torch.cat(self.window_means)
         tokens = means.shape[0] * self.window_length
         return Moments(
-            within=(self.scatter + self.scatter.T) / (2 * tokens),
+            within=symmetric(self.scatter) / tokens,
             window_means=means,
             absolute_mean=self.absolute / tokens,
             window_length=self.window_length,

@@ -32,6 +32,7 @@ from lowrank.errors import RankwiseError
 from lowrank.families import Family
 from lowrank.files import layer_name, load_layer, load_tensors, save_tensors
 from lowrank.gradients import backpropagate
+from lowrank.gram import add_gram, symmetric
 from lowrank.runtime import parse_dtype, pick_device
 from lowrank.share import ALONE, Share
 
@@ -142,7 +143,7 @@ def _caught(family: Family, blocks: nn.ModuleList, moments: dict[tuple[int, str]
     def record(total: torch.Tensor) -> Any:
         def add(gradient: torch.Tensor) -> None:
             g = gradient.detach().flatten(0, -2).to(torch.promote_types(gradient.dtype, torch.float32))
-            total.add_((g.T @ g).double())
+            add_gram(total, g)
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -173,4 +174,4 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
         )
     for layer in sorted({layer for layer, _ in moments}):
         means = {linear.name: moments[layer, linear.name] / count for linear in family.types}
-        save_tensors(files[layer], {name: ((mean + mean.T) / 2).float() for name, mean in means.items()})
+        save_tensors(files[layer], {name: symmetric(mean).float() for name, mean in means.items()})
