@@ -25,4 +25,6 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 def symmetric(total: torch.Tensor) -> torch.Tensor:
     """The whole matrix, n x n, of which the upper triangle is given."""
-    return total.triu() + total.triu(1).T
+    whole = total.triu()
+    whole += total.triu(1).T
+    return whole

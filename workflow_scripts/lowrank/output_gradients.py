@@ -173,5 +173,5 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
             "`bfloat16`) for this model in the config; if it is float32 already, look for damaged weights."
         )
     for layer in sorted({layer for layer, _ in moments}):
-        means = {linear.name: moments[layer, linear.name] / count for linear in family.types}
-        save_tensors(files[layer], {name: symmetric(mean).float() for name, mean in means.items()})
+        means = {linear.name: symmetric(moments[layer, linear.name]).div_(count).float() for linear in family.types}
+        save_tensors(files[layer], means)

@@ -116,9 +116,9 @@ class Estimator:
         batch, widest = batch_tokens(calibration.length, STATISTICS_TOKENS), max(sizes.inputs)
         held = self.layers_per_pass("collect_statistics", wildcards["model"])
         means = DOUBLE * calibration.windows * sum(sizes.inputs)
-        # The inputs in float32 and around their mean, and their product in both precisions; or what their size adds.
+        # The inputs in float32, around their mean, and their size; the product of a panel of them is no larger.
         inputs = SINGLE * batch * widest
-        update = (1 + sizes.widened) * inputs + max(12 * widest**2, inputs)
+        update = (2 + sizes.widened) * inputs
         storing = sizes.statistics(calibration.windows) + 2 * DOUBLE * widest**2
         passes = math.ceil(layers / held)
         weights = sizes.number * (sizes.head + held / layers * sizes.linears)
@@ -164,7 +164,7 @@ class Estimator:
             device={
                 "weights": sizes.weights,
                 "accumulators": held * sizes.output_moments(DOUBLE),
-                "update": 12 * widest**2,
+                "storing": 2 * DOUBLE * widest**2,
                 "activations": sizes.training_activations(batch),
                 "logits": sizes.logits(min(batch, HEAD_TOKENS), 2),
             },
