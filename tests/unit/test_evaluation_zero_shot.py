@@ -156,6 +156,13 @@ def test_all_tasks_equal_a_stock_run(
             assert entry.get(name) == stock["results"][task].get(f"{name},none")
             assert entry.get(f"{name}_stderr") == stock["results"][task].get(f"{name}_stderr,none")
         assert entry["scores"] == [document[metric] for document in stock["samples"][task]]
+        assert ("answers" in entry) == (task not in ("piqa", "winogrande")), "the rows of the others share answers"
+    labels = [row["label"] for row in ROWS["boolq"]]
+    given = [
+        label if right else 1 - label for label, right in zip(labels, found["tasks"]["boolq"]["scores"], strict=True)
+    ]
+    shares = {"no": {"given": given.count(0) / 4, "correct": 0.5}, "yes": {"given": given.count(1) / 4, "correct": 0.5}}
+    assert found["tasks"]["boolq"]["answers"] == shares
     scores = [found["tasks"][task][metric] for task, metric in METRICS.items()]
     errors = [found["tasks"][task][f"{metric}_stderr"] for task, metric in METRICS.items()]
     assert len(set(scores)) > 2  # the comparison is not one of zeros

@@ -120,6 +120,7 @@ def test_latex_is_ascii_on_one_line_whatever_the_text(text: str) -> None:
 
 def test_characters_that_plain_latex_lacks_are_named_and_accents_are_kept() -> None:
     assert latex_text("naïve Café, größe") == r"na\"{\i}ve Caf\'{e}, gr\"{o}\ss{}e"
+    assert latex_text("57.4 ± 1.6 †") == r"57.4 $\pm$ 1.6 $\dagger$"
     assert latex_text("你\x07") == "[U+4F60][U+0007]"
 
 

@@ -30,6 +30,7 @@ from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.suites import ZeroShotSuite
 from lowrank.corpora import default_bos
 from lowrank.errors import RankwiseError
+from lowrank.evaluation.answers import count_answers
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
 from lowrank.runtime import parse_dtype, pick_device, seed_everything
 from lowrank.share import ALONE, Share
@@ -137,8 +138,8 @@ def evaluate_zero_shot(
     Returns:
         "tasks": task -> {"metric", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "of", "scores",
         "documents_sha256"} (no `acc_norm` where the task has none; the metric's 0 or 1 for each document, in the order
-        of the hash); "average" over the tasks' metrics and "average_stderr", which takes tasks as independent,
-        `sqrt(sum_t se_t^2) / T`; "protocol": what else defines the numbers.
+        of the hash), with what `count_answers` adds; "average" over the tasks' metrics and "average_stderr", which
+        takes tasks as independent, `sqrt(sum_t se_t^2) / T`; "protocol": what else defines the numbers.
 
     Raises:
         RankwiseError: an unknown task or metric, a missing split, rows that do not fit; task and file are named.
@@ -240,6 +241,7 @@ def _result(entry: ScoredRows, metric: str, raw: Mapping[str, Any]) -> dict[str,
         "of": counts["original"],
         "scores": [int(document[metric]) for document in documents],
         "documents_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        **count_answers(documents, metric),
     }
 
 
@@ -264,3 +266,9 @@ def _report(task: str, result: Mapping[str, Any], seconds: float) -> None:
         result["of"],
         seconds,
     )
+    if "answers" in result:
+        shares = ", ".join(
+            f"'{answer}' to {share['given']:.0%} (correct for {share['correct']:.0%})"
+            for answer, share in result["answers"].items()
+        )
+        log.info("%s: says %s; a guess without reading, at these shares: %.3f", task, shares, result["blind"])

@@ -26,6 +26,7 @@ _CHARACTERS = str.maketrans(
         "|": r"\textbar{}",
         "±": r"$\pm$",
         "×": r"$\times$",
+        "†": r"$\dagger$",
         "²": r"\textsuperscript{2}",
         "°": r"\textdegree{}",
         "–": "--",

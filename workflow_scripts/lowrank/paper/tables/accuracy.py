@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from lowrank.config.outputs import RowTable
@@ -21,6 +22,12 @@ from lowrank.paper.tables.measures import (
     measures_of,
 )
 from lowrank.paper.tables.rows import Estimate
+
+BLIND = "†"
+BLIND_NOTE = (
+    f"{BLIND}: not above, by two standard errors, a guess that gives each answer as often as the model does, without "
+    "reading; its accuracy is the column …_blind of the CSV."
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,15 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     estimates = [{measure.key: _estimate(measure, results) for measure in measures} for results in rows]
     kept = [shared.kept_percent(results) for results in rows]
     best = _best(rows, measures, estimates)
+    blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
     for index, (results, starts_block) in enumerate(shared.block_starts(rows)):
         texts = [*shared.leading_texts(rows, results), f"{kept[index].value:.1f}"]
         cells = [
             Cell(
-                shared.estimate_text(estimates[index][m.key].value, estimates[index][m.key].stderr, m.digits),
+                shared.estimate_text(estimates[index][m.key].value, estimates[index][m.key].stderr, m.digits)
+                + f" {BLIND}" * ((index, m.key) in blind),
                 best=(index, m.key) in best,
             )
             for m in measures
@@ -74,7 +83,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside),
+        notes=_notes(rows, context, beside, bool(blind)),
         frame=shared.frame_of(records),
         columns=(
             *leading,
@@ -126,6 +135,13 @@ def _estimate(measure: Measure, results: RowResults) -> Estimate:
     return shared.over_seeds([value for value, _ in pairs], [stderr for _, stderr in pairs])
 
 
+def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool:
+    """Whether an accuracy is not above that of a guess at the same shares of answers, by two standard errors."""
+    details = [measure.details(e) for e in shared.evaluations_of(results, measure.suite, measure.kind)]
+    guesses = [found["blind"] for found in details if "blind" in found]
+    return bool(guesses) and estimate.value <= fmean(guesses) + 2 * (estimate.stderr or 0)
+
+
 def _best(
     rows: Sequence[RowResults], measures: Sequence[Measure], estimates: Sequence[dict[str, Estimate]]
 ) -> set[tuple[int, str]]:
@@ -162,13 +178,14 @@ def _published_text(value: float | None, digits: int) -> str:
     return MISSING if value is None else shared.number_text(value, digits)
 
 
-def _notes(rows: Sequence[RowResults], context: Context, beside: Beside) -> tuple[str, ...]:
+def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, any_blind: bool) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
         *shared.model_note(rows),
         "Removed: target, in percent of the decoder's linear weights; kept: what the checkpoint holds of them. "
         "Best compressed value of each model and ratio in bold; ± is the standard error from the finite test set.",
         *(_metric_note(suite) for suite in zero_shot.values()),
+        *([BLIND_NOTE] * any_blind),
         *(_protocol_note(suite) for suite in context.suites.values() if isinstance(suite, PerplexitySuite)),
         *shared.seeds_note(rows),
         *(["The columns …_sd_over_seeds of the CSV hold the spread between seeds."] * (shared.most_seeds(rows) > 1)),

@@ -125,7 +125,8 @@ def _task_measure(suite: str, task: str) -> Measure:
 
     def details(evaluation: Json) -> Json:
         result = evaluation["tasks"][task]
-        return {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
+        counts = {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
+        return counts | ({"blind": _percent(result["blind"])} if "blind" in result else {})
 
     return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
 
