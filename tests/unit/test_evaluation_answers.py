@@ -42,6 +42,24 @@ def test_a_model_with_one_answer_is_as_right_as_its_guess() -> None:
     assert count_answers(documents, "acc")["blind"] == 0.75
 
 
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=2, max_size=8),
+    st.floats(-5, 5),
+)
+def test_the_auc_is_a_share_of_pairs_that_no_preference_changes(pairs: list[tuple[int, int]], bias: float) -> None:
+    no, yes = ([float(value) for value, target in pairs if target == label] for label in (0, 1))
+    found, shifted = (
+        count_answers([sample([0.5, 0.5 + value + shift], target) for value, target in pairs], "acc")
+        for shift in (0, bias)
+    )
+    if not no or not yes:
+        assert "auc" not in found
+        return
+    wins = fmean(float(a > b) + 0.5 * (a == b) for a in yes for b in no)
+    assert found["auc"] == pytest.approx(wins)
+    assert shifted["auc"] == pytest.approx(wins)
+
+
 def test_the_metric_decides_which_answer_was_given() -> None:
     documents = [sample([-3.0, -4.0], 1)]  # per character: no -1.5, yes -1.33
     assert count_answers(documents, "acc")["answers"]["no"]["given"] == 1

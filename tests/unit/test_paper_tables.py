@@ -74,12 +74,12 @@ def test_an_accuracy_that_a_blind_guess_has_is_marked() -> None:
     guesses = {0.49: "50.0 ± 1.0 †", 0.47: "50.0 ± 1.0"}  # two standard errors are 0.02
     for blind, text in guesses.items():
         results = row_results(0.5)
-        results.evaluations["zs"][0]["tasks"]["boolq"]["blind"] = blind
+        results.evaluations["zs"][0]["tasks"]["boolq"] |= {"blind": blind, "auc": 0.61}
         table = build("accuracy", [results, dense_results()])
         assert shown(table, 0)["BoolQ"] == text
         assert shown(table, 1)["BoolQ"] == "60.0 ± 1.0", "of this row no guess is known"
         assert any(note.startswith("†") for note in table.notes) == ("†" in text)
-        assert table.frame["boolq_blind"][0] == 100 * blind
+        assert (table.frame["boolq_blind"][0], table.frame["boolq_auc"][0]) == (100 * blind, 61)
 
 
 def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:

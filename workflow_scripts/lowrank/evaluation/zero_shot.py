@@ -271,4 +271,5 @@ def _report(task: str, result: Mapping[str, Any], seconds: float) -> None:
             f"'{answer}' to {share['given']:.0%} (correct for {share['correct']:.0%})"
             for answer, share in result["answers"].items()
         )
-        log.info("%s: says %s; a guess without reading, at these shares: %.3f", task, shares, result["blind"])
+        auc = f"; auc {result['auc']:.3f}" if "auc" in result else ""
+        log.info("%s: says %s; a guess without reading, at these shares: %.3f%s", task, shares, result["blind"], auc)

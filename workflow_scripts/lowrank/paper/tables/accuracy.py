@@ -26,7 +26,8 @@ from lowrank.paper.tables.rows import Estimate
 BLIND = "†"
 BLIND_NOTE = (
     f"{BLIND}: not above, by two standard errors, a guess that gives each answer as often as the model does, without "
-    "reading; its accuracy is the column …_blind of the CSV."
+    "reading; the CSV has its accuracy (…_blind) and, whatever the preference for one answer, the area under the ROC "
+    "curve (…_auc, 50 for a guess)."
 )
 
 

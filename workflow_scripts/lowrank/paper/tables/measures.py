@@ -126,7 +126,7 @@ def _task_measure(suite: str, task: str) -> Measure:
     def details(evaluation: Json) -> Json:
         result = evaluation["tasks"][task]
         counts = {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
-        return counts | ({"blind": _percent(result["blind"])} if "blind" in result else {})
+        return counts | {name: _percent(result[name]) for name in ("blind", "auc") if name in result}
 
     return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
 
