@@ -82,6 +82,14 @@ def test_an_accuracy_that_a_blind_guess_has_is_marked() -> None:
         assert (table.frame["boolq_blind"][0], table.frame["boolq_auc"][0]) == (100 * blind, 61)
 
 
+def test_a_task_that_the_dense_model_cannot_do_either_is_named() -> None:
+    dense, compressed = dense_results(), row_results(0.5)
+    compressed.evaluations["zs"][0]["tasks"]["boolq"]["blind"] = 0.5
+    assert not [note for note in build("accuracy", [dense, compressed]).notes if "Dense models" in note]
+    dense.evaluations["zs"][0]["tasks"]["boolq"]["blind"] = 0.6
+    assert [note for note in build("accuracy", [dense, compressed]).notes if "(tiny on BoolQ)" in note]
+
+
 def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:
     rows = [
         dense_results(0.9),

@@ -84,7 +84,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside, bool(blind)),
+        notes=_notes(rows, context, beside, _blind_notes(rows, measures, blind)),
         frame=shared.frame_of(records),
         columns=(
             *leading,
@@ -179,20 +179,35 @@ def _published_text(value: float | None, digits: int) -> str:
     return MISSING if value is None else shared.number_text(value, digits)
 
 
-def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, any_blind: bool) -> tuple[str, ...]:
+def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, blind_notes: Sequence[str]) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
         *shared.model_note(rows),
         "Removed: target, in percent of the decoder's linear weights; kept: what the checkpoint holds of them. "
         "Best compressed value of each model and ratio in bold; ± is the standard error from the finite test set.",
         *(_metric_note(suite) for suite in zero_shot.values()),
-        *([BLIND_NOTE] * any_blind),
+        *blind_notes,
         *(_protocol_note(suite) for suite in context.suites.values() if isinstance(suite, PerplexitySuite)),
         *shared.seeds_note(rows),
         *(["The columns …_sd_over_seeds of the CSV hold the spread between seeds."] * (shared.most_seeds(rows) > 1)),
         *shared.published_notes(rows, context),
         *_corpus_notes(beside),
     )
+
+
+def _blind_notes(rows: Sequence[RowResults], measures: Sequence[Measure], blind: set[tuple[int, str]]) -> list[str]:
+    """What the mark means, and where not even the dense model is above a guess."""
+    useless = [
+        f"{rows[index].row.model} on {measure.title}"
+        for measure in measures
+        for index in range(len(rows))
+        if (index, measure.key) in blind and rows[index].row.ratio == 0
+    ]
+    told = (
+        f"Dense models themselves have no more than such a guess ({', '.join(useless)}): what compression costs does "
+        "not show there."
+    )
+    return [BLIND_NOTE] * bool(blind) + [told] * bool(useless)
 
 
 def _corpus_notes(beside: Beside) -> list[str]:
