@@ -119,6 +119,9 @@ def test_accuracy_is_paired_by_documents_and_averaged_over_tasks(
     stderr = math.sqrt(sum(error**2 for _, error in by_task)) / len(by_task)
     assert second["zs_difference"] == pytest.approx(100 * mean, abs=1e-9)
     assert second["zs_difference_stderr"] == pytest.approx(100 * stderr, abs=1e-9)
+    for task, (value, error) in zip(ours, by_task, strict=True):
+        assert second[f"zs.{task}_difference"] == pytest.approx(100 * value, abs=1e-9)
+        assert second[f"zs.{task}_difference_stderr"] == pytest.approx(100 * error, abs=1e-9)
 
 
 def test_how_differences_of_accuracy_are_shown() -> None:

@@ -27,7 +27,7 @@ LOSS_NOTE = (
 )
 ACCURACY_NOTE = (
     "Mean accuracy of the tasks less that of the first method of the block, in percentage points; negative: the first "
-    "is better."
+    "is better. The CSV has each task's."
 )
 ERROR_NOTE = (
     "± is the standard error of the mean of paired differences, of the same windows and the same documents; * marks "
@@ -72,7 +72,8 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
     for number, (results, starts_block) in enumerate(shared.block_starts(rows)):
         kept, reference = shared.kept_percent(results), references[results.row.model, results.row.ratio]
         of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
-        of_means = {suite: accuracy_difference(results, reference, suite) for suite in tasks}
+        of_tasks = {suite: task_differences(results, reference, suite) for suite in tasks}
+        of_means = {suite: _mean(list(found.values())) for suite, found in of_tasks.items()}
         texts = [
             *shared.leading_texts(rows, results),
             f"{kept.value:.1f}",
@@ -89,6 +90,9 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         for suite, difference in of_means.items():
             record[f"{suite}_difference"] = difference.value
             record[f"{suite}_difference_stderr"] = difference.stderr
+            for task, of_task in of_tasks[suite].items():
+                record[f"{suite}.{task}_difference"] = of_task.value
+                record[f"{suite}.{task}_difference_stderr"] = of_task.stderr
         records.append(record | shared.evidence_record(results))
     leading = shared.leading_columns(rows)
     return TableData(
@@ -127,10 +131,8 @@ def loss_difference(results: RowResults, reference: RowResults, suite: str, corp
     return _paired(results, reference, losses(results), losses(reference), corpus)
 
 
-def accuracy_difference(results: RowResults, reference: RowResults, suite: str) -> Difference:
-    """The paired difference of one row and its reference in the mean of a suite's tasks, percentage points.
-
-    Tasks are independent, so the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`.
+def task_differences(results: RowResults, reference: RowResults, suite: str) -> dict[str, Difference]:
+    """The paired difference of one row and its reference in the accuracy of each task of a suite, percentage points.
 
     Raises:
         RankwiseError: an evaluation is missing, or they were made on different documents.
@@ -138,14 +140,19 @@ def accuracy_difference(results: RowResults, reference: RowResults, suite: str) 
 
     def scores(row: RowResults, task: str) -> tuple[np.ndarray, str]:
         found = [evaluation["tasks"][task] for evaluation in shared.evaluations_of(row, suite, "zero-shot")]
-        return _over_seeds(row, [(result["scores"], result["documents_sha256"]) for result in found], task)
+        values, documents = _over_seeds(row, [(part["scores"], part["documents_sha256"]) for part in found], task)
+        return 100 * values, documents
 
     tasks = shared.evaluations_of(reference, suite, "zero-shot")[0]["tasks"]
-    found = [_paired(results, reference, scores(results, task), scores(reference, task), task) for task in tasks]
+    return {task: _paired(results, reference, scores(results, task), scores(reference, task), task) for task in tasks}
+
+
+def _mean(found: Sequence[Difference]) -> Difference:
+    """Of independent tasks: the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`."""
     errors = [difference.stderr for difference in found if difference.stderr is not None]
     return Difference(
-        100 * math.fsum(difference.value for difference in found) / len(found),
-        100 * math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
+        math.fsum(difference.value for difference in found) / len(found),
+        math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
     )
 
 
