@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -32,6 +32,8 @@ def test_a_blind_guess_has_the_mean_accuracy_of_all_orders_of_the_answers(pairs:
     chosen, targets = zip(*pairs, strict=True)
     orders = [fmean(a == b for a, b in zip(order, targets, strict=True)) for order in permutations(chosen)]
     assert found["blind"] == pytest.approx(fmean(orders))
+    if len(pairs) > 1:
+        assert found["blind_stderr"] == pytest.approx(pstdev(orders), abs=1e-7)
     for index, answer in enumerate(answers):
         assert found["answers"][answer]["given"] == pytest.approx(chosen.count(index) / len(pairs))
         assert found["answers"][answer]["correct"] == pytest.approx(targets.count(index) / len(pairs))
@@ -66,14 +68,29 @@ def test_the_metric_decides_which_answer_was_given() -> None:
     assert count_answers(documents, "acc_norm")["answers"]["yes"]["given"] == 1
 
 
+def test_answers_are_as_long_as_the_task_writes_them() -> None:
+    documents = [sample([-3.0, -4.0], 1)]  # with the delimiter as a part of the answers: no -1, yes -1
+    assert count_answers(documents, "acc_norm", "")["answers"][" no"]["given"] == 1
+
+
 @pytest.mark.parametrize(
     "documents",
     [
         [sample([-1.0, -2.0], 0), sample([-1.0, -2.0], 0, ("a cup", "the sun"))],
         [sample([-1.0, -2.0], 0, ("ran off", "ran off"))],
         [sample([-1.0, -2.0], "no")],
+        [sample([-1.0, -2.0], 2)],
+        [sample([-1.0, -2.0], -1)],
+        [{"arguments": [("Solve", {"until": ["."]})], "filtered_resps": ["4"], "target": "4"}],
     ],
-    ids=["answers of their own", "one answer in two contexts", "no index of the correct answer"],
+    ids=[
+        "answers of their own",
+        "one answer in two contexts",
+        "no index of the correct answer",
+        "an index beyond the answers",
+        "no correct answer",
+        "generated text",
+    ],
 )
 def test_nothing_is_counted_where_answers_are_not_shared(documents: list[Json]) -> None:
     assert count_answers(documents, "acc") == {}

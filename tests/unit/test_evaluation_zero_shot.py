@@ -24,7 +24,9 @@ from lowrank.evaluation.zero_shot import AnswerScorer, evaluate_zero_shot
 
 CHOICES = {"text": ["a long answer", "no", "a cup", "the sun"], "label": ["A", "B", "C", "D"]}
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "boolq": [{"question": f"is {n} even", "passage": "Numbers. " * n, "idx": n, "label": n % 2} for n in range(1, 5)],
+    "boolq": [
+        {"question": f"is {n} even", "passage": "Numbers. " * n, "idx": n, "label": int(n != 2)} for n in range(1, 5)
+    ],
     "piqa": [
         {"goal": f"Boil {n} eggs", "sol1": "Use a pot.", "sol2": "Use a hat" * (n + 1), "label": 0} for n in range(4)
     ],
@@ -161,8 +163,10 @@ def test_all_tasks_equal_a_stock_run(
     given = [
         label if right else 1 - label for label, right in zip(labels, found["tasks"]["boolq"]["scores"], strict=True)
     ]
-    shares = {"no": {"given": given.count(0) / 4, "correct": 0.5}, "yes": {"given": given.count(1) / 4, "correct": 0.5}}
-    assert found["tasks"]["boolq"]["answers"] == shares
+    shares = {"no": (given.count(0) / 4, 0.25), "yes": (given.count(1) / 4, 0.75)}
+    assert {
+        name: (share["given"], share["correct"]) for name, share in found["tasks"]["boolq"]["answers"].items()
+    } == shares
     scores = [found["tasks"][task][metric] for task, metric in METRICS.items()]
     errors = [found["tasks"][task][f"{metric}_stderr"] for task, metric in METRICS.items()]
     assert len(set(scores)) > 2  # the comparison is not one of zeros
@@ -172,6 +176,18 @@ def test_all_tasks_equal_a_stock_run(
     assert found["protocol"]["bos_token"] == 1
     assert found["protocol"]["splits"]["arc_easy"] == "test"
     assert found["protocol"]["task_versions"]["boolq"] == 2.0
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_the_answers_given_are_those_that_lm_eval_counts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, metric: str
+) -> None:
+    for label, ending in enumerate(ROWS["hellaswag"][0]["endings"]):
+        folder = write_rows(tmp_path, "hellaswag", [row | {"label": str(label)} for row in ROWS["hellaswag"]])
+        found = evaluate_zero_shot(model, tokenizer, make_suite({"hellaswag": metric}), {"hellaswag": folder}, 512)
+        task = found["tasks"]["hellaswag"]
+        (share,) = [share for share in task["answers"].values() if share["correct"] == 1]
+        assert share["given"] == task[metric] == task["blind"], ending
 
 
 def test_a_limit_is_recorded_and_changed_rows_are_seen(

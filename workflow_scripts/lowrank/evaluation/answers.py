@@ -19,33 +19,41 @@ NORMALIZED = "acc_norm"
 """lm-eval's metric by log-likelihood per character of the answer."""
 
 
-def count_answers(documents: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+def count_answers(documents: Sequence[Mapping[str, Any]], metric: str, delimiter: str = " ") -> dict[str, Any]:
     """Shares of the answers that were given and of those that are correct.
 
     Args:
         documents: lm-eval's samples of a task.
         metric: the one that decides which answer was given.
+        delimiter: what the task writes before an answer.
 
     Returns:
         "answers": answer -> {"given", "correct"}, shares of the documents, in the order of the task; "blind":
-        `sum_a given(a) correct(a)`; and, of two answers that are both correct somewhere, "auc": how often a document
-        of the second prefers the second by more than one of the first does, over all such pairs of documents (0.5
-        for a guess). Nothing, where documents offer answers of their own, or the correct one is not told by its index.
+        `b = sum_a given(a) correct(a)`; "blind_stderr": the standard deviation of the accuracy over all orders in
+        which the same answers could have been given to the `n` documents,
+        `sqrt((b + b^2 - sum_a given(a) correct(a) (given(a) + correct(a))) / (n - 1))` (of one document: left out);
+        and, of two answers that are both correct somewhere, "auc": how often a document of the second prefers the
+        second by more than one of the first does, over all such pairs of documents (0.5 for a guess). Nothing, where
+        documents offer answers of their own, or the correct one is not told by its index.
     """
-    offered = {tuple(answer.strip() for _, answer in document["arguments"]) for document in documents}
-    answers = offered.pop()
-    if offered or len(set(answers)) < 2 or not all(isinstance(document["target"], int) for document in documents):
+    offered = [[answer for _, answer in document["arguments"]] for document in documents]
+    if any(other != offered[0] for other in offered) or not all(isinstance(answer, str) for answer in offered[0]):
+        return {}
+    answers = [answer.removeprefix(delimiter) for answer in offered[0]]
+    targets = [document["target"] for document in documents]
+    if len(set(answers)) < 2 or not all(isinstance(t, int) and 0 <= t < len(answers) for t in targets):
         return {}
     values = [_values(document, answers, metric) for document in documents]
-    targets = [document["target"] for document in documents]
     given = Counter(answers[row.index(max(row))] for row in values)
     correct = Counter(answers[target] for target in targets)
-    shares = {
-        answer: {"given": given[answer] / len(documents), "correct": correct[answer] / len(documents)}
-        for answer in answers
+    pairs = [(given[answer] / len(documents), correct[answer] / len(documents)) for answer in answers]
+    counts: dict[str, Any] = {
+        "answers": {answer: {"given": g, "correct": c} for answer, (g, c) in zip(answers, pairs, strict=True)},
+        "blind": math.fsum(g * c for g, c in pairs),
     }
-    blind = math.fsum(share["given"] * share["correct"] for share in shares.values())
-    counts: dict[str, Any] = {"answers": shares, "blind": blind}
+    if len(documents) > 1:
+        spread = counts["blind"] + counts["blind"] ** 2 - math.fsum(g * c * (g + c) for g, c in pairs)
+        counts["blind_stderr"] = math.sqrt(max(spread, 0.0) / (len(documents) - 1))
     if len(answers) == len(correct) == 2:
         counts["auc"] = float(roc_auc_score(targets, [second - first for first, second in values]))
     return counts

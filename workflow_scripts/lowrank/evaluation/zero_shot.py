@@ -241,7 +241,7 @@ def _result(entry: ScoredRows, metric: str, raw: Mapping[str, Any]) -> dict[str,
         "of": counts["original"],
         "scores": [int(document[metric]) for document in documents],
         "documents_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
-        **count_answers(documents, metric),
+        **count_answers(documents, metric, raw["configs"][entry.task]["target_delimiter"]),
     }
 
 

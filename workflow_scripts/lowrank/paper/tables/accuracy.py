@@ -13,6 +13,7 @@ from lowrank.paper.published import Published
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 from lowrank.paper.tables.measures import (
+    BESIDE,
     PERPLEXITY,
     TASK_TITLES,
     Measure,
@@ -137,10 +138,13 @@ def _estimate(measure: Measure, results: RowResults) -> Estimate:
 
 
 def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool:
-    """Whether an accuracy is not above that of a guess at the same shares of answers, by two standard errors."""
+    """Whether an accuracy is not above that of a guess at the same shares of answers, by two standard errors.
+
+    The error is that of a guess. Seeds share the documents: their mean is taken, as for an accuracy's error.
+    """
     details = [measure.details(e) for e in shared.evaluations_of(results, measure.suite, measure.kind)]
-    guesses = [found["blind"] for found in details if "blind" in found]
-    return bool(guesses) and estimate.value <= fmean(guesses) + 2 * (estimate.stderr or 0)
+    bounds = [found["blind"] + 2 * found.get("blind_stderr", 0.0) for found in details if "blind" in found]
+    return bool(bounds) and estimate.value <= fmean(bounds)
 
 
 def _best(
@@ -170,7 +174,9 @@ def _record(
         record |= {measure.key: estimate.value, f"{measure.key}_stderr": estimate.stderr}
         if estimate.sd_over_seeds is not None:
             record[f"{measure.key}_sd_over_seeds"] = estimate.sd_over_seeds
-        record |= {f"{measure.key}_{suffix}": value for suffix, value in measure.details(evaluations[0]).items()}
+        details = [measure.details(evaluation) for evaluation in evaluations]
+        means = {name: fmean(found[name] for found in details) for name in BESIDE if all(name in d for d in details)}
+        record |= {f"{measure.key}_{suffix}": value for suffix, value in (details[0] | means).items()}
     record["seeds"] = max(len(found) for found in results.evaluations.values())
     return record | shared.evidence_record(results)
 
@@ -204,8 +210,8 @@ def _blind_notes(rows: Sequence[RowResults], measures: Sequence[Measure], blind:
         if (index, measure.key) in blind and rows[index].row.ratio == 0
     ]
     told = (
-        f"Dense models themselves have no more than such a guess ({', '.join(useless)}): what compression costs does "
-        "not show there."
+        f"Not above such a guess are dense models themselves ({', '.join(useless)}): what compression costs hardly "
+        "shows there."
     )
     return [BLIND_NOTE] * bool(blind) + [told] * bool(useless)
 

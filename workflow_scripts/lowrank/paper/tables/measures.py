@@ -23,6 +23,8 @@ TASK_TITLES = {
 }
 ACCURACY = "Zero-shot accuracy (%)"
 PERPLEXITY = "Perplexity"
+BESIDE = ("blind", "blind_stderr", "auc")
+"""Of an accuracy where all documents share their answers, see `evaluation.answers`."""
 PAPER_CORPORA = ("wikitext", "ptb", "c4")
 """Columns of published files that hold perplexities."""
 
@@ -126,7 +128,7 @@ def _task_measure(suite: str, task: str) -> Measure:
     def details(evaluation: Json) -> Json:
         result = evaluation["tasks"][task]
         counts = {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
-        return counts | {name: _percent(result[name]) for name in ("blind", "auc") if name in result}
+        return counts | {name: _percent(result[name]) for name in BESIDE if name in result}
 
     return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
 
