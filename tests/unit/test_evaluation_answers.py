@@ -78,6 +78,7 @@ def test_answers_are_as_long_as_the_task_writes_them() -> None:
     [
         [sample([-1.0, -2.0], 0), sample([-1.0, -2.0], 0, ("a cup", "the sun"))],
         [sample([-1.0, -2.0], 0, ("ran off", "ran off"))],
+        [sample([-1.0, -2.0, -1.5, -2.5], 0, ("no", "yes", "no", "yes"))],
         [sample([-1.0, -2.0], "no")],
         [sample([-1.0, -2.0], 2)],
         [sample([-1.0, -2.0], -1)],
@@ -86,6 +87,7 @@ def test_answers_are_as_long_as_the_task_writes_them() -> None:
     ids=[
         "answers of their own",
         "one answer in two contexts",
+        "each answer with and without the question",
         "no index of the correct answer",
         "an index beyond the answers",
         "no correct answer",

@@ -34,14 +34,16 @@ def count_answers(documents: Sequence[Mapping[str, Any]], metric: str, delimiter
         `sqrt((b + b^2 - sum_a given(a) correct(a) (given(a) + correct(a))) / (n - 1))` (of one document: left out);
         and, of two answers that are both correct somewhere, "auc": how often a document of the second prefers the
         second by more than one of the first does, over all such pairs of documents (0.5 for a guess). Nothing, where
-        documents offer answers of their own, or the correct one is not told by its index.
+        documents offer answers of their own or one twice, or the correct one is not told by its index.
     """
     offered = [[answer for _, answer in document["arguments"]] for document in documents]
     if any(other != offered[0] for other in offered) or not all(isinstance(answer, str) for answer in offered[0]):
         return {}
     answers = [answer.removeprefix(delimiter) for answer in offered[0]]
     targets = [document["target"] for document in documents]
-    if len(set(answers)) < 2 or not all(isinstance(t, int) and 0 <= t < len(answers) for t in targets):
+    if not 2 <= len(answers) == len(set(answers)) or not all(
+        isinstance(t, int) and 0 <= t < len(answers) for t in targets
+    ):
         return {}
     values = [_values(document, answers, metric) for document in documents]
     given = Counter(answers[row.index(max(row))] for row in values)

@@ -13,7 +13,7 @@ from lowrank.paper.published import Published
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 from lowrank.paper.tables.measures import (
-    BESIDE,
+    ANSWER_COUNTS,
     PERPLEXITY,
     TASK_TITLES,
     Measure,
@@ -175,7 +175,9 @@ def _record(
         if estimate.sd_over_seeds is not None:
             record[f"{measure.key}_sd_over_seeds"] = estimate.sd_over_seeds
         details = [measure.details(evaluation) for evaluation in evaluations]
-        means = {name: fmean(found[name] for found in details) for name in BESIDE if all(name in d for d in details)}
+        means = {
+            name: fmean(found[name] for found in details) for name in ANSWER_COUNTS if all(name in d for d in details)
+        }
         record |= {f"{measure.key}_{suffix}": value for suffix, value in (details[0] | means).items()}
     record["seeds"] = max(len(found) for found in results.evaluations.values())
     return record | shared.evidence_record(results)

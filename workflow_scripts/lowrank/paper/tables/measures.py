@@ -23,7 +23,7 @@ TASK_TITLES = {
 }
 ACCURACY = "Zero-shot accuracy (%)"
 PERPLEXITY = "Perplexity"
-BESIDE = ("blind", "blind_stderr", "auc")
+ANSWER_COUNTS = ("blind", "blind_stderr", "auc")
 """Of an accuracy where all documents share their answers, see `evaluation.answers`."""
 PAPER_CORPORA = ("wikitext", "ptb", "c4")
 """Columns of published files that hold perplexities."""
@@ -128,7 +128,7 @@ def _task_measure(suite: str, task: str) -> Measure:
     def details(evaluation: Json) -> Json:
         result = evaluation["tasks"][task]
         counts = {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
-        return counts | {name: _percent(result[name]) for name in BESIDE if name in result}
+        return counts | {name: _percent(result[name]) for name in ANSWER_COUNTS if name in result}
 
     return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
 
