@@ -45,7 +45,7 @@ lint: setup
 CONFIG ?= config/paper.yaml
 
 plan: setup
-	PYTHONPATH=workflow_scripts python -m lowrank.plan $(CONFIG)
+	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(CONFIG)
 
 why: setup
 	@python workflow_scripts/why.py $(TARGET) --configfile $(CONFIG) --cores 1

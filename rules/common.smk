@@ -18,13 +18,13 @@ from lowrank.config.load import check_study, read_yaml
 from lowrank.config.used import used_study
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
-from lowrank.fingerprint import Code
+from lowrank.reruns.fingerprint import Code
 from lowrank.layout import Layout, in_order
-from lowrank.needs import memory_request, runtime_request
-from lowrank.paper.published import published_references
-from lowrank.resources import LAYERS_PER_PASS, Estimator
-from lowrank.site import check_rules, site_of, whole_number
-from lowrank.stage import remember_environment, share_library
+from lowrank.cluster.needs import memory_request, runtime_request
+from lowrank.config.published import published_references
+from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
+from lowrank.cluster.site import check_rules, site_of, whole_number
+from lowrank.jobs.stage import remember_environment, share_library
 
 share_library(SCRIPTS)
 if workflow.is_main_process and DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
@@ -81,7 +81,7 @@ wildcard_constraints:
     figure=one_of(STUDY.figures),
 
 
-# --- resources: what a job asks its cluster for. Sizes are estimated in lowrank.resources; the site's part is in its
+# --- resources: what a job asks its cluster for. Sizes are estimated in lowrank.cluster.resources; the site's part is in its
 # profile. On one machine they bind nothing: Snakemake limits memory and GPUs only if `--resources` says how much there is.
 
 

@@ -19,8 +19,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.reasons import Planned, explained
-from lowrank.record import record_file
+from lowrank.jobs.record import record_file
+from lowrank.reruns.reasons import Planned, explained
 
 
 class _Jobs(logging.Filter):

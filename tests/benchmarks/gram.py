@@ -1,4 +1,4 @@
-"""Sums of x'x by panels (`lowrank.gram`) beside whole products: `make benchmark`.
+"""Sums of x'x by panels (`lowrank.calibration.gram`) beside whole products: `make benchmark`.
 
 Batches of 512 rows, as the passes take them; the best of several tries of each side in turn, one thread.
 """
@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow_scripts"))
 
-from lowrank.gram import add_gram
+from lowrank.calibration.gram import add_gram
 
 ROWS, TRIES = 512, 15
 

@@ -1,4 +1,4 @@
-"""Peak memory of the stages on a real model, beside the estimates of `lowrank.resources`: `make memory MODEL=folder`.
+"""Peak memory of the stages on a real model, beside the estimates of `cluster.resources`: `make memory MODEL=folder`.
 
     python tests/benchmarks/memory.py MODEL [FOLDER]
 
@@ -22,13 +22,12 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "workflow_scripts")]
-import tiny
-
+sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
+from lowrank.cluster.planned_jobs import Job, planned_jobs
+from lowrank.cluster.resources import LAYERS_PER_PASS as LAYERWISE
+from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from lowrank.planned_jobs import Job, planned_jobs
-from lowrank.resources import LAYERS_PER_PASS as LAYERWISE
-from lowrank.resources import Estimator
+from tests import tiny
 
 NAME = "memory.yaml"
 TOLERANCE = 0.25

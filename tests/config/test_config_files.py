@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 from lowrank.config.load import load_study, read_yaml
 from lowrank.errors import RankwiseError
+from tests.config.wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 FILES: list[tuple[str, bytes, str]] = [
     ("empty", b"", ": the file is empty; config/quickstart.yaml shows what a config holds"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wrong import GONE, MODEL, ROW, SELECT, SHAPE, SOURCE, Change, changed, errors_of
 
 from lowrank.methods import method_modules
+from tests.config.wrong import GONE, MODEL, ROW, SELECT, SHAPE, SOURCE, Change, changed, errors_of
 
 NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 80), not"
 TOP = ", ".join(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wrong import BASE, GONE, ROW, SELECT, SHAPE, Change, changed, errors_of
+
+from tests.config.wrong import BASE, GONE, ROW, SELECT, SHAPE, Change, changed, errors_of
 
 OPT = {**BASE["models"]["smollm2-135m"]["shape"], "family": "opt"}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wrong import ROW, changed, errors_of
 
-from lowrank.budget import Budget
 from lowrank.config.fit import why_out_of_reach
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.search_space import SearchSpace
+from lowrank.ranks.budget import Budget
+from lowrank.search.kept_ratios import SearchSpace
+from tests.config.wrong import ROW, changed, errors_of
 
 
 @st.composite

@@ -9,21 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fit import shapes
-from wrong import BASE, Change, changed, errors_of
 
-from lowrank.branches import Structure
-from lowrank.budget import Budget
+from lowrank.compression.branches import Structure
+from lowrank.compression.sensitivity_search import Trial, cut_trials
+from lowrank.compression.slicing import sliced_parameters
+from lowrank.compression.structured import lowest_removal, lowest_units
 from lowrank.config.presets import Calibration, MethodSettings
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
 from lowrank.methods import asvd, flap, llm_pruner, slicegpt
-from lowrank.reach import candidate_ranks
-from lowrank.sensitivity_search import Trial, cut_trials
-from lowrank.slicing import sliced_parameters
-from lowrank.structured import lowest_removal, lowest_units
+from lowrank.ranks.budget import Budget
+from lowrank.ranks.reach import candidate_ranks
+from tests.config.test_fit import shapes
+from tests.config.wrong import BASE, Change, changed, errors_of
 
 CALIBRATION = Calibration(corpora=["c"], windows=16, length=64)
 PRUNED = {"kind": "llm-pruner", "calibration": "c4-32", "skip_first": 1, "skip_last": 0}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fit import shapes
-from wrong import BASE, Change, changed, errors_of
 
-from lowrank.budget import Budget
 from lowrank.config.fit import why_out_of_reach
 from lowrank.config.presets import Search
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.search_space import SearchSpace
+from lowrank.ranks.budget import Budget
+from lowrank.search.kept_ratios import SearchSpace
+from tests.config.test_fit import shapes
+from tests.config.wrong import BASE, Change, changed, errors_of
 
 BO = ("search", "bo-10")
 FREE = "qk, o, gate, up, down"

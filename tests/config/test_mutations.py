@@ -9,10 +9,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wrong import BASE, QUICKSTART, errors_of
 
 from lowrank.config.load import read_yaml
 from lowrank.errors import RankwiseError
+from tests.config.wrong import BASE, QUICKSTART, errors_of
 
 KEYS = sorted({"<<", "kind", "source", "hub", "tokens", "uncompressed", "none", *BASE, *BASE["methods"]})
 SCALARS = st.one_of(

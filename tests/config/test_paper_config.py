@@ -15,15 +15,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from wrong import REPOSITORY
 
-from lowrank.branches import Structure
-from lowrank.budget import Budget
+from lowrank.cluster.planned_jobs import planned_jobs
+from lowrank.compression.branches import Structure
 from lowrank.config.load import load_study, read_yaml
 from lowrank.config.study import Study
 from lowrank.methods import method_modules
 from lowrank.methods.llm_pruner import pruned_blocks, removal
-from lowrank.planned_jobs import planned_jobs
+from lowrank.ranks.budget import Budget
+from tests.config.wrong import REPOSITORY
 
 PAPER = REPOSITORY / "config/paper.yaml"
 RAW = read_yaml(PAPER)

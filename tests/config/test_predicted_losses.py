@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wrong import GONE, Change, changed, errors_of
 
 from lowrank.config.load import check_study
 from lowrank.layout import Layout
+from tests.config.wrong import GONE, Change, changed, errors_of
 
 FIGURE = {
     "kind": "predicted-loss",

@@ -11,11 +11,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 from lowrank.config.__main__ import main
 from lowrank.config.load import json_schema, load_study
 from lowrank.config.reference import reference
+from tests.config.wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
 SCHEMA = REPOSITORY / "config/schema.json"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from wrong import REPOSITORY
+
+from tests.config.wrong import REPOSITORY
 
 PROFILE = (REPOSITORY / "profiles/slurm/profile.yaml").read_text()
 README = (REPOSITORY / "profiles/README.md").read_text()

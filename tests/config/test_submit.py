@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from wrong import REPOSITORY
 
+from lowrank.cluster.needs import memory_request, runtime_request
+from lowrank.cluster.planned_jobs import Job, planned_jobs
+from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from lowrank.needs import memory_request, runtime_request
-from lowrank.planned_jobs import Job, planned_jobs
-from lowrank.resources import Estimator
+from tests.config.wrong import REPOSITORY
 
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the SLURM plugin of Snakemake is not installed")
 

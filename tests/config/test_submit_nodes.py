@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import yaml
-from test_submit import QUICKSTART, jobs_of, plan_small
-from wrong import REPOSITORY
 
+from lowrank.cluster.needs import memory_request
+from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from lowrank.needs import memory_request
-from lowrank.resources import Estimator
+from tests.config.test_submit import QUICKSTART, jobs_of, plan_small
+from tests.config.wrong import REPOSITORY
 
 SHARED = {"collect_statistics", "collect_gradients", "post_train", "evaluate_perplexity", "evaluate_zero_shot"}
 

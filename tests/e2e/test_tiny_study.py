@@ -12,13 +12,13 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-import tiny
 import torch
 import yaml
 
-from lowrank.checkpoint import load_checkpoint, load_tokenizer
-from lowrank.corpora import consecutive_windows, load_documents
+from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 ALLOCATION = "results/tiny/allocation/tiny/bolaco/20/seed0"

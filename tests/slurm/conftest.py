@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from slurm_cluster import Cluster, Unavailable, install
-from slurm_study import Study
+
+from tests.slurm.slurm_cluster import Cluster, Unavailable, install
+from tests.slurm.slurm_study import Study
 
 
 @pytest.fixture(scope="package")

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import yaml
-from slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
+
+from tests.slurm.slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
 
 ROOT = Path(__file__).parents[2]
 NOT_TRACKED = (".git", ".venv", ".snakemake", ".*_cache", ".hypothesis", "__pycache__", "results", "cache")
@@ -45,7 +46,7 @@ PARTITIONS = {
 
 def small_study(folder: Path) -> dict[str, Any]:
     """Of the tiny study, each rule that may run on a node, and few jobs: some of its tables, figures and tasks."""
-    import tiny  # and with it torch, which only this needs
+    from tests import tiny  # and with it torch, which only this needs
 
     full = tiny.config(folder)
     row = {"model": "tiny", "ratio": 20, "tolerance": 4}
@@ -99,7 +100,7 @@ class Study:
         """As a user has it who has just cloned the repository and written a profile."""
         study = cls(folder, cluster)
         shutil.copytree(ROOT, study.clone, symlinks=True, ignore=shutil.ignore_patterns(*NOT_TRACKED))
-        import tiny
+        from tests import tiny
 
         tiny.write_study(folder / "inputs")
         (folder / "inputs/tiny.yaml").write_text(yaml.safe_dump(small_study(folder / "inputs"), sort_keys=False))

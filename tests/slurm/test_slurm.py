@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from post_training_samples import a_job, save_tiny_model
-from slurm_cluster import CPU_NODE, GPU_NODE, Cluster, Job, until
-from slurm_study import GPUS_IN_FLIGHT, ROOT, Study
-from watcher import watched
 
-from lowrank.crew import Crew
+from lowrank.jobs.crew import Crew
 from lowrank.post_training.job import Progress
 from lowrank.post_training.launch import launch
+from tests.slurm.slurm_cluster import CPU_NODE, GPU_NODE, Cluster, Job, until
+from tests.slurm.slurm_study import GPUS_IN_FLIGHT, ROOT, Study
+from tests.slurm.watcher import watched
+from tests.unit.post_training.post_training_samples import a_job, save_tiny_model
 
 pytestmark = pytest.mark.slurm
 
@@ -250,7 +250,7 @@ def terminate_during_post_training(study: Study, cluster: Cluster) -> None:
 
 # --- several nodes ---
 
-PATHS = [str(ROOT / name) for name in ("workflow_scripts", "tests/unit")]
+PATHS = [str(ROOT / name) for name in ("workflow_scripts", ".")]
 SCRIPT = """#!{python}
 import json, logging, os, sys
 from pathlib import Path
@@ -263,9 +263,9 @@ for name in list(os.environ):  # what Snakemake's job step leaves of them
     if name.startswith(("SLURM_", "SRUN_", "SBATCH_")) and name not in kept:
         del os.environ[name]
 logging.basicConfig(level=logging.INFO)
-import crew_work
-from lowrank.crew import Crew
-from lowrank.launcher import run_shared
+from tests.unit.jobs import crew_work
+from lowrank.jobs.crew import Crew
+from lowrank.jobs.launcher import run_shared
 from lowrank.post_training.job import TrainingJob
 from lowrank.post_training.launch import launch
 

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from workshop import build
+
+from tests.survival.workshop import build
 
 
 @pytest.fixture(scope="module")

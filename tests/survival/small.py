@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
 import yaml
+
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 RUN = "results/small"

@@ -10,10 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_families import some_tokens
-from workshop import (
+
+from lowrank.bases.principal import Bases
+from lowrank.calibration import statistics
+from lowrank.calibration.corpora import load_documents
+from lowrank.calibration.output_gradients import load_output_gradients
+from lowrank.calibration.statistics import Statistics, collect_statistics
+from lowrank.errors import RankwiseError
+from lowrank.files import load_tensors, read_record, write_json
+from lowrank.jobs.state import Clock
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.families import FAMILIES
+from lowrank.post_training.engine_state import SafeCheckpoints
+from lowrank.post_training.instructions import Examples
+from lowrank.post_training.job import PROGRESS_FILE, Progress
+from lowrank.search.objective import Score
+from lowrank.search.search import Trial, TrialLog
+from tests import tiny
+from tests.survival.workshop import (
     CPU,
     KIND,
     SHAPE,
@@ -32,22 +47,7 @@ from workshop import (
     replaced,
     truncated,
 )
-
-from lowrank import statistics
-from lowrank.bases import Bases
-from lowrank.checkpoint import load_checkpoint, load_tokenizer
-from lowrank.corpora import load_documents
-from lowrank.errors import RankwiseError
-from lowrank.families import FAMILIES
-from lowrank.files import load_tensors, read_record, write_json
-from lowrank.objective import Score
-from lowrank.output_gradients import load_output_gradients
-from lowrank.post_training.engine_state import SafeCheckpoints
-from lowrank.post_training.instructions import Examples
-from lowrank.post_training.job import PROGRESS_FILE, Progress
-from lowrank.search import Trial, TrialLog
-from lowrank.state import Clock
-from lowrank.statistics import Statistics, collect_statistics
+from tests.unit.model.test_families import some_tokens
 
 Read = Callable[[Path], Any]
 

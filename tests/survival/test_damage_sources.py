@@ -9,10 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from workshop import (
+
+from lowrank.calibration.corpora import load_documents, sample_calibration
+from lowrank.config.presets import Calibration
+from lowrank.config.sources import Corpus, Instructions
+from lowrank.errors import RankwiseError
+from lowrank.evaluation.perplexity import evaluate_perplexity
+from lowrank.evaluation.task_files import find_rows
+from lowrank.files import save_tensors, sha256_file, write_json
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.post_training.instructions import read_rows
+from lowrank.sources.models import fetch_model
+from lowrank.sources.texts import fetch_corpus, fetch_instructions
+from tests import tiny
+from tests.survival.workshop import (
     VOCABULARY,
     Damage,
     a_list,
@@ -27,18 +39,6 @@ from workshop import (
     snapshot,
     truncated,
 )
-
-from lowrank.checkpoint import load_checkpoint
-from lowrank.config.presets import Calibration
-from lowrank.config.sources import Corpus, Instructions
-from lowrank.corpora import load_documents, sample_calibration
-from lowrank.errors import RankwiseError
-from lowrank.evaluation.perplexity import evaluate_perplexity
-from lowrank.evaluation.task_files import find_rows
-from lowrank.files import save_tensors, sha256_file, write_json
-from lowrank.post_training.instructions import read_rows
-from lowrank.sources.models import fetch_model
-from lowrank.sources.texts import fetch_corpus, fetch_instructions
 
 
 def corpus_of(path: Path) -> Corpus:

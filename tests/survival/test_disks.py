@@ -12,23 +12,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_families import some_tokens
-from workshop import CPU, KIND, SHAPE, build, model_section, snapshot
 
-from lowrank.bases import Bases
-from lowrank.checkpoint import load_checkpoint, save_checkpoint
+from lowrank.bases.principal import Bases
+from lowrank.calibration.statistics import Statistics, collect_statistics
 from lowrank.config.sources import Corpus
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors, write_json, write_text
-from lowrank.objective import Score
-from lowrank.search import Trial, TrialLog
+from lowrank.jobs.stage import disk_problem
+from lowrank.jobs.state import Clock, resumable_state
+from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
+from lowrank.search.objective import Score
+from lowrank.search.search import Trial, TrialLog
 from lowrank.sources.models import fetch_model
 from lowrank.sources.texts import fetch_corpus
-from lowrank.stage import disk_problem
-from lowrank.state import Clock, resumable_state
-from lowrank.statistics import Statistics, collect_statistics
+from tests import tiny
+from tests.survival.workshop import CPU, KIND, SHAPE, build, model_section, snapshot
+from tests.unit.model.test_families import some_tokens
 
 KIB = 1024
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import small
-from workshop import flip, snapshot
+
+from tests.survival import small
+from tests.survival.workshop import flip, snapshot
 
 KILLS = 20
 STEPS = ("statistics", "bases", "allocation", "compressed", "tuned", "evaluation", "tables")

@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.bases import Bases
-from lowrank.block_bases import bases_of_block
-from lowrank.budget import Budget
-from lowrank.checkpoint import family_of, load_checkpoint, save_checkpoint
-from lowrank.compression import compress_model, count_parameters
+from lowrank.bases.block import bases_of_block
+from lowrank.bases.principal import Bases
+from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
+from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
+from lowrank.compression.compress import compress_model, count_parameters
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors
 from lowrank.methods import method_modules
-from lowrank.output_gradients import collect_output_gradients, load_output_gradients
-from lowrank.statistics import Statistics, collect_statistics, load_moments
-from lowrank.uniform import uniform_layers
+from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.ranks.budget import Budget
+from lowrank.search.uniform import uniform_layers
+from tests import tiny
 
 CPU = torch.device("cpu")
 RATIO = 20

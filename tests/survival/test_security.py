@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from workshop import VOCABULARY, model_section
 
-from lowrank.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.config.sources import TokensSource
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
 from lowrank.post_training.engine_state import SafeCheckpoints
 from lowrank.redact import SafeFormatter, without_secrets
 from lowrank.sources import archives
 from lowrank.sources.local import read_tokens
 from lowrank.sources.models import fetch_model
+from tests.survival.workshop import VOCABULARY, model_section
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "workflow_scripts"
@@ -188,7 +188,7 @@ def test_code_in_a_checkpoint_does_not_run(model_type: str, finished: Path, tmp_
 def test_our_own_code_in_a_checkpoint_does_not_run_either(finished: Path, tmp_path: Path, trace: Path) -> None:
     folder = Path(shutil.copytree(finished / "run/compressed/checkpoint", tmp_path / "checkpoint"))
     (folder / "modeling_rankwise.py").write_text(f"import pathlib; pathlib.Path({str(trace)!r}).touch()")
-    assert type(load_checkpoint(folder, torch.float32)).__module__ == "lowrank.modeling.modeling_rankwise"
+    assert type(load_checkpoint(folder, torch.float32)).__module__ == "lowrank.model.modeling_rankwise"
     assert not trace.exists()
 
 
@@ -340,7 +340,7 @@ def test_tracebacks_are_logged_without_secrets() -> None:
 
 STAGE = """
 from types import SimpleNamespace
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 from lowrank.errors import RankwiseError
 
 def work(job):
@@ -369,7 +369,7 @@ def test_a_stage_says_no_token(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_record_of_the_environment_has_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowrank.runtime import describe_environment
+    from lowrank.model.runtime import describe_environment
 
     monkeypatch.setenv("HF_TOKEN", OTHER)
     assert OTHER not in json.dumps(describe_environment())

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
-from lowrank.block_bases import bases_of_block
-from lowrank.budget import Budget
-from lowrank.checkpoint import family_of, load_checkpoint, save_checkpoint
-from lowrank.compression import compress_model
+from lowrank.bases.block import bases_of_block
+from lowrank.calibration.corpora import sample_calibration
+from lowrank.calibration.output_gradients import collect_output_gradients
+from lowrank.calibration.statistics import collect_statistics, load_moments
+from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Calibration, Covariance
 from lowrank.config.sources import Corpus, Model, ModelShape
-from lowrank.corpora import sample_calibration
 from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, load_tensors, save_tensors, sha256_file, write_json
-from lowrank.output_gradients import collect_output_gradients
+from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.ranks.budget import Budget
 from lowrank.sources.models import fetch_model
 from lowrank.sources.texts import fetch_corpus
-from lowrank.statistics import collect_statistics, load_moments
+from tests import tiny
 
 CPU = torch.device("cpu")
 KIND = "llama-gqa"

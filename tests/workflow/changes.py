@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clones import change_code, read_config, replace, write_config
-
+from lowrank.cluster.planned_jobs import Job
 from lowrank.config.study import Study
-from lowrank.planned_jobs import Job
+from tests.workflow.clones import change_code, read_config, replace, write_config
 
 Config = dict[str, Any]
 Concerns = Callable[[Job, Study], bool]
@@ -208,14 +207,14 @@ CHANGES = [
     Change("comments and formatting", comments, nothing, configs=ALL),
     Change("one method", code("lowrank/methods/svd.py", "compress"), method("svd"), configs=ALL),
     Change("another method", code("lowrank/methods/lord.py", "compress"), method("lord"), configs=("paper",)),
-    Change("the search", code("lowrank/search.py", "search_allocation"), rule("search_allocation"), configs=ALL),
+    Change("the search", code("lowrank/search/search.py", "search_allocation"), rule("search_allocation"), configs=ALL),
     Change(
         "what searches, selections and uniform allocations share",
-        code("lowrank/search_space.py", "SearchSpace.ranks"),
+        code("lowrank/search/kept_ratios.py", "SearchSpace.ranks"),
         either(rule("search_allocation", "select_validation"), method("svd"), method("lord")),
     ),
-    Change("the choice of windows", code("lowrank/validation.py", "select_windows"), rule("select_validation")),
-    Change("bases", code("lowrank/block_bases.py", "bases_of_block"), rule("compute_bases")),
+    Change("the choice of windows", code("lowrank/search/validation.py", "select_windows"), rule("select_validation")),
+    Change("bases", code("lowrank/bases/block.py", "bases_of_block"), rule("compute_bases")),
     Change("training", code("lowrank/post_training/train.py", "train"), rule("post_train")),
     Change("perplexity", code("lowrank/evaluation/perplexity.py", "evaluate_corpora"), rule("evaluate_perplexity")),
     Change(
@@ -236,7 +235,7 @@ CHANGES = [
         text("workflow_scripts/lowrank/paper/templates/table.tex.j2", "toprule", "midrule"),
         rule("make_table"),
     ),
-    Change("the frame of stages", code("lowrank/stage.py", "run_stage"), nothing),
+    Change("the frame of stages", code("lowrank/jobs/stage.py", "run_stage"), nothing),
     # the schema
     Change("a check", code("lowrank/config/presets.py", "Search._initial_points_fit"), nothing),
     Change(

@@ -1,6 +1,6 @@
 """What reruns when: for each change the jobs of a dry run, no more and no less, and why Snakemake says that they run.
 
-`changes.py` says which jobs a change concerns by itself; what follows from them is looked up in `lowrank.planned_jobs`,
+`changes.py` says which jobs a change concerns by itself; what follows from them is looked up in `planned_jobs`,
 which works out from the config alone who waits for whom.
 """
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from changes import CHANGES, MISSING, Change
-from clones import REPOSITORY, Rerun, clone, pool, pretend_finished, reruns
 
+from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.config.load import load_study
 from lowrank.config.study import Study
-from lowrank.planned_jobs import Job, planned_jobs
-from lowrank.reasons import BY_ANOTHER_JOB
+from lowrank.reruns.reasons import BY_ANOTHER_JOB
+from tests.workflow.changes import CHANGES, MISSING, Change
+from tests.workflow.clones import REPOSITORY, Rerun, clone, pool, pretend_finished, reruns
 
 
 @dataclass(frozen=True)

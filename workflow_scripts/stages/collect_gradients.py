@@ -4,17 +4,17 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Run the backward passes in a resumable folder, then move the layer files to their place."""
-    from lowrank.crew import crew_of
+    from lowrank.calibration.output_gradients import collect_share
     from lowrank.files import atomic_path, link_or_copy, load_tensors, sha256_file, write_json
-    from lowrank.launcher import run_shared
-    from lowrank.output_gradients import collect_share
-    from lowrank.runtime import describe_environment, limit_threads
-    from lowrank.state import Clock, resumable_state
+    from lowrank.jobs.crew import crew_of
+    from lowrank.jobs.launcher import run_shared
+    from lowrank.jobs.state import Clock, resumable_state
+    from lowrank.model.runtime import describe_environment, limit_threads
 
     settings = job.params.settings
     limit_threads(job.threads)

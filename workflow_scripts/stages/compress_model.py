@@ -5,19 +5,19 @@ from typing import Any
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Run the method; the dense model's files are linked, not copied."""
-    from lowrank.bases import Bases
-    from lowrank.budget import Budget
-    from lowrank.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
-    from lowrank.compression import compress_model, count_parameters
+    from lowrank.bases.principal import Bases
+    from lowrank.calibration.statistics import Statistics
+    from lowrank.compression.compress import compress_model, count_parameters
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record, write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
-    from lowrank.statistics import Statistics
+    from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
+    from lowrank.ranks.budget import Budget
 
     started = time.monotonic()
     settings = job.params.settings

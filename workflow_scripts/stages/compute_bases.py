@@ -4,19 +4,19 @@ from pathlib import Path
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Block by block: estimate covariances, decompose, write."""
-    from lowrank.block_bases import bases_of_block
-    from lowrank.checkpoint import family_of, load_checkpoint
+    from lowrank.bases.block import bases_of_block
+    from lowrank.calibration.output_gradients import load_output_gradients
+    from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
     from lowrank.files import atomic_path, layer_files, save_tensors, sha256_file, write_json
-    from lowrank.output_gradients import load_output_gradients
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
-    from lowrank.stage import log
-    from lowrank.statistics import load_moments
+    from lowrank.jobs.stage import log
+    from lowrank.model.checkpoint import family_of, load_checkpoint
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
 
     settings = job.params.settings
     limit_threads(job.threads)

@@ -12,6 +12,7 @@ from lowrank.config.outputs import Row
 from lowrank.config.presets import Search
 from lowrank.config.suites import PerplexitySuite
 from lowrank.files import read_record
+from lowrank.jobs.stage import run_stage
 from lowrank.paper.figures.comparison import comparison_frame, draw_comparison
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.predicted_loss import draw_predicted_loss, predicted_loss_frame
@@ -19,7 +20,6 @@ from lowrank.paper.figures.search import Judge, draw_search, read_trials, search
 from lowrank.paper.figures.sensitivity import draw_sensitivity, sensitivity_frame
 from lowrank.paper.figures.style import Outputs, save_figure
 from lowrank.paper.tables.data import RowResults
-from lowrank.stage import run_stage
 
 Settings = dict[str, Any]
 

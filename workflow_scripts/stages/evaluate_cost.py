@@ -4,18 +4,18 @@ import time
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Write the counts and the measured times."""
-    from lowrank.checkpoint import load_checkpoint
-    from lowrank.compression import count_parameters
+    from lowrank.compression.compress import count_parameters
     from lowrank.config.sources import ModelShape
     from lowrank.config.suites import CostSuite
     from lowrank.evaluation.cost import CONVENTION, count_bytes, count_macs, measure_speed
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.checkpoint import load_checkpoint
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
 
     started = time.monotonic()
     settings = job.params.settings

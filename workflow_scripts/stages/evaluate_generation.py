@@ -4,16 +4,16 @@ import time
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Write the continuations."""
-    from lowrank.checkpoint import load_checkpoint, load_tokenizer
     from lowrank.config.suites import GenerationSuite
     from lowrank.evaluation.generation import continue_prompts
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
 
     started = time.monotonic()
     settings = job.params.settings

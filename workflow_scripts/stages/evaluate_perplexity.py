@@ -5,17 +5,17 @@ from tempfile import TemporaryDirectory
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Write the perplexities, with the losses of each window."""
     from lowrank.config.suites import PerplexitySuite
-    from lowrank.crew import crew_of
     from lowrank.evaluation.perplexity import evaluate_share
     from lowrank.files import write_json
-    from lowrank.launcher import run_shared
-    from lowrank.runtime import describe_environment, limit_threads
+    from lowrank.jobs.crew import crew_of
+    from lowrank.jobs.launcher import run_shared
+    from lowrank.model.runtime import describe_environment, limit_threads
 
     started = time.monotonic()
     settings = job.params.settings

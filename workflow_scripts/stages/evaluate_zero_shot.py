@@ -7,18 +7,18 @@ from tempfile import TemporaryDirectory
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Write the accuracies with their standard errors."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read at import
     from lowrank.config.suites import ZeroShotSuite
-    from lowrank.crew import crew_of
     from lowrank.evaluation.zero_shot import evaluate_share
     from lowrank.files import write_json
-    from lowrank.launcher import run_shared
-    from lowrank.runtime import describe_environment, limit_threads
+    from lowrank.jobs.crew import crew_of
+    from lowrank.jobs.launcher import run_shared
+    from lowrank.model.runtime import describe_environment, limit_threads
 
     started = time.monotonic()
     settings = job.params.settings

@@ -5,8 +5,8 @@ from pathlib import Path
 from snakemake.iocontainers import Snakemake
 
 from lowrank.config.sources import Corpus
+from lowrank.jobs.stage import run_stage
 from lowrank.sources.texts import fetch_corpus
-from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

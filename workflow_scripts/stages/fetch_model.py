@@ -6,7 +6,7 @@ from snakemake.iocontainers import Snakemake
 
 from lowrank.config.sources import Model
 from lowrank.files import write_json
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

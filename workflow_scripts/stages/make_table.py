@@ -11,10 +11,10 @@ from lowrank.config.outputs import Row, Table
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import Suite
 from lowrank.files import read_record, write_text
+from lowrank.jobs.stage import run_stage
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, build_table
 from lowrank.paper.tables.agreement import read_compared
-from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

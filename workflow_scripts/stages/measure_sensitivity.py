@@ -4,16 +4,16 @@ import time
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Evaluate every type at every kept ratio on windows of one corpus."""
-    from lowrank.corpora import load_documents, sample_windows
+    from lowrank.calibration.corpora import load_documents, sample_windows
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment
-    from lowrank.sensitivity import measure_sensitivity
-    from lowrank.sliced import open_sliced_model
+    from lowrank.model.runtime import describe_environment
+    from lowrank.search.sensitivity import measure_sensitivity
+    from lowrank.search.sliced_model import open_sliced_model
 
     started = time.monotonic()
     settings = job.params.settings

@@ -4,17 +4,17 @@ import time
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Measure a random sample of matrices at several ranks on windows of one corpus."""
-    from lowrank.bases import Bases
-    from lowrank.corpora import load_documents, sample_windows
+    from lowrank.bases.principal import Bases
+    from lowrank.calibration.corpora import load_documents, sample_windows
     from lowrank.files import write_json
-    from lowrank.runtime import describe_environment
-    from lowrank.sliced import open_sliced_model
-    from lowrank.truncations import choose_truncations, measure_truncations
+    from lowrank.model.runtime import describe_environment
+    from lowrank.search.sliced_model import open_sliced_model
+    from lowrank.search.truncations import choose_truncations, measure_truncations
 
     started = time.monotonic()
     settings = job.params.settings

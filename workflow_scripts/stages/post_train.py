@@ -2,14 +2,14 @@
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Write the tuned checkpoint and its manifest."""
-    from lowrank.crew import crew_of
+    from lowrank.jobs.crew import crew_of
+    from lowrank.model.runtime import limit_threads
     from lowrank.post_training.tune import tune_checkpoint
-    from lowrank.runtime import limit_threads
 
     limit_threads(job.threads)
     tune_checkpoint(

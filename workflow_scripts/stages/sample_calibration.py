@@ -3,11 +3,11 @@
 from snakemake.iocontainers import Snakemake
 
 from lowrank.config.presets import Calibration
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
-    from lowrank.corpora import sample_calibration
+    from lowrank.calibration.corpora import sample_calibration
 
     settings = job.params.settings
     calibration = Calibration.model_validate(settings["calibration"])

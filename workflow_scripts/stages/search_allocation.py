@@ -5,24 +5,24 @@ from dataclasses import replace
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Search in a resumable folder; the best allocation and all trials are the result."""
-    from lowrank.bases import Bases
-    from lowrank.budget import Ranks
+    from lowrank.bases.principal import Bases
     from lowrank.config.presets import Search
     from lowrank.config.sources import ModelShape
     from lowrank.files import atomic_path, load_tensors, read_record, write_json
-    from lowrank.loss_scales import LossScaleSpace, predicted_losses
-    from lowrank.objective import Objective, Score
-    from lowrank.runtime import describe_environment
-    from lowrank.search import best_trial, objective_of, search_allocation
-    from lowrank.search_space import SearchSpace
-    from lowrank.sliced import open_sliced_model
-    from lowrank.state import Clock, resumable_state
-    from lowrank.transfer import transferred_point
+    from lowrank.jobs.state import Clock, resumable_state
+    from lowrank.model.runtime import describe_environment
+    from lowrank.ranks.budget import Ranks
+    from lowrank.search.kept_ratios import SearchSpace
+    from lowrank.search.loss_scales import LossScaleSpace, predicted_losses
+    from lowrank.search.objective import Objective, Score
+    from lowrank.search.search import best_trial, objective_of, search_allocation
+    from lowrank.search.sliced_model import open_sliced_model
+    from lowrank.search.transfer import transferred_point
 
     settings = job.params.settings
     method, search = settings["method"], Search.model_validate(settings["search"])

@@ -2,18 +2,18 @@
 
 from snakemake.iocontainers import Snakemake
 
-from lowrank.stage import run_stage
+from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
     """Score the candidate windows under random feasible allocations and keep some."""
+    from lowrank.calibration.corpora import load_documents
     from lowrank.config.presets import Validation
-    from lowrank.corpora import load_documents
     from lowrank.files import save_tensors, write_json
-    from lowrank.runtime import describe_environment
-    from lowrank.search_space import SearchSpace
-    from lowrank.sliced import open_sliced_model
-    from lowrank.validation import candidate_windows, score_windows, select_windows, selection_record
+    from lowrank.model.runtime import describe_environment
+    from lowrank.search.kept_ratios import SearchSpace
+    from lowrank.search.sliced_model import open_sliced_model
+    from lowrank.search.validation import candidate_windows, score_windows, select_windows, selection_record
 
     settings = job.params.settings
     validation = Validation.model_validate(settings["validation"])

@@ -5,8 +5,8 @@ from pathlib import Path
 from snakemake.iocontainers import Snakemake
 
 from lowrank.files import write_json
+from lowrank.jobs.stage import run_stage
 from lowrank.paper.provenance import describe_run
-from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

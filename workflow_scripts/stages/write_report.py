@@ -5,8 +5,8 @@ from pathlib import Path
 from snakemake.iocontainers import Snakemake
 
 from lowrank.files import read_record, write_text
+from lowrank.jobs.stage import run_stage
 from lowrank.paper.report import render_report
-from lowrank.stage import run_stage
 
 
 def work(job: Snakemake) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lowrank.config.load import listing
 from lowrank.config.presets import Tuning
+from lowrank.config.published import published_problems
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
-from lowrank.paper.published import published_problems
 
 
 def check_beside(study: Study, folder: str | Path, where: str) -> Study:

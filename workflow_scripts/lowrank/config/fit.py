@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank import reach
-from lowrank.budget import Budget
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
 from lowrank.config.presets import ScaledSubspaceTuning, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
-from lowrank.families import FAMILIES
+from lowrank.model.families import FAMILIES
+from lowrank.ranks import reach
+from lowrank.ranks.budget import Budget
 
 
 @dataclass(frozen=True)

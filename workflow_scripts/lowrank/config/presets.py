@@ -27,7 +27,7 @@ from lowrank.config.base import (
 )
 
 if TYPE_CHECKING:
-    from lowrank.budget import Budget
+    from lowrank.ranks.budget import Budget
 
 
 class Calibration(Section):

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.compression import shortcut_parameters
+from lowrank.compression.compress import shortcut_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
-from lowrank.families import LinearModule, linear_modules
-from lowrank.losses import head_of
-from lowrank.modeling.modeling_rankwise import IdentityBlockLinear, LowRankLinear
-from lowrank.runtime import peak_memory_mib
+from lowrank.model.families import LinearModule, linear_modules
+from lowrank.model.losses import head_of
+from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.runtime import peak_memory_mib
 
 log = logging.getLogger(__name__)
 

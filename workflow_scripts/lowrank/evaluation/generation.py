@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lowrank.calibration.corpora import default_bos
 from lowrank.config.suites import GenerationSuite
-from lowrank.corpora import default_bos
 from lowrank.errors import RankwiseError
 
 log = logging.getLogger(__name__)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lowrank.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.calibration.corpora import consecutive_windows, default_bos, load_documents, read_index, token_hash
 from lowrank.config.suites import PerplexitySuite
-from lowrank.corpora import consecutive_windows, default_bos, load_documents, read_index, token_hash
 from lowrank.errors import RankwiseError
-from lowrank.losses import head_of, last_hidden, token_nll
-from lowrank.runtime import parse_dtype, pick_device
-from lowrank.share import ALONE, Share
+from lowrank.jobs.share import ALONE, Share
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.losses import head_of, last_hidden, token_nll
+from lowrank.model.runtime import parse_dtype, pick_device
 
 log = logging.getLogger(__name__)
 

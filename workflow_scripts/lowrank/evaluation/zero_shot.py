@@ -26,14 +26,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from lowrank.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.calibration.corpora import default_bos
 from lowrank.config.suites import ZeroShotSuite
-from lowrank.corpora import default_bos
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.answers import count_answers
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
-from lowrank.runtime import parse_dtype, pick_device, seed_everything
-from lowrank.share import ALONE, Share
+from lowrank.jobs.share import ALONE, Share
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.runtime import parse_dtype, pick_device, seed_everything
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from lowrank.config.base import Name
 from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -27,8 +27,8 @@ class Settings(LowRankSettings):
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at the ranks that the uniform ratio buys."""
-    from lowrank.allocation import sliced_factors
-    from lowrank.uniform import uniform_layers
+    from lowrank.search.allocation import sliced_factors
+    from lowrank.search.uniform import uniform_layers
 
     layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
     return sliced_factors(task.required_bases(), task.budget, {module.name: rank for module, rank in layers})

@@ -2,7 +2,7 @@
 
 The scale of column j is s_j = mean(|x_j|)^alpha + 1e-6 over the calibration tokens, and the factors minimise
 ||(W - W') diag(s)||. Ranks come from the losses of the model with one layer factorised at a time
-(`allocation: strs`, see `lowrank.sensitivity_search`), or from one kept ratio for all.
+(`allocation: strs`, see `compression.sensitivity_search`), or from one kept ratio for all.
 
 Two departures from the authors' program: the decomposition is exact (theirs is `decomposition: randomised`), and the
 budget is that of the decoder's linear layers, so the head, which they also factorise, stays dense.
@@ -24,10 +24,10 @@ from lowrank.config.presets import Calibration
 if TYPE_CHECKING:
     import torch
 
-    from lowrank.budget import Budget
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
-    from lowrank.families import LinearModule
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
+    from lowrank.model.families import LinearModule
+    from lowrank.ranks.budget import Budget
 
 _LEAST_SCALE = 1e-6
 
@@ -65,8 +65,8 @@ class Settings(LowRankSettings):
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """The smallest ranks that the search tries may be too large."""
-        from lowrank.families import FAMILIES
-        from lowrank.reach import candidate_ranks
+        from lowrank.model.families import FAMILIES
+        from lowrank.ranks.reach import candidate_ranks
 
         known = {linear.name for linear in FAMILIES[budget.dimensions.family].types}
         if self.allocation == "uniform" or not known.issuperset(self.uncompressed):
@@ -87,8 +87,8 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     Raises:
         RankwiseError: the ratio is out of reach, or a decomposition fails; the layer is named.
     """
-    from lowrank.runtime import pick_device
-    from lowrank.uniform import layers_with_ranks, uniform_layers
+    from lowrank.model.runtime import pick_device
+    from lowrank.search.uniform import layers_with_ranks, uniform_layers
 
     if not task.ratio:
         return {}
@@ -106,7 +106,7 @@ def _factoriser(
     task: CompressionTask, device: torch.device
 ) -> Callable[[LinearModule], Callable[[int], LowRankFactors]]:
     """From a layer to its factors of any rank."""
-    from lowrank.weighted_svd import weigh_columns, weigh_columns_randomised
+    from lowrank.bases.weighted_svd import weigh_columns, weigh_columns_randomised
 
     moments = lru_cache(maxsize=1)(task.required_statistics().of)
 
@@ -129,10 +129,10 @@ def _search_ranks(
     device: torch.device,
 ) -> dict[str, int | None]:
     """The ranks of the sensitivity-based search."""
-    from lowrank.partial_forward import on_device
-    from lowrank.reach import candidate_ranks
-    from lowrank.sensitivity_search import cut_trials, measure_layers, spend_rest
-    from lowrank.uniform import first_windows
+    from lowrank.compression.sensitivity_search import cut_trials, measure_layers, spend_rest
+    from lowrank.model.partial_forward import on_device
+    from lowrank.ranks.reach import candidate_ranks
+    from lowrank.search.uniform import first_windows
 
     settings = task.settings
     windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]

@@ -10,8 +10,8 @@ from lowrank.config.base import Name
 from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -32,8 +32,8 @@ class Settings(LowRankSettings):
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at the ranks of the allocation."""
-    from lowrank.allocation import sliced_factors
     from lowrank.errors import RankwiseError
+    from lowrank.search.allocation import sliced_factors
 
     if task.allocation is None:
         raise RankwiseError("bolaco: no allocation was given; its preset needs `search` and `validation`")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lowrank.config.presets import MethodSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(MethodSettings):

@@ -22,11 +22,11 @@ from lowrank.config.presets import Calibration, MethodSettings
 if TYPE_CHECKING:
     import torch
 
-    from lowrank.branches import Counts, Structure
-    from lowrank.budget import Budget
-    from lowrank.compression import CompressionTask
-    from lowrank.moments import Moments
-    from lowrank.replacements import Replacements
+    from lowrank.calibration.moments import Moments
+    from lowrank.compression.branches import Counts, Structure
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.replacements import Replacements
+    from lowrank.ranks.budget import Budget
 
 
 class Settings(MethodSettings):
@@ -56,7 +56,7 @@ class Settings(MethodSettings):
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """Every branch keeps some units, and heads go in whole groups."""
-        from lowrank.branches import Structure
+        from lowrank.compression.branches import Structure
         from lowrank.errors import RankwiseError
 
         structure, allowed = Structure.of(budget), budget.allowed(ratio)
@@ -77,8 +77,8 @@ def compress(task: CompressionTask) -> Replacements:
     Raises:
         RankwiseError: the ratio is out of reach, or the channels of a layer cannot be told apart.
     """
-    from lowrank.branches import Structure
-    from lowrank.structured import cut, kept_units
+    from lowrank.compression.branches import Structure
+    from lowrank.compression.structured import cut, kept_units
 
     if task.ratio == 0:
         return {}
@@ -99,7 +99,7 @@ def fixed_removal(settings: Settings, structure: Structure, allowed: float) -> C
     Raises:
         RankwiseError: `remove_heads` is no whole number of groups, or the neurons cannot make up for it.
     """
-    from lowrank.branches import even_removal
+    from lowrank.compression.branches import even_removal
     from lowrank.errors import RankwiseError
 
     local = settings.structure.startswith("UL")
@@ -138,7 +138,7 @@ def fixed_removal(settings: Settings, structure: Structure, allowed: float) -> C
 
 def _removal(task: CompressionTask, structure: Structure, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
     """How many units each branch loses."""
-    from lowrank.structured import lowest_removal, lowest_units
+    from lowrank.compression.structured import lowest_removal, lowest_units
 
     allowed = task.budget.allowed(task.ratio)
     fixed = fixed_removal(task.settings, structure, allowed)

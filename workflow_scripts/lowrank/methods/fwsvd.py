@@ -16,8 +16,8 @@ from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -40,10 +40,10 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         RankwiseError: the loss depends on no weight of a layer, a gradient is not finite, or a decomposition fails;
             the layer is named.
     """
-    from lowrank.gradients import sum_gradients
-    from lowrank.runtime import pick_device
-    from lowrank.uniform import first_windows, uniform_layers
-    from lowrank.weighted_svd import weigh_rows
+    from lowrank.bases.weighted_svd import weigh_rows
+    from lowrank.calibration.gradients import sum_gradients
+    from lowrank.model.runtime import pick_device
+    from lowrank.search.uniform import first_windows, uniform_layers
 
     layers = uniform_layers(replace(task.budget, adds_bias=False), task.ratio, task.settings.uncompressed)
     if not layers:

@@ -26,10 +26,10 @@ from lowrank.config.presets import Calibration, MethodSettings
 if TYPE_CHECKING:
     import torch
 
-    from lowrank.branches import Counts, Structure
-    from lowrank.budget import Budget
-    from lowrank.compression import CompressionTask
-    from lowrank.replacements import Replacements
+    from lowrank.compression.branches import Counts, Structure
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.replacements import Replacements
+    from lowrank.ranks.budget import Budget
 
 _NEEDS_GRADIENT = ("param_first", "param_mix", "vectorize")
 _NEEDS_SQUARES = ("param_second", "param_mix")
@@ -68,7 +68,7 @@ class Settings(MethodSettings):
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """Blocks that stay whole may leave too little to prune, and the calibration may have too few windows."""
-        from lowrank.branches import Structure
+        from lowrank.compression.branches import Structure
         from lowrank.errors import RankwiseError
 
         if calibration and self.reads_windows and (why := self.too_few(calibration.windows, calibration.length)):
@@ -101,8 +101,8 @@ def compress(task: CompressionTask) -> Replacements:
         RankwiseError: no block is left to prune, the ratio is out of reach, the calibration is too small, or a
             gradient is not finite.
     """
-    from lowrank.branches import Structure
-    from lowrank.structured import cut, kept_units
+    from lowrank.compression.branches import Structure
+    from lowrank.compression.structured import cut, kept_units
 
     if task.ratio == 0:
         return {}
@@ -134,7 +134,7 @@ def removal(structure: Structure, settings: Settings, allowed: float) -> Counts:
 
     With `own_ratio` p a branch whose first layer has n rows loses n - int(n (1 - p)) of them, in whole units.
     """
-    from lowrank.branches import even_removal
+    from lowrank.compression.branches import even_removal
     from lowrank.errors import RankwiseError
 
     blocks = pruned_blocks(settings, structure.budget.dimensions.layers)
@@ -186,9 +186,9 @@ def _gradients(task: CompressionTask, names: list[str], squared: bool = False) -
     Raises:
         RankwiseError: the calibration has fewer or shorter windows than the preset wants.
     """
+    from lowrank.calibration.gradients import sum_gradients
     from lowrank.errors import RankwiseError
-    from lowrank.gradients import sum_gradients
-    from lowrank.runtime import pick_device
+    from lowrank.model.runtime import pick_device
 
     tokens, settings = task.required_tokens(), task.settings
     if why := settings.too_few(*tokens.shape):

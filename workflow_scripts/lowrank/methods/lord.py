@@ -16,9 +16,9 @@ from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Calibration
 
 if TYPE_CHECKING:
-    from lowrank.budget import Budget
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
+    from lowrank.ranks.budget import Budget
 
 
 class Settings(LowRankSettings):
@@ -39,8 +39,8 @@ class Settings(LowRankSettings):
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """q and k may be too small to pay for v."""
-        from lowrank.budget import lord_kept
         from lowrank.errors import RankwiseError
+        from lowrank.ranks.budget import lord_kept
 
         try:
             lord_kept(budget, ratio)
@@ -50,7 +50,7 @@ class Settings(LowRankSettings):
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""
-    from lowrank.allocation import lord_ranks, sliced_factors
+    from lowrank.search.allocation import lord_ranks, sliced_factors
 
     ranks = lord_ranks(task.budget, task.ratio, task.settings.rounding)
     return sliced_factors(task.required_bases(), task.budget, ranks)

@@ -1,8 +1,8 @@
 """Ranks by predicted loss, directions by the Fisher information, factors with an identity block: no search at all.
 
 One backward pass says how much the loss cares about each direction of each output. That gives the directions to keep
-(`lowrank.fisher_bases`), the loss that every rank is predicted to cost, and with it the best allocation under the
-budget (`lowrank.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
+(`bases.fisher`), the loss that every rank is predicted to cost, and with it the best allocation under the
+budget (`ranks.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
 See docs/rankwise.md for the derivation.
 """
 
@@ -16,8 +16,8 @@ from lowrank.config.base import Name
 from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -38,9 +38,9 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """
     import logging
 
-    from lowrank.allocation import sliced_factors
-    from lowrank.loss_scales import predicted_losses
-    from lowrank.predicted_loss import allocate
+    from lowrank.ranks.predicted_loss import allocate
+    from lowrank.search.allocation import sliced_factors
+    from lowrank.search.loss_scales import predicted_losses
 
     bases = task.required_bases()
     losses = predicted_losses(bases, task.budget)

@@ -17,10 +17,10 @@ from lowrank.config.base import Name, Number
 from lowrank.config.presets import Calibration, MethodSettings
 
 if TYPE_CHECKING:
-    from lowrank.budget import Budget
-    from lowrank.compression import CompressionTask
-    from lowrank.replacements import Replacements
-    from lowrank.slicing import Widths
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.compression.slicing import Widths
+    from lowrank.model.replacements import Replacements
+    from lowrank.ranks.budget import Budget
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def compress(task: CompressionTask) -> Replacements:
     Raises:
         RankwiseError: a budget out of reach, or blocks that cannot be rotated.
     """
-    from lowrank.rotation import rotate_and_slice
-    from lowrank.runtime import pick_device
+    from lowrank.compression.rotation import rotate_and_slice
+    from lowrank.model.runtime import pick_device
 
     if not task.ratio and task.settings.slice is None:
         return {}
@@ -69,7 +69,7 @@ def widths_of(share: float | None, budget: Budget, ratio: int) -> Widths:
     Raises:
         RankwiseError: they are out of reach.
     """
-    from lowrank.slicing import widths_of_slice, widths_within
+    from lowrank.compression.slicing import widths_of_slice, widths_within
 
     if share is None:
         return widths_within(budget, ratio)
@@ -78,8 +78,8 @@ def widths_of(share: float | None, budget: Budget, ratio: int) -> Widths:
 
 def _widths(task: CompressionTask) -> Widths:
     """The stream's widths; what they leave is logged."""
+    from lowrank.compression.slicing import describe_widths, reference_total, sliced_parameters
     from lowrank.config.sources import ModelShape
-    from lowrank.slicing import describe_widths, reference_total, sliced_parameters
 
     budget, share = task.budget, task.settings.slice
     shape = budget.dimensions

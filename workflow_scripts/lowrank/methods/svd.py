@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from lowrank.config.low_rank import LowRankSettings
 
 if TYPE_CHECKING:
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -29,11 +29,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     Raises:
         RankwiseError: a decomposition fails; the layer is named.
     """
-    from lowrank.allocation import uniform_ranks
-    from lowrank.bases import left_singular_vectors
+    from lowrank.bases.principal import left_singular_vectors
     from lowrank.errors import RankwiseError
-    from lowrank.factors import LowRankFactors
-    from lowrank.runtime import pick_device
+    from lowrank.model.factors import LowRankFactors
+    from lowrank.model.runtime import pick_device
+    from lowrank.search.allocation import uniform_ranks
 
     budget = replace(task.budget, adds_bias=False)
     device = pick_device()

@@ -2,10 +2,10 @@
 
 With S S' = E[x x'] the truncation of W S, times S^-1, minimises the mean square error of the layer's outputs. It is
 also what DRONE's joint decomposition of W and X gives, and what uncentred principal bases give (see
-`lowrank.whitening`); SVD-LLM-V2 reaches the same truncation by eigenvectors. They are no methods of their own here.
+`bases.whitening`); SVD-LLM-V2 reaches the same truncation by eigenvectors. They are no methods of their own here.
 
 A dense layer's own bias stays as it is. `update: true` adds the closed-form update: the up factors are refitted on the
-inputs that the compressed model gives (see `lowrank.least_squares_update`), to the outputs of the dense model or, as
+inputs that the compressed model gives (see `least_squares_update`), to the outputs of the dense model or, as
 the authors' program does, to what the dense layer makes of these inputs. That program refits the layers of a block on
 inputs that its own earlier layers do not change yet; here they do.
 """
@@ -24,8 +24,8 @@ from lowrank.config.low_rank import LowRankSettings
 if TYPE_CHECKING:
     import torch
 
-    from lowrank.compression import CompressionTask
-    from lowrank.factors import LowRankFactors
+    from lowrank.compression.compress import CompressionTask
+    from lowrank.model.factors import LowRankFactors
 
 
 class Settings(LowRankSettings):
@@ -58,11 +58,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     Raises:
         RankwiseError: a layer's inputs are all zero, or a decomposition fails; the layer is named.
     """
-    from lowrank.least_squares_update import refit_up_factors
-    from lowrank.partial_forward import on_device
-    from lowrank.runtime import pick_device
-    from lowrank.uniform import first_windows, uniform_layers
-    from lowrank.whitening import whitened_factors
+    from lowrank.bases.whitening import whitened_factors
+    from lowrank.compression.least_squares_update import refit_up_factors
+    from lowrank.model.partial_forward import on_device
+    from lowrank.model.runtime import pick_device
+    from lowrank.search.uniform import first_windows, uniform_layers
 
     budget = replace(task.budget, adds_bias=False)
     layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
@@ -91,8 +91,8 @@ class _Roots:
         self.of = lru_cache(maxsize=1)(self._root)
 
     def _root(self, layer: int, site: str) -> torch.Tensor:
+        from lowrank.bases.whitening import cholesky_factor
         from lowrank.config.presets import Covariance
-        from lowrank.whitening import cholesky_factor
 
         second_moment, _ = self._moments(layer)[site].estimate(Covariance(estimator="uncentred"))
         return cholesky_factor(second_moment.to(self._device), f"block {layer}, input '{site}'")

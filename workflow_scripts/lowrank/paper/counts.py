@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank.budget import Budget, Ranks, break_even_rank, largest_rank
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.families import LinearModule, LinearType, linear_modules
+from lowrank.model.families import LinearModule, LinearType, linear_modules
+from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank
 
 ATTENTION_SITES = ("attention", "attention_output")
 """What q, k, v and o read."""

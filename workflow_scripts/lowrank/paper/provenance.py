@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file
-from lowrank.record import records_of
+from lowrank.jobs.record import records_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGES = (

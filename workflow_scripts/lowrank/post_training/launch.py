@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lowrank import launcher
-from lowrank.crew import Crew
+from lowrank.jobs import launcher
+from lowrank.jobs.crew import Crew
 from lowrank.post_training.job import TrainingJob
 
 WORK = "lowrank.post_training.worker:train_share"

@@ -19,10 +19,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.checkpoint import family_of
 from lowrank.config.presets import LoraTuning
 from lowrank.errors import RankwiseError
-from lowrank.modeling.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.checkpoint import family_of
+from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 
 Stage = Literal["all", "up", "down"]
 ADAPTER = "default"

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from lowrank.errors import RankwiseError
-from lowrank.factors import LowRankFactors
-from lowrank.modeling.modeling_rankwise import IdentityBlockLinear, LowRankLinear
-from lowrank.replacements import IdentityBlockFactors
+from lowrank.model.factors import LowRankFactors
+from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.replacements import IdentityBlockFactors
 
 Strategy = Literal["random", "top", "bottom"]
 PairLinear = LowRankLinear | IdentityBlockLinear

@@ -19,10 +19,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from lowrank.checkpoint import family_of, load_checkpoint
 from lowrank.config.presets import parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors
+from lowrank.model.checkpoint import family_of, load_checkpoint
+from lowrank.model.runtime import parse_dtype, peak_memory_mib, pick_device
 from lowrank.post_training.adapters import Learnt, attach, learnt_by, merge, trained_numbers
 from lowrank.post_training.engine_state import SafeCheckpoints
 from lowrank.post_training.instructions import Examples
@@ -30,7 +31,6 @@ from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, Tra
 from lowrank.post_training.loss import InstructionLoss
 from lowrank.post_training.schedule import engine_config, learning_rate, rows_of_step, total_steps
 from lowrank.post_training.subspace import pack_vectors
-from lowrank.runtime import parse_dtype, peak_memory_mib, pick_device
 
 log = logging.getLogger(__name__)
 

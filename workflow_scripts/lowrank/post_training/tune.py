@@ -6,18 +6,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lowrank.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
 from lowrank.config.presets import Tuning, parse_tuning
-from lowrank.crew import Crew
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_record, write_json
+from lowrank.jobs.crew import Crew
+from lowrank.jobs.state import resumable_state
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
+from lowrank.model.runtime import describe_environment, parse_dtype
 from lowrank.post_training.adapters import merge, stages_of, trained_numbers
 from lowrank.post_training.instructions import read_rows, split, tokenise
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, joined, vectors_file
 from lowrank.post_training.launch import launch
 from lowrank.post_training.schedule import engine_config, total_steps
-from lowrank.runtime import describe_environment, parse_dtype
-from lowrank.state import resumable_state
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowrank.jobs.share import Share
 from lowrank.post_training.job import TrainingJob
 from lowrank.post_training.train import train
-from lowrank.share import Share
 
 
 def train_share(arguments: dict[str, Any], share: Share) -> None:

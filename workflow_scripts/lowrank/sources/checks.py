@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lowrank.budget import has_native_bias
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
-from lowrank.families import FAMILIES, linear_modules
 from lowrank.files import read_record
+from lowrank.model.families import FAMILIES, linear_modules
+from lowrank.ranks.budget import has_native_bias
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
 

@@ -12,7 +12,7 @@ from typing import Any
 from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, link_or_copy, read_record, sha256_file
-from lowrank.runtime import parse_dtype
+from lowrank.model.runtime import parse_dtype
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
 from lowrank.sources.gguf import convert_gguf

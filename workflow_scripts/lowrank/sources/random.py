@@ -11,7 +11,7 @@ import torch
 
 from lowrank.config.sources import Model, ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.runtime import parse_dtype
+from lowrank.model.runtime import parse_dtype
 
 log = logging.getLogger(__name__)
 

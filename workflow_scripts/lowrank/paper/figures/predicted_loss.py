@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank.errors import RankwiseError
-from lowrank.families import FAMILIES
+from lowrank.model.families import FAMILIES
 from lowrank.paper.figures.axes import TICKS_ALONG, TICKS_UP, readable_ticks
 from lowrank.paper.figures.panels import label_axes, legend_below, legend_entries, panel_grid, write_title
 from lowrank.paper.figures.style import DENSE_COLOUR, DENSE_DASHES, series_style, style

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank.errors import RankwiseError
-from lowrank.families import FAMILIES
+from lowrank.model.families import FAMILIES
 from lowrank.paper.figures.axes import (
     TICKS_UP,
     draw_dense,

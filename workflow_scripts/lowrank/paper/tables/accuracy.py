@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from lowrank.config.outputs import RowTable
+from lowrank.config.published import Published
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
-from lowrank.paper.published import Published
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 from lowrank.paper.tables.measures import (

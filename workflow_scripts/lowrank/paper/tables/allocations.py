@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from lowrank.config.outputs import RowTable
+from lowrank.config.published import Published
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.families import FAMILIES, Dimensions, linear_modules
-from lowrank.paper.published import Published
+from lowrank.model.families import FAMILIES, Dimensions, linear_modules
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Json, Line, RowResults, TableData
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.config.outputs import ArithmeticRow, ArithmeticTable
+from lowrank.config.published import Published, find_published, why_other_row
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.paper.counts import Counts, count, module_ranks
-from lowrank.paper.published import Published, find_published, why_other_row
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import Cell, Column, Context, Line, RowResults, TableData
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from lowrank.config.published import Published, find_published
 from lowrank.errors import RankwiseError
-from lowrank.paper.published import Published, find_published
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
 
 SCIENTIFIC = 1e5  # from here on with an exponent

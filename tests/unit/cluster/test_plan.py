@@ -1,0 +1,226 @@
+"""The plan of a study: its jobs, its sums, and what it says of what does not fit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lowrank.cluster import plan as plan_module
+from lowrank.cluster.needs import GIB
+from lowrank.cluster.plan import make_plan, remarks
+from lowrank.cluster.planned_jobs import Job, planned_jobs
+from lowrank.cluster.resources import Estimator
+from lowrank.config.load import check_study, load_study, read_yaml
+from lowrank.config.study import Study
+from tests import tiny
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def paper() -> Study:
+    return load_study(ROOT / "config/paper.yaml")
+
+
+@pytest.fixture(scope="module")
+def small() -> Study:
+    return check_study(tiny.config(Path("nowhere")))
+
+
+def test_each_job_stands_after_those_that_it_waits_for(small: Study) -> None:
+    seen: set[Job] = set()
+    for job, after in planned_jobs(small).items():
+        assert seen.issuperset(after), job
+        seen.add(job)
+
+
+def test_a_chain_from_the_model_to_the_report(small: Study) -> None:
+    jobs = planned_jobs(small)
+    waits: set[Job] = set()
+    pending = [Job.of("write_report")]
+    while pending:
+        job = pending.pop()
+        waits.add(job)
+        pending += [other for other in jobs[job] if other not in waits]
+    assert waits == set(jobs)
+
+
+def test_a_tuned_row_waits_for_training_and_the_row_without_it(small: Study) -> None:
+    jobs = planned_jobs(small)
+    row = {"model": "tiny", "method": "bolaco", "ratio": 20, "seed": 0}
+    tuned = jobs[Job.of("evaluate_perplexity", tuning="scales", suite="held-out", **row)]
+    assert tuned[0] == Job.of("post_train", tuning="scales", **row)
+    assert Job.of("compress_model", **row) in jobs[tuned[0]]
+    assert Job.of("fetch_instructions", instructions="tiny") in jobs[tuned[0]]
+
+
+def test_seeds_repeat_what_is_random_and_nothing_else() -> None:
+    raw = tiny.config(Path("nowhere"))
+    once = planned_jobs(check_study(raw))
+    thrice = planned_jobs(check_study(raw | {"seeds": [0, 1, 2]}))
+    more = {job.rule for job in thrice if job not in once}
+    assert more == {
+        *("search_allocation", "compress_model", "post_train"),
+        *("evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost", "evaluate_generation"),
+    }
+    added = {job.wildcards["method"] for job in thrice if job not in once}
+    assert added == {"bolaco", "transferred"}
+
+
+def test_bases_that_know_the_loss_wait_for_gradients() -> None:
+    raw = tiny.config(Path("nowhere"))
+    raw["figures"]["predicted"] = {
+        **{"kind": "predicted-loss", "title": "Predicted", "model": "tiny", "calibration": "c8"},
+        **{"covariance": ["fisher"], "corpus": "validation", "windows": 2, "length": 64},
+    }
+    study = check_study(raw)
+    jobs, of = planned_jobs(study), {"model": "tiny", "calibration": "c8"}
+    measured = Job.of("measure_truncations", figure="predicted", covariance="fisher")
+    assert measured in jobs[Job.of("draw_figure", figure="predicted")]
+    bases = Job.of("compute_bases", covariance="fisher", **of)
+    assert bases in jobs[measured]
+    assert {Job.of("collect_statistics", **of), Job.of("collect_gradients", **of)} <= set(jobs[bases])
+    assert Job.of("collect_gradients", **of) not in jobs[Job.of("compute_bases", covariance="pooled", **of)]
+    models = {entry.model for entry in make_plan(study).entries if entry.rule == "measure_truncations"}
+    assert models == {"tiny"}
+
+
+def test_the_sums_are_those_of_the_jobs(paper: Study) -> None:
+    plan, estimator = make_plan(paper), Estimator(paper)
+    needs = [estimator.need(job.rule, job.wildcards) for job in planned_jobs(paper)]
+    assert plan.jobs == len(needs)
+    assert plan.gpu_hours == pytest.approx(sum(need.seconds(1, 8) for need in needs if need.gpu) / 3600)
+    assert sum(entry.disk for entry in plan.entries) == pytest.approx(sum(need.disk for need in needs))
+    assert max(entry.gpu for entry in plan.entries) == max(need.gpu_bytes for need in needs)
+    assert max(entry.host for entry in plan.entries) == max(need.host_bytes(1 if need.gpu else 0) for need in needs)
+
+
+def test_several_gpus_shorten_only_what_is_shared(paper: Study) -> None:
+    one, four = ({(entry.rule, entry.model): entry for entry in make_plan(paper, gpus).entries} for gpus in (1, 4))
+    for key, entry in one.items():
+        assert four[key].gpu == entry.gpu
+        if key[0] in ("search_allocation", "compute_bases"):
+            assert four[key] == entry
+        if key[0] == "collect_statistics":
+            assert four[key].host > entry.host  # a process each, which loads the model
+            assert entry.gpu_hours < four[key].gpu_hours < 4 * entry.gpu_hours  # loading is not shared
+
+
+def test_without_gpus_everything_lies_in_main_memory(paper: Study) -> None:
+    plan = make_plan(paper, gpus=0)
+    assert plan.gpu_hours == 0
+    assert all(entry.gpu == 0 for entry in plan.entries)
+    search = next(entry for entry in plan.entries if (entry.rule, entry.model) == ("search_allocation", "llama-2-13b"))
+    assert search.host > 48 * GIB
+    assert search.cpu_hours > 1000
+
+
+def test_the_longest_chain_is_one_that_can_be_walked(paper: Study) -> None:
+    jobs, plan = planned_jobs(paper), make_plan(paper)
+    assert all(before in jobs[job] for before, job in zip(plan.chain, plan.chain[1:], strict=False))
+    assert {job.wildcards.get("model") for job in plan.chain} <= {
+        "llama-2-13b",
+        None,
+    }  # the largest, with post-training
+    assert plan.chain_hours < plan.gpu_hours
+
+
+def chain_of(jobs: dict[str, list[str]], hours: dict[str, float]) -> list[str]:
+    made = {Job.of(name): [Job.of(other) for other in after] for name, after in jobs.items()}
+    chain = plan_module._longest_chain(made, {Job.of(name): value for name, value in hours.items()})
+    return [job.rule for job in chain]
+
+
+def test_the_longest_chain_of_a_small_graph() -> None:
+    jobs = {"a": [], "b": [], "c": ["a", "b"], "d": ["a"], "e": ["c", "d"]}
+    assert chain_of(jobs, {"a": 1, "b": 2, "c": 1, "d": 1, "e": 1}) == ["b", "c", "e"]
+    assert chain_of(jobs, {"a": 1, "b": 2, "c": 1, "d": 9, "e": 1}) == ["a", "d", "e"]
+    assert chain_of(jobs, {"a": 1, "b": 20, "c": 1, "d": 9, "e": 0.1}) == ["b", "c", "e"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lowrank.cluster.plan", *arguments],
+        cwd=ROOT / "workflow_scripts",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_prints_every_rule_and_the_total(paper: Study) -> None:
+    shown = run(str(ROOT / "config/paper.yaml"))
+    assert shown.returncode == 0, shown.stderr
+    rules = {job.rule for job in planned_jobs(paper)} & set(Estimator(paper).rules)
+    assert len(rules) > 10
+    for rule in rules:
+        assert re.search(rf"^│ {rule} ", shown.stdout, re.MULTILINE), rule
+    total = next(line for line in shown.stdout.splitlines() if line.startswith("│ all "))
+    plan = make_plan(paper)
+    assert f" {plan.jobs} " in total
+    assert f" {plan.gpu_hours:,.0f} " in total
+    assert "longest chain" in shown.stdout
+    assert "docs/cluster.md" in shown.stdout
+
+
+def write(folder: Path, **shape: Any) -> str:
+    raw = read_yaml(ROOT / "config/quickstart.yaml")
+    raw["models"]["smollm2-135m"]["shape"] |= shape
+    raw["models"]["smollm2-135m"]["dtype"] = "float16"
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return str(path)
+
+
+def test_what_no_gpu_holds_is_marked(tmp_path: Path) -> None:
+    path = write(tmp_path, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128)
+    shown = run(path).stdout
+    assert "GiB !" in shown
+    assert re.search(r"! More than a GPU of 80 GiB holds: .*collect_statistics.*search_allocation", shown, re.DOTALL)
+    assert "! More" not in run(path, "--gpu-memory", "400").stdout
+    assert "! More" not in run(path, "--gpus-per-job", "0").stdout
+
+
+def test_layers_per_pass_decide_whether_statistics_fit(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, layers=48, hidden=8192, intermediate=22016, heads=64, kv_heads=64, head_dim=128))
+    of_statistics = [
+        next(
+            entry for entry in make_plan(study, collect_statistics=layers).entries if entry.rule == "collect_statistics"
+        )
+        for layers in (8, 1)
+    ]
+    assert of_statistics[0].gpu - of_statistics[1].gpu == pytest.approx(
+        7 * (8 * (3 * 8192**2 + 22016**2) + 2 * (4 * 8192**2 + 3 * 8192 * 22016)), rel=0.01
+    )
+
+
+def test_a_wrong_config_is_said_as_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("run: x\n")
+    failed = run(str(path))
+    assert failed.returncode == 1
+    assert "bad.yaml has 3 errors" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_jobs_without_a_line_are_counted_in_words(small: Study) -> None:
+    plan = make_plan(small)
+    light = {"fetch_corpus", "fetch_task", "fetch_instructions", "make_table", "draw_figure"}
+    light |= {"write_provenance", "write_report"}
+    count = sum(job.rule in light for job in planned_jobs(small))
+    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch texts or write tables and figures")
+
+
+def test_it_starts_fast_and_needs_neither_torch_nor_snakemake() -> None:
+    heavy = ("torch", "snakemake", "transformers", "numpy")
+    code = f"import sys, lowrank.cluster.plan; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "workflow_scripts", capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "[]\n"

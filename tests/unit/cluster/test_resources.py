@@ -1,0 +1,397 @@
+"""Sizes from shapes against the sizes of real things, and what the rules ask for because of them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from lowrank.calibration import statistics as statistics_module
+from lowrank.calibration.moments import MomentAccumulator
+from lowrank.calibration.output_gradients import collect_output_gradients
+from lowrank.cluster.needs import GIB, Need, Work, memory_request, runtime_request
+from lowrank.cluster.resources import TAKE_GRADIENTS, Estimator, computes_on_device
+from lowrank.cluster.sizes import DOUBLE, HEAD_TOKENS, SINGLE, Sizes
+from lowrank.config.load import check_study, load_study
+from lowrank.config.sources import ModelShape
+from lowrank.config.study import Study
+from lowrank.evaluation.cost import count_macs
+from lowrank.model import losses
+from lowrank.model.checkpoint import family_of
+from lowrank.ranks.budget import Budget
+from lowrank.reruns.fingerprint import Code
+from lowrank.search.objective import Objective
+from lowrank.search.sliced_model import SlicedModel
+from tests import tiny
+from tests.unit.model.factor_samples import TOKENS, bases, shape_of
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+KINDS = list(tiny.SHAPES)
+LLAMA_7B = {
+    "family": "llama",
+    "layers": 32,
+    "hidden": 4096,
+    "intermediate": 11008,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "vocabulary": 32000,
+    "tied_embeddings": False,
+}
+LLAMA_13B = LLAMA_7B | {"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "kv_heads": 40}
+MISTRAL_7B = LLAMA_7B | {"family": "mistral", "intermediate": 14336, "kv_heads": 8}
+LLAMA_70B = LLAMA_7B | {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8}
+
+
+def sizes_of(kind: str) -> Sizes:
+    return Sizes(shape_of(kind), "float32")
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# --- sizes against the things themselves ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_every_family(kind: str) -> None:
+    model = tiny.model(kind)
+    positions = sum(p.numel() for name, p in model.named_parameters() if "embed_positions" in name)
+    assert sizes_of(kind).parameters == model.num_parameters() - positions
+    assert sizes_of(kind).weights == nbytes(model.parameters()) - 4 * positions
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [(LLAMA_7B, 6_738_415_616), (LLAMA_13B, 13_015_864_320), (MISTRAL_7B, 7_241_732_096), (LLAMA_70B, 68_976_648_192)],
+)
+def test_parameters_that_are_published(shape: dict[str, Any], parameters: int) -> None:
+    assert Sizes(ModelShape(**shape), "float16").parameters == parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulators_files_and_hidden_states_of_the_statistics(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[MomentAccumulator] = []
+    begin = MomentAccumulator.__init__
+
+    def remembered(self: MomentAccumulator, *args: Any) -> None:
+        begin(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(MomentAccumulator, "__init__", remembered)
+    statistics_module.collect_statistics(tiny.model(kind), TOKENS, 1, tmp_path, CPU)
+    sizes, windows = sizes_of(kind), len(TOKENS)
+    held = nbytes(t for one in made for t in (one.scatter, *one.window_means)) / tiny.LAYERS
+    assert held == sizes.moments(DOUBLE) + DOUBLE * windows * sum(sizes.inputs)
+    for file in tmp_path.glob("layer_*.safetensors"):
+        assert nbytes(load_file(file).values()) == pytest.approx(sizes.statistics(windows), rel=0.005)
+    last = [load_file(file)["hidden"] for file in tmp_path.glob("hidden_*/*.safetensors")]
+    assert nbytes(last) == sizes.hidden(TOKENS.numel())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_on_disk_and_in_a_sliced_model(kind: str) -> None:
+    found, sizes = bases(kind, "naive"), sizes_of(kind)
+    for file in found.files:
+        assert nbytes(load_file(file).values()) == pytest.approx(sizes.bases(SINGLE), rel=0.01)
+    sliced = SlicedModel(tiny.model(kind), Budget.of(shape_of(kind)), found)
+    held = nbytes(t for layer in sliced.layers.values() for t in (layer.directions, layer.projection))
+    assert held == pytest.approx(sizes.bases(SINGLE) * tiny.LAYERS, rel=0.05)
+    objective = Objective(sliced, TOKENS, 1.0, CPU)
+    assert nbytes(objective.reference) == sizes.hidden(TOKENS.numel())
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_files_of_gradients(kind: str, tmp_path: Path) -> None:
+    for file in collect_output_gradients(tiny.model(kind), TOKENS[:2], 2, tmp_path, CPU):
+        assert nbytes(load_file(file).values()) == sizes_of(kind).output_moments(SINGLE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values(kind: str) -> None:
+    cache = tiny.model(kind)(TOKENS[:3], use_cache=True).past_key_values
+    held = nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert held == sizes_of(kind).cache(TOKENS[:3].numel())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_twice_the_multiply_accumulates(kind: str) -> None:
+    """But for attention, of which the masked half counts there and not here."""
+    shape, tokens = shape_of(kind), 24
+    macs = count_macs(tiny.model(kind), shape, tokens)
+    assert sizes_of(kind).forward(tokens, tokens) == 2 * macs["linears"] + macs["attention"] + 2 * macs["head"]
+
+
+def saved_for_backward(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters left out, each storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    decoder = model.get_submodule(family_of(model).decoder)
+    embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = decoder(
+            inputs_embeds=embedded, use_cache=False
+        ).last_hidden_state  # alive, so that no storage is reused
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])  # whose norms of heads keep more
+def test_activations_that_training_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but rotations, statistics of norms and attention, and the final norm."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # DeepSpeed puts its own there, for good
+    ids = TOKENS[:4]
+    kept, expected = saved_for_backward(tiny.model(kind), ids), sizes_of(kind).training_activations(ids.numel())
+    assert expected < kept < 1.1 * expected
+
+
+def test_constants_are_those_of_the_code() -> None:
+    from lowrank.calibration import output_gradients
+    from lowrank.cluster import checkpoint_needs, resources, sizes
+    from lowrank.evaluation import perplexity
+    from lowrank.post_training import loss
+    from lowrank.search import objective
+
+    assert statistics_module.TOKENS_PER_BATCH == resources.STATISTICS_TOKENS
+    assert output_gradients.TOKENS_PER_BATCH == resources.GRADIENT_TOKENS
+    assert sizes.LOSS_TOKENS == objective.TOKENS_PER_BATCH == perplexity.BATCH_TOKENS
+    assert losses.CHUNK_TOKENS == HEAD_TOKENS
+    assert loss.CHUNK_TOKENS == checkpoint_needs.TRAINING_HEAD_TOKENS
+
+
+# --- what follows for jobs ---
+
+
+def study_of(shape: dict[str, Any], dtype: str = "float16", **changes: Any) -> Study:
+    """The paper's kinds of jobs for one model of a shape."""
+    text = {"source": {"path": "text.jsonl"}, "format": "jsonl"}
+    bases = {"calibration": "c4", "covariance": "pooled"}
+    return check_study(
+        {
+            "run": "sizes",
+            "models": {"one": {"source": {"path": "one"}, "shape": shape, "dtype": dtype, "max_length": 4096}},
+            "corpora": {"text": text, "test": text | {"source": {"path": "test.jsonl"}}},
+            "instructions": {"alpaca": {"source": {"path": "alpaca.json"}}},
+            "tasks": {"piqa": {"source": {"path": "piqa.jsonl"}, "reader": "jsonl"}},
+            "calibration": {"c4": {"corpora": ["text"], "windows": 1024, "length": 4096}},
+            "covariance": {"pooled": {"estimator": "pooled", "groups": 32}},
+            "validation": {
+                "top": {"corpora": ["text"], "windows": 768, "length": 4096, "select": bases | {"keep": 100}}
+            },
+            "search": {"bo": {"evaluations": 50}},
+            "sensitivity": {
+                "types": bases | {"model": "one", "corpus": "text", "windows": 32, "length": 2048, "kept": [0.5]}
+            },
+            "methods": {"bolaco": bases | {"kind": "bolaco", "validation": "top", "search": "bo"}},
+            "tuning": {"scales": {"kind": "scaled-subspace", "instructions": "alpaca"}},
+            "suites": {
+                "held-out": {"kind": "perplexity", "corpora": ["test"], "length": 4096},
+                "zero-shot": {"kind": "zero-shot", "tasks": {"piqa": "acc"}},
+                "cost": {"kind": "cost"},
+                "prompts": {"kind": "generation", "prompts": ["One"]},
+            },
+        }
+        | changes
+    )
+
+
+CALIBRATION = {"model": "one", "calibration": "c4", "covariance": "pooled"}
+BOLACO = {"model": "one", "method": "bolaco", "ratio": "20", "seed": "0", "tuning": "none"}
+JOBS = {
+    "collect_statistics": CALIBRATION,
+    "compute_bases": CALIBRATION,
+    "select_validation": {"model": "one", "validation": "top"},
+    "measure_sensitivity": {"sensitivity": "types"},
+    "search_allocation": BOLACO,
+    "post_train": BOLACO | {"tuning": "scales"},
+    "evaluate_perplexity": BOLACO | {"suite": "held-out"},
+    "evaluate_zero_shot": BOLACO | {"suite": "zero-shot"},
+    "evaluate_cost": BOLACO | {"suite": "cost"},
+    "evaluate_generation": BOLACO | {"suite": "prompts"},
+}
+
+
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_13B, MISTRAL_7B])
+def test_the_papers_models_fit_one_gpu_of_80_gb(shape: dict[str, Any]) -> None:
+    estimator = Estimator(study_of(shape))
+    for rule, wildcards in (JOBS | {"collect_gradients": CALIBRATION}).items():
+        need = estimator.need(rule, wildcards)
+        assert need.gpu
+        assert need.gpu_bytes < 72 * GIB, rule
+
+
+def test_statistics_and_bases_of_70b_fit_such_a_gpu_by_configuration() -> None:
+    """Four blocks a pass; and no other step does, as the documentation says."""
+    estimator = Estimator(study_of(LLAMA_70B), collect_statistics=4, collect_gradients=1)
+    jobs = JOBS | {"collect_gradients": CALIBRATION}
+    fit = {rule for rule, wildcards in jobs.items() if estimator.need(rule, wildcards).gpu_bytes < 72 * GIB}
+    assert fit == {"collect_statistics", "compute_bases"}
+
+
+SMOLLM2 = LLAMA_7B | {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
+
+
+@pytest.mark.parametrize(("shape", "statistics", "gradients"), [(SMOLLM2, 30, 30), (LLAMA_7B, 8, 4), (LLAMA_70B, 8, 4)])
+def test_small_models_need_one_pass(shape: dict[str, Any], statistics: int, gradients: int) -> None:
+    estimator = Estimator(study_of(shape))
+    assert estimator.layers_per_pass("collect_statistics", "one") == statistics
+    assert estimator.layers_per_pass("collect_gradients", "one") == gradients
+    assert Estimator(study_of(shape), collect_gradients=2).layers_per_pass("collect_gradients", "one") == 2
+    assert Estimator(study_of(shape), collect_gradients=99).layers_per_pass("collect_gradients", "one") <= 80
+
+
+def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:
+    study = study_of(LLAMA_70B)
+    few, many = (
+        Estimator(study, collect_statistics=layers).need("collect_statistics", CALIBRATION) for layers in (1, 16)
+    )
+    means = 1024 * (3 * 8192 + 28672)  # of the windows, besides the squares
+    block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192  # weights, in 16 bits
+    expected = 15 * (8 * (3 * 8192**2 + 28672**2 + means) + 2 * block)
+    assert many.device_bytes - few.device_bytes == pytest.approx(expected, rel=1e-12)
+    assert (few.disk, few.scratch) == (many.disk, many.scratch)
+    assert few.work.half == many.work.half
+
+
+def test_the_parts_of_the_largest_jobs_of_7b() -> None:
+    """By hand: 6.74e9 weights of 2 bytes, bases of as many numbers as the linear layers have, 409,600 x 4096 states."""
+    need = Estimator(study_of(LLAMA_7B)).need("search_allocation", BOLACO)
+    assert need.device["weights"] == pytest.approx(13.48e9, rel=1e-3)
+    assert need.device["bases"] == pytest.approx(12.95e9, rel=1e-3)
+    assert need.host["dense hidden states"] == 409_600 * 4096 * 2
+    statistics_need = Estimator(study_of(LLAMA_7B)).need("collect_statistics", CALIBRATION)
+    means = 1024 * (3 * 4096 + 11008)
+    assert statistics_need.device["accumulators"] == 8 * (3 * 4096**2 + 11008**2 + means) * 8
+    assert statistics_need.scratch == 2 * 1024 * 4096 * 4096 * 2
+    assert statistics_need.disk == pytest.approx(32 * (4 * (3 * 4096**2 + 11008**2) + 8 * means), rel=1e-3)
+
+
+def test_only_jobs_that_share_their_work_get_several_gpus() -> None:
+    estimator = Estimator(study_of(LLAMA_7B))
+    shared = {rule for rule, wildcards in JOBS.items() if estimator.need(rule, wildcards).gpus(4) == 4}
+    assert shared == {"collect_statistics", "post_train", "evaluate_perplexity", "evaluate_zero_shot"}
+    assert estimator.need("collect_gradients", CALIBRATION).gpus(4) == 4
+    assert all(estimator.need(rule, wildcards).gpus(4) == 1 for rule, wildcards in JOBS.items() if rule not in shared)
+    assert all(estimator.need(rule, wildcards).gpus(0) == 0 for rule, wildcards in JOBS.items())
+    assert estimator.need("sample_calibration", CALIBRATION).gpus(4) == 0
+
+
+def test_memory_moves_to_the_host_without_a_gpu() -> None:
+    need = Need(gpu=True, device={"weights": 10 * GIB}, host={"program": GIB, "texts": 2 * GIB}, loading=10 * GIB)
+    assert need.host_bytes(0) == 13 * GIB
+    assert need.host_bytes(1) == (1 + 3 + 10) * GIB  # the weights pass through, the texts come afterwards
+    assert need.host_bytes(4) == (1 + 12 + 40) * GIB
+    assert need.largest(0) == need.largest(1) == ("weights", 10 * GIB)
+
+
+sizes = st.floats(0, 1e12)
+
+
+@given(device=sizes, host=sizes, work=st.floats(0, 1e20), gpus=st.integers(0, 8), attempt=st.integers(1, 5))
+def test_requests_hold_the_estimate_and_grow_with_each_try(
+    device: float, host: float, work: float, gpus: int, attempt: int
+) -> None:
+    need = Need(gpu=True, device={"w": device}, host={"program": 0, "h": host}, work=Work(half=work))
+    memory, runtime = memory_request(need, gpus, attempt), runtime_request(need, gpus, 8, attempt)
+    assert memory * 1e6 > need.host_bytes(gpus)
+    assert runtime * 60 > need.seconds(gpus, 8)
+    assert memory_request(need, gpus, attempt + 1) > memory
+    assert runtime_request(need, gpus, 8, attempt + 1) > runtime
+    assert memory % 500 == runtime % 10 == 0
+
+
+def test_further_tries_stay_within_what_the_site_has() -> None:
+    need = Need(gpu=True, device={}, host={"program": 0, "h": 40 * GIB}, work=Work(half=1e20))
+    first, third = memory_request(need, 1), memory_request(need, 1, 3)
+    assert memory_request(need, 1, 3, third - 500) == third - 500
+    assert memory_request(need, 1, 3, third + 500) == third
+    assert memory_request(need, 1, 3, 1000) == first  # with less, no try could end
+    assert runtime_request(need, 1, 8, 3, 60) == 60
+    assert runtime_request(need, 1, 8, 3, 10**9) == runtime_request(need, 1, 8, 3)
+
+
+@pytest.mark.parametrize("config", ["paper", "quickstart", "mini-paper"])
+def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None:
+    """Held against the modules' own code; add a kind that computes on processors to `ON_PROCESSORS`."""
+    study = load_study(ROOT / f"config/{config}.yaml")
+    for name in study.methods:
+        method = study.method(name)
+        module = importlib.import_module(f"lowrank.methods.{method.kind.replace('-', '_')}")
+        code = inspect.getsource(module)
+        assert computes_on_device(method) == ("pick_device" in code), name
+        assert (method.kind in TAKE_GRADIENTS) == ("sum_gradients" in code), name
+
+
+def test_every_kind_of_method_is_estimated() -> None:
+    from lowrank.methods import method_modules
+
+    study = study_of(LLAMA_7B)
+    estimator = Estimator(study)
+    for kind, module in method_modules().items():
+        names = {"calibration": "c4", "covariance": "pooled", "validation": "top", "search": "bo"}
+        fields = module.Settings.model_fields
+        needed = {name: value for name, value in names.items() if name in fields and fields[name].is_required()}
+        study.methods["one"] = module.Settings(kind=kind, **needed)
+        need = estimator.need("compress_model", BOLACO | {"method": "one"})
+        assert need.host_bytes(0) > 13e9, kind
+        assert need.gpu == computes_on_device(study.methods["one"]), kind
+
+
+def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> None:
+    """ASVD tries 6 ratios of each of 224 layers of LLaMA-2-7B, with half a pass each on average."""
+    from lowrank.methods import method_modules
+
+    study, needs = study_of(LLAMA_7B), {}
+    for kind, more in (("asvd", {"windows": 4, "length": 32}), ("fwsvd", {}), ("slicegpt", {})):
+        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
+        needs[kind] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    one_pass = Sizes(ModelShape(**LLAMA_7B), "float16").forward(4 * 32, 32)
+    assert needs["asvd"].work.half / one_pass == pytest.approx(4 + 6 * 7 * 32 / 2)
+    assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert "sums" not in needs["slicegpt"].device
+
+
+def test_gradients_cost_larger_bases() -> None:
+    covariance = {"pooled": {"estimator": "naive"}, "fisher": {"estimator": "naive", "gradients": "weigh"}}
+    estimator = Estimator(study_of(LLAMA_7B, covariance=covariance))
+    plain, weighted = (
+        estimator.need("compute_bases", CALIBRATION | {"covariance": name}) for name in ("pooled", "fisher")
+    )
+    assert weighted.disk > 1.3 * plain.disk
+    gradients = estimator.need("collect_gradients", CALIBRATION)
+    assert gradients.disk == 32 * 4 * (5 * 4096**2 + 2 * 11008**2)
+
+
+def test_no_stage_knows_of_estimates(tmp_path: Path) -> None:
+    """So a changed estimate, or another number of GPUs, runs nothing again."""
+    shutil.copytree(ROOT / "workflow_scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    stages = [path.stem for path in (tmp_path / "scripts/stages").glob("*.py")]
+    before = {stage: Code(tmp_path / "scripts").fingerprint(stage) for stage in stages}
+    for name in ("resources", "checkpoint_needs", "sizes", "needs", "plan", "planned_jobs"):
+        (tmp_path / f"scripts/lowrank/{name}.py").write_text("no Python at all")
+    assert {stage: Code(tmp_path / "scripts").fingerprint(stage) for stage in stages} == before
+    (tmp_path / "scripts/lowrank/files.py").write_text("no Python at all")
+    for stage in stages:
+        with pytest.raises(SyntaxError):  # what a stage does know of is read
+            Code(tmp_path / "scripts").fingerprint(stage)

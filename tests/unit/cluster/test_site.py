@@ -1,0 +1,54 @@
+"""Values of a profile that cannot be meant are refused before anything is submitted."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank.cluster.site import Site, check_rules, site_of, whole_number
+from lowrank.errors import RankwiseError
+
+
+def test_what_a_profile_may_say() -> None:
+    defaults = {
+        "gpus_per_job": "4",
+        "gpu_type": "a100_80.sxm",
+        "launcher": "deepspeed",
+        "device": "cpu",
+        "other": "?",
+    }
+    limits = {"max_mem_mb": "180000", "max_runtime": "1440"}
+    assert site_of(defaults | limits, "8") == Site(4, "a100_80.sxm", 180000, 1440, 8)
+    assert site_of({}, None) == Site()
+
+
+def test_every_wrong_value_is_named() -> None:
+    defaults = {"gpus_per_job": "two", "gpu_type": "a100-sxm4", "launcher": "deepsped", "device": "gpu"}
+    with pytest.raises(RankwiseError) as refused:
+        site_of(defaults | {"max_runtime": "1d"}, "many")
+    assert str(refused.value).splitlines()[1:] == [
+        "default-resources.gpus_per_job: 'two' is no whole number",
+        "default-resources.max_runtime: '1d' is no whole number",
+        "default-resources.launcher: 'deepsped'; it is torchrun or deepspeed, or left out",
+        "default-resources.device: 'gpu'; it is cpu, or left out",
+        "default-resources.gpu_type: 'a100-sxm4'; SLURM's plugin takes letters, digits, dots and underscores",
+        "resources.gpu: 'many' is no whole number",
+    ]
+
+
+def test_rules_that_there_are_not() -> None:
+    check_rules(["post_train"], ["post_train", "all"])
+    with pytest.raises(RankwiseError, match=r"set-resources\.post_trian: there is no such rule .*'post_train'\?"):
+        check_rules(["post_trian"], ["post_train", "all"])
+
+
+def test_numbers_of_rules() -> None:
+    assert whole_number("post_train", "gpu", "4") == 4
+    with pytest.raises(RankwiseError, match=r"set-resources\.post_train\.gpu: 'x4' is no whole number"):
+        whole_number("post_train", "gpu", "x4")
+
+
+def test_a_job_may_not_want_more_gpus_than_all_may_hold() -> None:
+    assert Site(in_flight=4).check_gpus("post_train", 4) == 4
+    assert Site().check_gpus("post_train", 64) == 64
+    with pytest.raises(RankwiseError, match="post_train asks for 8 GPUs, and all jobs together may hold 4"):
+        Site(in_flight=4).check_gpus("post_train", 8)

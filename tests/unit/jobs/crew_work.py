@@ -1,0 +1,39 @@
+"""What worker processes do in tests of the launchers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.errors import RankwiseError
+from lowrank.jobs.share import Share
+
+
+def add_ranks(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
+    """Sums over processes, and what this one sees."""
+    total = share.sum(torch.tensor([share.rank, 1, float("1e-30")], dtype=torch.float64)).tolist()
+    own = torch.zeros(share.world, 2)
+    own[share.rank] = torch.tensor([float(os.environ["LOCAL_RANK"]), float(os.environ["OMP_NUM_THREADS"])])
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"total": total, "own": share.sum(own).tolist(), "given": arguments, "devices": devices}
+
+
+def fail(arguments: dict[str, Any], share: Share) -> None:
+    """The last process complains, the others wait for it."""
+    if share.rank == share.world - 1:
+        raise arguments_error(arguments["kind"])
+    share.sum(torch.zeros(1))
+
+
+def arguments_error(kind: str) -> Exception:
+    return RankwiseError("model.layers.3: no.") if kind == "ours" else ValueError("what?")
+
+
+def wait(arguments: dict[str, Any], share: Share) -> None:
+    """Say that it lives, and go on living."""
+    Path(arguments["folder"], f"alive{share.rank}").write_text(str(os.getpid()))
+    time.sleep(600)

@@ -1,0 +1,239 @@
+"""What every stage does around its work, in interpreters of their own, as Snakemake starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank.errors import RankwiseError
+from lowrank.jobs import stage
+from lowrank.jobs.lock import output_lock
+
+SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+SCRIPT = """
+from types import SimpleNamespace
+from lowrank.jobs.stage import run_stage
+
+def work(job):
+    {work}
+
+job = SimpleNamespace(rule={rule!r}, threads=2, log=[{log!r}], resources={resources!r}, output=[])
+run_stage(job, work)
+"""
+
+
+def run(
+    folder: Path, work: str, rule: str = "collect_statistics", resources: dict[str, Any] | None = None, **variables: str
+) -> tuple[int, str]:
+    """Exit code and log of a stage; nothing of this process's hub settings is handed on."""
+    log = folder / "stage.log"
+    script = SCRIPT.format(work=work, rule=rule, log=str(log), resources=resources or {})
+    kept = {name: value for name, value in os.environ.items() if name not in stage.OFFLINE}
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | {"PYTHONPATH": str(SCRIPTS), "HF_HOME": str(folder / "hub")} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return process.returncode, log.read_text()
+
+
+def test_the_log_says_where_a_job_runs_and_what_it_took(tmp_path: Path) -> None:
+    code, log = run(tmp_path, "import torch; torch.ones(1)", resources={"gpu": 0}, SLURM_JOB_ID="17")
+    assert code == 0
+    assert f"collect_statistics: Python {sys.version.split()[0]} ({sys.executable}), host " in log
+    assert "SLURM job 17, 2 threads\n" in log
+    assert "collect_statistics: finished in " in log
+    assert f"MiB, torch {torch.__version__}\n" in log
+
+
+def test_a_stage_without_torch_does_not_load_it(tmp_path: Path) -> None:
+    code, log = run(tmp_path, "import sys; assert 'torch' not in sys.modules", rule="make_table")
+    assert code == 0
+    assert "torch" not in log
+
+
+PRINT_HUB = (
+    "from huggingface_hub import constants; import logging; logging.info('offline %s', constants.HF_HUB_OFFLINE)"
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "offline"),
+    [
+        ("collect_statistics", True),
+        ("sample_calibration", True),
+        ("evaluate_zero_shot", True),
+        ("make_table", True),
+        ("fetch_model", False),
+        ("fetch_token_corpus", False),
+    ],
+)
+def test_only_fetching_may_use_the_hub(tmp_path: Path, rule: str, offline: bool) -> None:
+    code, log = run(tmp_path, PRINT_HUB, rule)
+    assert code == 0
+    assert f"offline {offline}\n" in log
+
+
+def test_a_variable_of_the_user_does_not_switch_the_hub_on(tmp_path: Path) -> None:
+    _, log = run(tmp_path, PRINT_HUB, HF_HUB_OFFLINE="0")
+    assert "offline True\n" in log
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "from huggingface_hub import hf_hub_download; hf_hub_download('nobody/nothing', 'config.json')",
+        "from transformers import AutoConfig; AutoConfig.from_pretrained('nobody/nothing')",
+        "from datasets import load_dataset; load_dataset('nobody/nothing')",
+    ],
+)
+def test_what_was_not_fetched_is_said_in_one_line(tmp_path: Path, work: str) -> None:
+    code, log = run(tmp_path, work)
+    assert code == 1
+    assert "Something was not fetched" in log
+    assert "`snakemake data --profile profiles/local --configfile FILE`" in log
+    assert "Traceback" not in log
+
+
+def test_a_missing_package_is_named_with_the_environment(tmp_path: Path) -> None:
+    code, log = run(tmp_path, "import no_such_package")
+    assert code == 1
+    assert "No module named 'no_such_package'" in log
+    assert f"in the environment of {sys.executable}" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("work", ["import lowrank.no_such_module", "1 / 0"])
+def test_a_bug_keeps_its_traceback(tmp_path: Path, work: str) -> None:
+    code, log = run(tmp_path, work)
+    assert code == 1
+    assert "please report it" in log
+    assert "Traceback" in log
+
+
+def test_a_job_runs_in_the_environment_of_the_head_node_or_not_at_all(tmp_path: Path) -> None:
+    work = "import logging; logging.info('worked')"
+    code, log = run(tmp_path, work, **{stage.ENVIRONMENT: stage.environment()})
+    assert code == 0
+    assert "worked" in log
+    other = f"Python 3.11.2 (/opt/env), torch {torch.__version__}0"
+    code, log = run(tmp_path, work, **{stage.ENVIRONMENT: other})
+    assert code == 1
+    assert f"this job runs in {stage.environment()} on " in log
+    assert f"and the head node in {other}. " in log
+    assert "worked" not in log
+    assert "Traceback" not in log
+
+
+def test_the_environment_is_that_of_python_and_torch() -> None:
+    assert stage.environment() == f"Python {sys.version.split()[0]} ({sys.prefix}), torch {torch.__version__}"
+
+
+def test_a_job_whose_result_another_writes_stops_and_leaves_its_log_alone(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    script = SCRIPT.replace("output=[]", f"output=[{str(output)!r}]")
+    before = tmp_path / "stage.log"
+    with output_lock([output], "post_train"):
+        before.write_text("the log of the job that runs\n")
+        run_script = script.format(work="raise SystemExit(3)", rule="post_train", log=str(before), resources={})
+        process = subprocess.run(
+            [sys.executable, "-c", run_script], env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, check=False
+        )
+    assert process.returncode == 1
+    first, second = before.read_text().splitlines()
+    assert first == "the log of the job that runs"
+    assert f"post_train: {output}: another job writes it (post_train, process {os.getpid()} on " in second
+
+
+def test_a_log_begins_anew_with_each_job(tmp_path: Path) -> None:
+    run(tmp_path, "import logging; logging.info('the first')")
+    code, log = run(tmp_path, "import logging; logging.info('the second')")
+    assert code == 0
+    assert "the second" in log
+    assert "the first" not in log
+
+
+@NO_GPU
+def test_a_job_that_was_promised_a_gpu_stops_without_one(tmp_path: Path) -> None:
+    code, log = run(tmp_path, "import logging; logging.info('worked')", resources={"gpu": 1})
+    assert code == 1
+    assert "1 GPU asked for" in log
+    assert "1 GPU was asked for, and this job sees none on " in log
+    assert f"torch {torch.__version__}" in log
+    assert "`gpus_per_job: 0`" in log
+    assert "worked" not in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("resources", "sees"), [({"gpus_per_job": 1}, "''"), ({"gpus_per_job": 0, "gpu": 0}, "''"), ({}, "'0'")]
+)
+def test_a_job_that_was_given_no_gpu_takes_none_of_another(
+    tmp_path: Path, resources: dict[str, int], sees: str
+) -> None:
+    work = "import os, logging; logging.info('sees %r', os.environ['CUDA_VISIBLE_DEVICES'])"
+    code, log = run(tmp_path, work, resources=resources, CUDA_VISIBLE_DEVICES="0")
+    assert code == 0
+    assert f"sees {sees}" in log
+
+
+def test_device_cpu_in_the_profile_hides_gpus(tmp_path: Path) -> None:
+    work = "import os, logging; logging.info('sees %r', os.environ['CUDA_VISIBLE_DEVICES'])"
+    code, log = run(tmp_path, work, resources={"gpu": 1, "device": "cpu"}, CUDA_VISIBLE_DEVICES="0")
+    assert code == 0
+    assert "sees ''" in log
+
+
+def job(**resources: Any) -> Any:
+    return SimpleNamespace(rule="post_train", resources=resources)
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible", "sees"), [(1, 1, None), (2, 4, None), (2, 1, "sees 1 on"), (4, 3, "sees 3")]
+)
+def test_all_gpus_that_were_asked_for_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, asked: int, visible: int, sees: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    if sees is None:
+        stage.require_gpus(job(gpu=asked))
+    else:
+        with pytest.raises(RankwiseError, match=sees):
+            stage.require_gpus(job(gpu=asked))
+
+
+@NO_GPU
+def test_the_build_of_torch_is_blamed_if_it_knows_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    with pytest.raises(RankwiseError, match="built for the CPU only: install the build for your GPUs"):
+        stage.require_gpus(job(gpu=1))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(RankwiseError, match=r"built for 12\.8, CUDA_VISIBLE_DEVICES is '3'"):
+        stage.require_gpus(job(gpu=1))
+
+
+@pytest.mark.parametrize("resources", [{}, {"gpu": 0}, {"gpu": None}])
+def test_a_laptop_asks_for_nothing(resources: dict[str, Any]) -> None:
+    stage.require_gpus(job(**resources))
+
+
+def test_the_peak_is_that_of_the_resident_memory() -> None:
+    before = stage.peak_resident_mib()
+    size = int(before + 100) * 2**20
+    block = bytearray(size)  # zeros take no memory until they are written
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    assert before + 100 <= stage.peak_resident_mib() <= before + size / 2**20 + 50

@@ -1,0 +1,74 @@
+"""Unfinished work is found again by those it belongs to, and by nobody else."""
+
+from pathlib import Path
+
+import pytest
+
+from lowrank.jobs.state import Clock, resumable_state
+
+
+def folder_of(root: Path, settings: object, file: Path) -> Path:
+    with pytest.raises(InterruptedError), resumable_state(root, "search", settings, {"in": file}) as folder:
+        raise InterruptedError
+    return folder
+
+
+def test_state_survives_a_failure_and_is_removed_on_success(tmp_path: Path) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    folder = folder_of(tmp_path, {"a": 1}, source)
+    assert folder.is_dir()
+    with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}) as again:
+        assert again == folder
+    assert not folder.exists()
+
+
+def test_other_settings_or_inputs_have_another_folder(tmp_path: Path) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    first = folder_of(tmp_path, {"a": 1, "b": 2}, source)
+    assert folder_of(tmp_path, {"b": 2, "a": 1}, source) == first
+    assert folder_of(tmp_path, {"a": 2, "b": 1}, source) != first
+    source.write_text("two")
+    assert folder_of(tmp_path, {"a": 1, "b": 2}, source) != first
+
+
+@pytest.mark.parametrize("key", ['{"stage": "search", "settings": {"a": 2}}', "", "{", None])
+def test_a_folder_that_belongs_to_another_job_is_not_used(tmp_path: Path, key: str | None) -> None:
+    """It was renamed or copied, or its key is damaged; the name alone is not believed."""
+    source = tmp_path / "input"
+    source.write_text("one")
+    folder = folder_of(tmp_path, {"a": 1}, source)
+    (folder / "unfinished").write_text("of other settings")
+    (folder / "key.json").unlink()
+    if key is not None:
+        (folder / "key.json").write_text(key)
+    assert folder_of(tmp_path, {"a": 1}, source) == folder
+    assert not (folder / "unfinished").exists()
+    (folder / "unfinished").write_text("of these settings")
+    with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}):
+        assert (folder / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"search": {"evaluations": 60}, "code": "aa", "packages": {"torch": "1"}},
+        {"search": {"evaluations": 50}, "code": "bb", "packages": {"torch": "1"}},
+        {"search": {"evaluations": 50}, "code": "aa", "packages": {"torch": "2"}},
+    ],
+)
+def test_other_settings_code_or_packages_start_afresh(tmp_path: Path, settings: dict[str, object]) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+    first = {"search": {"evaluations": 50}, "code": "aa", "packages": {"torch": "1"}}
+    folder = folder_of(tmp_path, first, source)
+    assert folder_of(tmp_path, settings, source) != folder
+    assert folder_of(tmp_path, dict(reversed(first.items())), source) == folder
+
+
+def test_the_clock_adds_up_the_parts(tmp_path: Path) -> None:
+    first = Clock(tmp_path / "seconds.json")
+    first.before = 100.0
+    first.save()
+    assert 100.0 < Clock(tmp_path / "seconds.json").seconds < 200.0

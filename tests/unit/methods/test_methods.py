@@ -1,0 +1,78 @@
+"""The methods: each on every family, against an independent computation, within its budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank.bases.principal import Bases
+from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.ranks.budget import Budget, Ranks
+from lowrank.search.allocation import lord_ranks, uniform_ranks
+from tests import tiny
+from tests.unit.search.test_search import tiny_bases
+
+NAMES = {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}
+
+
+def compressed(
+    kind: str, model_kind: str, bases: Bases | None = None, allocation: Ranks | None = None, **settings: object
+) -> tuple[torch.nn.Module, Ranks]:
+    model = tiny.model(model_kind)
+    budget = Budget.of(ModelShape(**tiny.shape(model_kind)))
+    task = {"model": model, "budget": budget, "ratio": 25, "seed": 0, "bases": bases, "allocation": allocation}
+    return model, compress_model(kind, {"kind": kind, **settings}, task)
+
+
+@pytest.mark.parametrize("kind", tiny.SHAPES)
+def test_plain_svd_is_the_truncated_decomposition(kind: str) -> None:
+    dense = tiny.model(kind)
+    model, ranks = compressed("svd", kind)
+    assert any(ranks.values())
+    for name, rank in ranks.items():
+        if rank is None:
+            continue
+        weight = dense.get_submodule(name).weight.double()
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        layer = model.get_submodule(name)
+        expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        assert torch.allclose(layer.up.weight.double() @ layer.down.weight.double(), expected, atol=1e-5)
+        bias = dense.get_submodule(name).bias
+        assert (layer.up.bias is None) == (bias is None)
+        assert bias is None or torch.equal(layer.up.bias, bias)
+
+
+@pytest.mark.parametrize("kind", tiny.SHAPES)
+def test_plain_svd_spends_its_budget_on_ranks_alone(kind: str) -> None:
+    model, ranks = compressed("svd", kind)
+    shape = ModelShape(**tiny.shape(kind))
+    budget = replace(Budget.of(shape), adds_bias=False)
+    counts = count_parameters(model, shape)
+    assert counts["decoder_linears"] == budget.parameters(ranks) <= budget.allowed(25)
+    assert ranks == uniform_ranks(budget, 25, ())
+
+
+@pytest.mark.parametrize("kind", tiny.SHAPES)
+def test_lord_and_bolaco_slice_the_same_bases_at_their_own_ranks(kind: str, tmp_path: Path) -> None:
+    bases = tiny_bases(kind, tmp_path)
+    budget = Budget.of(ModelShape(**tiny.shape(kind)))
+    _, lord = compressed("lord", kind, bases, calibration="c", covariance="v")
+    assert lord == lord_ranks(budget, 25, "budget")
+    assert budget.kept(lord) <= 0.75
+    model, bolaco = compressed("bolaco", kind, bases, lord, **NAMES)
+    assert bolaco == lord
+    module = budget.modules[0]
+    pair = bases.of(module.layer, module.type.name).factors(lord[module.name] or 0)
+    assert torch.equal(model.get_submodule(module.name).up.weight, pair.up)
+
+
+def test_a_method_without_what_it_reads_says_so() -> None:
+    with pytest.raises(RankwiseError, match="needs `calibration` and `covariance`"):
+        compressed("lord", "llama", calibration="c", covariance="v")
+    with pytest.raises(RankwiseError, match="no allocation was given"):
+        compressed("bolaco", "llama", **NAMES)

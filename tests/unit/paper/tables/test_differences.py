@@ -1,0 +1,135 @@
+"""Paired differences between methods, against a plain computation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.config.outputs import RowTable
+from lowrank.errors import RankwiseError
+from lowrank.paper.render import to_markdown
+from lowrank.paper.tables import RowResults, TableData, build_table
+from tests.unit.paper.paper_samples import PERPLEXITY, ZERO_SHOT, context, row_results
+
+LOSSES = st.lists(st.floats(0.1, 12), min_size=6, max_size=6)
+SCORES = st.fixed_dictionaries({task: st.lists(st.integers(0, 1), min_size=5, max_size=5) for task in ZERO_SHOT.tasks})
+
+
+def results_of(method: str, *seeds: list[float], ratio: int = 20, tokens: str = "a") -> RowResults:
+    """A row with these losses by window on the first corpus, one list a seed, and the same less 0.05 on the second."""
+    results = row_results()
+    row = results.row.model_copy(update={"method": method, "ratio": ratio, "label": None})
+    evaluations: list[dict[str, Any]] = []
+    for seed, losses in enumerate(seeds):
+        subject = {"model": row.model, "method": method, "ratio": ratio, "tuning": row.tuning, "seed": seed}
+        corpora = {
+            corpus: {"window_nll": [loss - 0.05 * index for loss in losses], "tokens_sha256": tokens}
+            for index, corpus in enumerate(PERPLEXITY.corpora)
+        }
+        evaluations.append({"kind": "perplexity", "subject": subject, "corpora": corpora})
+    return RowResults(row, {"ppl": evaluations}, kept_by(ratio), place=f"rows.{method}")
+
+
+def scored(method: str, *seeds: dict[str, list[int]], documents: str = "a") -> RowResults:
+    """A row with these scores by task and document, one dict a seed."""
+    row = row_results().row.model_copy(update={"method": method, "ratio": 20, "label": None})
+    evaluations: list[dict[str, Any]] = []
+    for seed, scores in enumerate(seeds):
+        subject = {"model": row.model, "method": method, "ratio": 20, "tuning": row.tuning, "seed": seed}
+        tasks = {task: {"scores": found, "documents_sha256": documents} for task, found in scores.items()}
+        evaluations.append({"kind": "zero-shot", "subject": subject, "tasks": tasks})
+    return RowResults(row, {"zs": evaluations}, kept_by(20), place=f"rows.{method}")
+
+
+def kept_by(ratio: int) -> list[dict[str, Any]]:
+    return [{"parameters": {"decoder_linears": 1000 - 10 * ratio, "decoder_linears_dense": 1000}}]
+
+
+def build(*rows: RowResults, suite: str = "ppl") -> TableData:
+    table = RowTable(kind="differences", title="Title", suites=[suite], rows=[results.row for results in rows])
+    return build_table(table, rows, context(suites={suite: {"ppl": PERPLEXITY, "zs": ZERO_SHOT}[suite]}))
+
+
+def by_hand(one: list[float], other: list[float]) -> tuple[float, float]:
+    pairs = [a - b for a, b in zip(one, other, strict=True)]
+    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+@settings(deadline=None, max_examples=40)
+@given(ours=LOSSES, theirs=LOSSES, again=LOSSES)
+def test_differences_are_paired_by_windows_and_averaged_over_seeds(
+    ours: list[float], theirs: list[float], again: list[float]
+) -> None:
+    table = build(results_of("first", ours), results_of("second", theirs, again))
+    first, second = table.frame.to_dict(orient="records")
+    mean = [(a + b) / 2 for a, b in zip(theirs, again, strict=True)]
+    value, stderr = by_hand(mean, ours)
+    corpus = PERPLEXITY.corpora[0]
+    assert second[f"{corpus}_difference"] == pytest.approx(value, abs=1e-12)
+    assert second[f"{corpus}_difference_stderr"] == pytest.approx(stderr, abs=1e-12)
+    assert second[f"{corpus}_perplexity_ratio"] == pytest.approx(math.exp(value))
+    assert first[f"{corpus}_difference"] == 0
+    assert second["reference"] == "first"
+
+
+def test_what_is_common_to_all_windows_is_no_uncertainty() -> None:
+    losses = [1.0, 5.0, 2.0, 9.0]
+    worse = [1.51, 5.5, 2.49, 9.5]
+    table = build(results_of("first", losses), results_of("second", worse), results_of("third", [5.0, 1.0, 9.0, 2.1]))
+    shown = [[cell.text for cell in line.cells] for line in table.lines]
+    assert shown[0][3:] == ["reference", "reference"]
+    assert shown[1][3] == "0.500 ± 0.004 *"
+    assert shown[2][3].startswith("0.025 ±")
+    assert not shown[2][3].endswith("*")
+    assert "positive: the first is better" in to_markdown(table)
+
+
+def test_every_ratio_has_its_own_reference() -> None:
+    rows = [results_of(m, [x, x + 1], ratio=r) for r in (20, 30) for m, x in (("first", 2.0), ("second", 3.0))]
+    table = build(*rows)
+    assert list(table.frame["reference"]) == ["first"] * 4
+    assert [line.cells[3].text == "reference" for line in table.lines] == [True, False, True, False]
+    assert [line.starts_block for line in table.lines] == [False, False, True, False]
+
+
+def test_one_window_has_no_error_and_other_windows_no_difference() -> None:
+    table = build(results_of("first", [1.0]), results_of("second", [1.25]))
+    assert table.lines[1].cells[3].text == "0.250"
+    with pytest.raises(RankwiseError, match=r"rows\.second: 'wiki_test' was scored on other texts than for 'first'"):
+        build(results_of("first", [1.0, 2.0]), results_of("second", [1.0, 2.0], tokens="b"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(ours=SCORES, theirs=SCORES, again=SCORES)
+def test_accuracy_is_paired_by_documents_and_averaged_over_tasks(
+    ours: dict[str, list[int]], theirs: dict[str, list[int]], again: dict[str, list[int]]
+) -> None:
+    table = build(scored("first", ours), scored("second", theirs, again), suite="zs")
+    second = table.frame.to_dict(orient="records")[1]
+    by_task = [
+        by_hand([(a + b) / 2 for a, b in zip(theirs[task], again[task], strict=True)], [*map(float, ours[task])])
+        for task in ours
+    ]
+    mean = statistics.fmean(value for value, _ in by_task)
+    stderr = math.sqrt(sum(error**2 for _, error in by_task)) / len(by_task)
+    assert second["zs_difference"] == pytest.approx(100 * mean, abs=1e-9)
+    assert second["zs_difference_stderr"] == pytest.approx(100 * stderr, abs=1e-9)
+    for task, (value, error) in zip(ours, by_task, strict=True):
+        assert second[f"zs.{task}_difference"] == pytest.approx(100 * value, abs=1e-9)
+        assert second[f"zs.{task}_difference_stderr"] == pytest.approx(100 * error, abs=1e-9)
+
+
+def test_how_differences_of_accuracy_are_shown() -> None:
+    right = {task: [1] * 9 + [0] for task in ZERO_SHOT.tasks}
+    wrong = {task: [0, *scores[1:]] for task, scores in right.items()}
+    table = build(scored("first", right), scored("second", wrong), suite="zs")
+    assert [line.cells[3].text for line in table.lines] == ["reference", "-10.0 ± 3.8 *"]
+    assert "negative: the first is better" in to_markdown(table)
+    assert "nats" not in to_markdown(table)
+    with pytest.raises(RankwiseError, match=r"rows\.second: 'boolq' was scored on other texts than for 'first'"):
+        build(scored("first", right), scored("second", wrong, documents="b"), suite="zs")

@@ -1,0 +1,66 @@
+"""A tiny compressed model, rows for it, and a training job: shared by the tests of post-training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowrank.config.presets import parse_tuning
+from lowrank.model.checkpoint import replace_modules, save_checkpoint
+from lowrank.model.factors import LowRankFactors
+from lowrank.post_training.instructions import Examples
+from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob
+
+REPOSITORY = Path(__file__).parents[3]
+LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def tiny_model(compressed: bool = True) -> LlamaForCausalLM:
+    """Two layers with grouped-query attention; eight of their linear layers are truncated SVDs of rank 6."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    factors = {}
+    for name in (f"model.layers.{layer}.{path}" for layer in range(2) for path in LAYERS):
+        u, s, v = torch.linalg.svd(model.get_submodule(name).weight.detach(), full_matrices=False)
+        factors[name] = LowRankFactors(v[:6], u[:, :6] * s[:6], torch.full((len(u),), 0.01))
+    if compressed:
+        replace_modules(model, factors)
+    return model
+
+
+def save_tiny_model(folder: Path, compressed: bool = True) -> Path:
+    """The tiny model as a checkpoint."""
+    (folder / "no_tokenizer").mkdir(parents=True)
+    save_checkpoint(tiny_model(compressed), folder / "no_tokenizer", folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def some_rows(count: int, seed: int) -> Examples:
+    """Rows of several lengths with a pattern to learn: tokens that count up."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 64, (count, 1), generator=generator)
+    length = torch.randint(6, 13, (count,), generator=generator)
+    tokens = ((start + torch.arange(12)) % 64).int()
+    return Examples(tokens, torch.randint(1, 5, (count,), generator=generator), length)
+
+
+def a_job(checkpoint: Path, folder: Path, deepspeed: str = "zero2", seed: int = 0, **changes: Any) -> TrainingJob:
+    """A job on the tiny model whose rows lie in its folder."""
+    values = {
+        "kind": "scaled-subspace", "instructions": "rows", "rank": 4, "learning_rate": 0.02, "steps": 6,
+        "batch_size": 8, "micro_batch_size": 4, "warmup_steps": 1, "validation_examples": 6, "evaluate_every": 2,
+        "dtype": "float32",
+    } | changes  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    some_rows(20, seed=1).save(folder / TRAIN_FILE)
+    some_rows(6, seed=2).save(folder / VALIDATION_FILE)
+    engine = json.loads((REPOSITORY / "config" / "deepspeed" / f"{deepspeed}.json").read_text())
+    return TrainingJob(str(checkpoint), str(folder), parse_tuning(values).plain(), engine, seed)

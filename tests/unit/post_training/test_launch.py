@@ -1,0 +1,90 @@
+"""A worker process that fails, and the whole stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lowrank.errors import RankwiseError
+from lowrank.files import read_json, sha256_file
+from lowrank.jobs.crew import Crew
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.post_training.adapters import trained_numbers
+from lowrank.post_training.job import Progress
+from lowrank.post_training.launch import launch
+from lowrank.post_training.subspace import SubspaceVectors, pack_vectors
+from lowrank.post_training.tune import describe_training, tune_checkpoint
+from tests.unit.post_training.post_training_samples import a_job, save_tiny_model
+
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
+
+
+@ON_CPU
+def test_a_failing_process_is_reported_with_its_message(tmp_path: Path) -> None:
+    dense = save_tiny_model(tmp_path, compressed=False)
+    with pytest.raises(RankwiseError, match=r"^this checkpoint has no low-rank layer"):
+        launch(a_job(dense, tmp_path / "job"), Crew(), threads=1)
+
+
+def a_tokenizer(folder: Path) -> None:
+    """One token per character, saved into a checkpoint folder."""
+    vocabulary = {character: index for index, character in enumerate(["<eos>", "?", *map(chr, range(97, 123))])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+
+
+@ON_CPU
+def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    a_tokenizer(source)
+    words = ["alpha", "beta", "gamma", "delta"]
+    rows = [{"instruction": "say", "output": " ".join(words[i % 4 :])} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"subject": {}, "ranks": {"x": 6}, "kept": {"total": 0.8}, "parameters": {"total": 1}})
+    )
+    job = a_job(source, tmp_path / "unused", max_length=300, learning_rate=0.05)
+    settings = {
+        "tuning": job.tuning, "deepspeed": job.deepspeed, "subject": {"seed": 0, "tuning": "eq9"}, "dtype": "float32",
+        "code": "abc", "state": str(tmp_path / "state"),
+    }  # fmt: skip
+    tune_checkpoint(
+        source, tmp_path / "manifest.json", tmp_path / "rows.jsonl",
+        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1, crew=Crew(),
+    )  # fmt: skip
+
+    manifest = read_json(tmp_path / "tuned.json")
+    assert manifest["ranks"] == {"x": 6}
+    assert manifest["kept"] == {"total": 0.8}
+    assert manifest["tuning"] == job.tuning
+    assert manifest["subject"] == {"seed": 0, "tuning": "eq9"}
+    assert manifest["files"]["model.safetensors"] == sha256_file(tmp_path / "tuned" / "model.safetensors")
+    training = manifest["training"]
+    assert training["steps"] == 6
+    assert len(training["loss"]) == 6
+    assert [step for step, _ in training["validation"]] == [0, 2, 4, 6]
+    assert training["validation"][-1][1] < training["validation"][0][1]
+    # 8 layers: 4 inner values each, outer ones of 32 outputs (q, o, down) and 48 (up), twice
+    assert training["trainable"] == 8 * 4 + 2 * (32 + 32 + 48 + 32)
+    before, after = (load_checkpoint(folder, torch.float32) for folder in (source, tmp_path / "tuned"))
+    changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed
+    assert all(name.endswith("up.weight") for name in changed)
+    assert len(changed) == 8
+    assert training["trainable_share"] == training["trainable"] / sum(p.numel() for p in after.parameters())
+    assert not list((tmp_path / "state").iterdir())
+
+
+def test_the_description_counts_both_vectors() -> None:
+    vectors = pack_vectors({"a": SubspaceVectors(torch.arange(2), torch.ones(2), torch.ones(8))})
+    progress = Progress(step=3, loss=[(1, 2.0)], validation=[(0, 3.0), (3, 2.5)], best=3, seconds=1.5)
+    described = describe_training(progress, trained_numbers(vectors), parameters=1000, processes=2)
+    assert described["trainable"] == 10
+    assert described["trainable_share"] == 0.01
+    assert described["best_step"] == 3

@@ -1,0 +1,88 @@
+"""Parameter accounting, against numbers published for real models and against counting by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
+from lowrank.search.allocation import lord_ranks, uniform_ranks
+
+LLAMA_7B = ModelShape(
+    family="llama",
+    layers=32,
+    hidden=4096,
+    intermediate=11008,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    vocabulary=32000,
+    tied_embeddings=False,
+)
+LLAMA_13B = LLAMA_7B.model_copy(
+    update={"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "kv_heads": 40}
+)
+# Not linear layers of the decoder: embeddings, head, norms.
+OTHER_7B = 2 * 32000 * 4096 + 65 * 4096
+OTHER_13B = 2 * 32000 * 5120 + 81 * 5120
+
+
+def test_llama_2_has_its_published_size() -> None:
+    assert Budget.of(LLAMA_7B).dense_parameters + OTHER_7B == 6_738_415_616
+    assert Budget.of(LLAMA_13B).dense_parameters + OTHER_13B == 13_015_864_320
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "expected"),
+    [
+        (LLAMA_7B, 20, {"q": 1432, "k": 1432, "v": None, "o": 1632, "gate": 2384, "up": 2384, "down": 2384}),
+        (LLAMA_7B, 30, {"q": 1120, "k": 1120, "v": None, "o": 1432, "gate": 2088, "up": 2088, "down": 2088}),
+        (LLAMA_13B, 20, {"q": 1792, "k": 1792, "v": None, "o": 2048, "gate": 2984, "up": 2984, "down": 2984}),
+        (LLAMA_13B, 30, {"q": 1408, "k": 1408, "v": None, "o": 1792, "gate": 2616, "up": 2616, "down": 2616}),
+    ],
+)
+def test_lord_rounded_down_has_the_ranks_of_the_papers_comparison(
+    shape: ModelShape, ratio: int, expected: dict[str, int | None]
+) -> None:
+    budget = Budget.of(shape)
+    ranks = lord_ranks(budget, ratio, "down")
+    assert {module.type.name: ranks[module.name] for module in budget.modules} == expected
+
+
+@given(m=st.integers(1, 5000), n=st.integers(1, 5000))
+def test_the_largest_rank_saves_and_the_next_does_not(m: int, n: int) -> None:
+    rank = largest_rank(m, n)
+    assert rank * (m + n) < m * n <= (rank + 1) * (m + n)
+    assert rank < break_even_rank(m, n)
+
+
+@given(kept=st.floats(0.01, 1.2), m=st.integers(64, 4096), n=st.integers(64, 4096))
+def test_a_rank_is_a_multiple_of_8_that_saves_or_the_layer_is_dense(kept: float, m: int, n: int) -> None:
+    rank = rank_for(kept, m, n)
+    if rank is None:
+        assert kept * break_even_rank(m, n) > largest_rank(m, n) - 9
+    else:
+        assert rank % 8 == 0
+        assert 8 <= rank <= largest_rank(m, n)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+def test_biases_that_compression_adds_are_counted(family: str) -> None:
+    shape = LLAMA_7B.model_copy(update={"family": family, "layers": 1})
+    budget = Budget.of(shape)
+    for module in budget.modules:
+        added = budget.cost(module, 8) - 8 * (module.out_features + module.in_features)
+        native = family == "opt" or (family == "qwen2" and module.type.name in "qkv")
+        assert added == (0 if native else module.out_features)
+
+
+def test_uniform_ranks_meet_the_budget() -> None:
+    budget = Budget.of(LLAMA_7B)
+    kept = budget.kept(uniform_ranks(budget, 20, ()))
+    assert 0.797 < kept <= 0.8
+
+
+def test_lord_refuses_a_ratio_that_q_and_k_cannot_pay_for() -> None:
+    with pytest.raises(RankwiseError, match="LoRD cannot remove 80 %"):
+        lord_ranks(Budget.of(LLAMA_7B), 80, "down")

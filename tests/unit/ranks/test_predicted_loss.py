@@ -1,0 +1,105 @@
+"""The allocation by predicted loss, against trying everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.ranks.budget import Budget
+from lowrank.ranks.predicted_loss import allocate, choices_of
+from tests import tiny
+
+KINDS = ("llama", "llama-gqa", "qwen2", "qwen3", "opt")
+
+
+def budget_of(kind: str, identity_block: bool = False) -> Budget:
+    shape = ModelShape.model_validate(tiny.shape(kind))
+    return replace(Budget.of(shape), identity_block=identity_block)
+
+
+def losses_of(budget: Budget, seed: int) -> dict[str, np.ndarray]:
+    """Decreasing losses by direction, of sizes that differ between modules."""
+    draw = np.random.default_rng(seed)
+    sizes = {module.name: min(module.out_features, module.in_features) for module in budget.modules}
+    return {name: np.sort(draw.exponential(draw.exponential(), size))[::-1] for name, size in sizes.items()}
+
+
+@settings(deadline=None, max_examples=25)
+@given(kind=st.sampled_from(KINDS), ratio=st.integers(1, 45), seed=st.integers(0, 99), identity_block=st.booleans())
+def test_the_budget_is_met_and_hardly_missed(kind: str, ratio: int, seed: int, identity_block: bool) -> None:
+    budget = budget_of(kind, identity_block)
+    found = allocate(budget, ratio, losses_of(budget, seed))
+    kept, allowed = budget.parameters(found.ranks), budget.allowed(ratio)
+    assert kept <= allowed
+    assert all(rank is None or rank % 8 == 0 for rank in found.ranks.values())
+    for module in budget.modules:  # what is left does not pay for one more step anywhere
+        rank = found.ranks[module.name]
+        if rank is not None:
+            bigger = choices_of(budget, module, losses_of(budget, seed)[module.name])
+            index = bigger.ranks.index(rank) + 1
+            assert kept + bigger.parameters[index] - budget.cost(module, rank) > allowed
+
+
+@pytest.mark.parametrize("ratio", [10, 25, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_near_the_best_of_all_allocations_and_exact_for_its_own_budget(ratio: int, seed: int) -> None:
+    """One block with three types free: small enough to try everything."""
+    whole = budget_of("llama")
+    names = [module.name for module in whole.modules if module.layer == 0][:4]
+    budget = replace(whole, modules=tuple(module for module in whole.modules if module.name in names))
+    losses = {name: values for name, values in losses_of(whole, seed).items() if name in names}
+    choices = [choices_of(budget, module, losses[module.name]) for module in budget.modules]
+    found = allocate(budget, ratio, losses)
+
+    def best(limit: float) -> float:
+        every = product(*(range(len(choice.ranks)) for choice in choices))
+        sums = [
+            (
+                sum(c.parameters[i] for c, i in zip(choices, picked, strict=True)),
+                sum(c.losses[i] for c, i in zip(choices, picked, strict=True)),
+            )
+            for picked in every
+        ]
+        return min(loss for parameters, loss in sums if parameters <= limit)
+
+    assert found.loss >= best(budget.allowed(ratio)) - 1e-12
+    largest_step = max(float(np.diff(choice.parameters).max()) for choice in choices)
+    assert found.loss <= best(budget.allowed(ratio) - largest_step) + 1e-12
+
+
+def test_a_matrix_that_nobody_needs_pays_for_the_others() -> None:
+    budget = budget_of("llama")
+    losses = {name: np.full(len(values), 1.0) for name, values in losses_of(budget, 0).items()}
+    idle = budget.modules[-1].name
+    losses[idle] = np.zeros_like(losses[idle])
+    found = allocate(budget, 5, losses)
+    assert found.ranks[idle] == 8
+
+
+def test_types_that_stay_dense() -> None:
+    budget = budget_of("llama-gqa")
+    found = allocate(budget, 20, losses_of(budget, 0), uncompressed=("v",))
+    assert all(found.ranks[module.name] is None for module in budget.modules if module.type.name == "v")
+    assert budget.parameters(found.ranks) <= budget.allowed(20)
+
+
+def test_the_identity_block_buys_rank() -> None:
+    losses = losses_of(budget_of("llama"), 1)
+    pair = allocate(budget_of("llama"), 30, losses)
+    block = allocate(budget_of("llama", identity_block=True), 30, losses)
+    assert block.loss < pair.loss
+
+
+def test_out_of_reach_and_unknown_types_are_errors() -> None:
+    budget = budget_of("llama")
+    with pytest.raises(RankwiseError, match="removing 90 % is impossible: with q, k, v, o, gate dense"):
+        allocate(budget, 90, losses_of(budget, 0), uncompressed=("q", "k", "v", "o", "gate"))
+    with pytest.raises(RankwiseError, match="no linear layers of type fc1"):
+        allocate(budget, 20, losses_of(budget, 0), uncompressed=("fc1",))

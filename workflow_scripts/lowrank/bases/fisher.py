@@ -1,0 +1,100 @@
+"""Bases that keep what the loss needs: principal directions in the metric of the loss gradient.
+
+With C = Cov(y) of a layer's outputs and G = E[g g'] of the loss gradient there (`output_gradients`), an output error e
+costs 1/2 tr(G Cov(e)). Let s = tr(G)/m and s M'M = G + eps s I. Among all affine maps of rank r the cost in that metric
+is least for
+
+    B = M^-1 V_r,   A = V_r' M W,   bias = mu - B A E[x],
+
+where V_r are the top eigenvectors of M C M' (Eckart and Young, for M y), and it is s/2 times the sum of the other
+eigenvalues. So the columns of M^-1 V are nested as principal directions are: every rank is a prefix. With G = I these
+are the principal directions themselves. Any M will do; the one here is upper triangular, M' being Cholesky's factor.
+The term with eps keeps directions in which no gradient was seen from being thrown away unlimited: G comes from a finite
+sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lowrank.bases.principal import PrincipalBasis, output_directions, require_finite
+from lowrank.errors import RankwiseError
+
+
+def fisher_basis(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    covariance: torch.Tensor,
+    mean: torch.Tensor,
+    gradient: torch.Tensor,
+    damping: float,
+    where: str,
+) -> PrincipalBasis:
+    """Compute the basis of one layer in float64, all min(m, n) directions of it.
+
+    Args:
+        weight: W, m x n.
+        bias: b, m, or None.
+        covariance: Cov(x), n x n.
+        mean: mu_x, n.
+        gradient: G, m x m.
+        damping: eps.
+        where: the layer's name, for errors.
+
+    Raises:
+        RankwiseError: no gradient at all, a decomposition that fails or is not finite; the layer is named.
+    """
+    w = weight.double()
+    cov, mu_x, g = (tensor.double().to(w.device) for tensor in (covariance, mean, gradient))
+    scale = float(torch.trace(g)) / len(g)
+    if not scale > 0:
+        raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep")
+    k = min(w.shape)
+    try:
+        root = damped_root(g / scale, damping)
+        v, eigenvalues = output_directions(root @ w, cov)
+        directions = torch.linalg.solve_triangular(root, v[:, :k], upper=True)
+    except RuntimeError as error:
+        raise RankwiseError(f"{where}: a decomposition of its covariance or gradient failed: {error}") from error
+    eigenvalues = eigenvalues.clamp(min=0)[:k]
+    projection = v[:, :k].T @ root @ w
+    basis = PrincipalBasis(
+        directions=directions,
+        projection=projection,
+        mean=w @ mu_x + (bias.double() if bias is not None else 0.0),
+        projected_mean=projection @ mu_x,
+        eigenvalues=eigenvalues,
+        losses=eigenvalues * (scale / 2),
+    )
+    return require_finite(basis, where)
+
+
+def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor) -> PrincipalBasis:
+    """A principal basis with the predicted cost of leaving out each of its directions.
+
+    The outputs' coefficients along principal directions are uncorrelated, so the costs add up: leaving out direction
+    u_i of variance l_i costs 1/2 l_i u_i' G u_i.
+
+    Args:
+        basis: orthonormal, of k directions.
+        gradient: G, m x m.
+    """
+    u = basis.directions.double()
+    cost = (u * (gradient.double().to(u.device) @ u)).sum(dim=0)
+    return replace(basis, losses=basis.eigenvalues[: u.shape[1]].double() * cost / 2)
+
+
+def damped_root(metric: torch.Tensor, damping: float) -> torch.Tensor:
+    """M with M'M = G + eps I, m x m, upper triangular, in float64.
+
+    Where rounding has left G with an eigenvalue so far below zero that this is not positive, eps is raised by it.
+    """
+    g = (metric.double() + metric.double().T) / 2
+    identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
+    lower, info = torch.linalg.cholesky_ex(g + damping * identity)
+    if int(info):
+        lower = torch.linalg.cholesky(g + (damping - float(torch.linalg.eigvalsh(g)[0])) * identity)
+    root: torch.Tensor = lower.T
+    return root

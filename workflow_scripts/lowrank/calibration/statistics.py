@@ -1,0 +1,295 @@
+"""One pass over the calibration windows: the moments of the inputs of every linear layer.
+
+For y = W x + b the covariance of the outputs is W Cov(x) W', so a block needs one covariance per distinct input
+(four in a Llama block) and every method finds what it needs in the same files. The pass walks the model a few
+blocks at a time and keeps the hidden states in between on disk: neither the weights nor the accumulators of all blocks
+are ever on its device, and a killed pass goes on at the last finished group of blocks. Several processes share the
+windows; which of them did a batch shows nowhere in the folder, so that any number of them goes on with what another
+number left.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank.calibration.moments import MomentAccumulator, Moments, check_finite
+from lowrank.config.sources import ModelShape
+from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors, write_json
+from lowrank.jobs.share import ALONE, Share
+from lowrank.model.checkpoint import family_of, load_checkpoint
+from lowrank.model.families import FAMILIES, Family
+from lowrank.model.runtime import parse_dtype, pick_device
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave the model's forward pass before its first block."""
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What a decoder block is called with.
+
+    Attributes:
+        hidden: b x length x d.
+        arguments: the other arguments of each block (position embeddings, masks), block by block.
+    """
+
+    hidden: torch.Tensor
+    arguments: list[dict[str, Any]]
+
+
+def collect_share(arguments: dict[str, Any], share: Share) -> None:
+    """A process's share of the pass.
+
+    Args:
+        arguments: "model" (folder), "dtype", "tokens" (file of the calibration windows), "layers_per_pass", "state".
+        share: this process among those of the job.
+    """
+    device = pick_device()
+    model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]))
+    tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()
+    collect_statistics(model, tokens, arguments["layers_per_pass"], Path(arguments["state"]), device, share)
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    layers_per_pass: int,
+    state: Path,
+    device: torch.device,
+    share: Share = ALONE,
+) -> list[Path]:
+    """Collect the moments of all input sites of all blocks.
+
+    Args:
+        model: the dense model; it may be larger than the device's memory.
+        tokens: windows x length token ids.
+        layers_per_pass: blocks whose weights and accumulators are on the device at once.
+        state: folder of unfinished work; finished layer files and hidden states live there.
+        device: where to compute.
+        share: this process among those of the job, which all see `state`.
+
+    Returns:
+        One safetensors file per block, in `state`.
+    """
+    family = family_of(model)
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    files = [state / layer_name(layer) for layer in range(len(blocks))]
+    first = _first_block(state, files, layers_per_pass)
+    started = time.monotonic()
+    head = model.get_output_embeddings()  # is never reached
+    around = [module for name, module in model.named_modules() if not f"{name}.".startswith(f"{family.blocks}.")]
+    shallow = [tensor for module in around if module is not head for tensor in _own_tensors(module)]
+    for start in range(first, len(blocks), layers_per_pass):
+        layers = range(start, min(start + layers_per_pass, len(blocks)))
+        inner = [tensor for layer in layers for module in blocks[layer].modules() for tensor in _own_tensors(module)]
+        with _moved([*shallow, *inner], device):
+            _pass(model, family, tokens, size, layers, state, device, share)
+        # No process is past its sums before all are, and nobody reads these any more.
+        if share.first:
+            shutil.rmtree(_hidden_folder(state, start), ignore_errors=True)
+        rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
+        log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
+    return files
+
+
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module, without those of the modules in it."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+@contextmanager
+def _moved(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Parameters and buffers on a device, for a while: copies, if they are elsewhere, that are dropped afterwards."""
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@torch.inference_mode()
+def _pass(
+    model: PreTrainedModel,
+    family: Family,
+    tokens: torch.Tensor,
+    size: int,
+    layers: range,
+    state: Path,
+    device: torch.device,
+    share: Share,
+) -> None:
+    """Run some blocks on all windows, `size` at a time; their moments and the hidden states after them go to disk."""
+    blocks: Any = model.get_submodule(family.blocks)
+    accumulators = _accumulators(family, blocks, layers, device)
+    batches = torch.split(tokens, size)
+    mine = share.of(len(batches))
+    for index in mine:
+        inputs = block_inputs(model, family, batches[index].to(device))
+        states = _load_hidden(state, layers.start, index, inputs.hidden) if layers.start else inputs.hidden
+        for layer in layers:
+            states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
+        save_tensors(_hidden_file(state, layers.stop, index), {"hidden": states})
+    for accumulator in accumulators.values():
+        accumulator.add_up(share, mine.start * size, *tokens.shape)
+    if share.first:
+        _store([state / layer_name(layer) for layer in range(len(blocks))], accumulators, layers)
+        write_json(_marker(state, layers.stop), {"batches": len(batches)})
+
+
+def _hidden_folder(state: Path, layer: int) -> Path:
+    """The hidden states that enter a block, one file a batch."""
+    return state / f"hidden_{layer:03d}"
+
+
+def _hidden_file(state: Path, layer: int, batch: int) -> Path:
+    return _hidden_folder(state, layer) / f"batch_{batch:05d}.safetensors"
+
+
+def _marker(state: Path, layer: int) -> Path:
+    """Written when everything before a block is finished."""
+    return _hidden_folder(state, layer) / "complete.json"
+
+
+def _load_hidden(state: Path, layer: int, batch: int, like: torch.Tensor) -> torch.Tensor:
+    return load_tensors(_hidden_file(state, layer, batch), ("hidden",), state)["hidden"].to(like)
+
+
+def _first_block(state: Path, files: list[Path], layers_per_pass: int) -> int:
+    """The block to go on with: after the last group whose files and outputs are all there."""
+    for layer in (len(files), *reversed(range(layers_per_pass, len(files), layers_per_pass))):
+        if _marker(state, layer).is_file() and all(file.is_file() for file in files[:layer]):
+            log.info("statistics: blocks 0-%d were finished before", layer - 1)
+            return layer
+    return 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The collected moments of a model: a folder with one file a block.
+
+    Attributes:
+        folder: the `layers` folder of the rule that collected them.
+        shape: of the model.
+    """
+
+    folder: str | Path
+    shape: ModelShape
+
+    def of(self, layer: int) -> dict[str, Moments]:
+        """Input site -> moments, of one block."""
+        files = layer_files(self.folder, self.shape.layers)
+        return load_moments(files[layer], FAMILIES[self.shape.family].sites)
+
+
+def load_moments(path: Path, sites: Iterable[str]) -> dict[str, Moments]:
+    """The moments of the input sites of a block."""
+    sites = list(sites)
+    tensors = load_layer(path, [name for site in sites for name in Moments.names(site)])
+    return {site: Moments.from_tensors(tensors, site) for site in sites}
+
+
+def _accumulators(
+    family: Family, blocks: nn.ModuleList, layers: range, device: torch.device
+) -> dict[tuple[int, str], MomentAccumulator]:
+    accumulators = {}
+    for layer in layers:
+        for site, linear in family.sites.items():
+            module: Any = blocks[layer].get_submodule(linear.path)
+            accumulators[layer, site] = MomentAccumulator(module.in_features, device)
+    return accumulators
+
+
+def block_inputs(model: PreTrainedModel, family: Family, ids: torch.Tensor) -> BlockInputs:
+    """Embed a batch, and catch what the model would call each block with (masks may differ between blocks)."""
+    blocks = model.get_submodule(family.blocks)
+    caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        caught.append((hidden, {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+        if len(caught) == len(blocks):
+            raise _Reached
+        return None
+
+    handles = [block.register_forward_pre_hook(skip, with_kwargs=True) for block in blocks]
+    for block in blocks:
+        block.forward = _pass_through
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks:
+            del block.forward  # the class's own again
+    return BlockInputs(caught[0][0], [arguments for _, arguments in caught])
+
+
+def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stands in for a block while its arguments are caught."""
+    return hidden_states
+
+
+def _run_block(
+    family: Family,
+    block: nn.Module,
+    layer: int,
+    hidden: torch.Tensor,
+    arguments: dict[str, Any],
+    accumulators: dict[tuple[int, str], MomentAccumulator],
+) -> torch.Tensor:
+    """Run one block on a batch, adding the inputs of its linear layers to their accumulators.
+
+    Raises:
+        RankwiseError: values that are not finite; the layer is named.
+    """
+    handles = []
+    for site, linear in family.sites.items():
+        accumulator = accumulators[layer, site]
+        where = f"{family.blocks}.{layer}.{linear.path}"
+
+        def record(
+            module: nn.Module, args: tuple[Any, ...], to: MomentAccumulator = accumulator, name: str = where
+        ) -> None:
+            to.update(args[0].unflatten(0, (hidden.shape[0], -1)) if args[0].dim() == 2 else args[0], name)
+
+        handles.append(block.get_submodule(linear.path).register_forward_pre_hook(record))
+    try:
+        output = block(hidden, **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    check_finite(states, f"{family.blocks}.{layer}: outputs")
+    return states
+
+
+def _store(files: list[Path], accumulators: dict[tuple[int, str], MomentAccumulator], layers: range) -> None:
+    for layer in layers:
+        tensors: dict[str, torch.Tensor] = {}
+        for (owner, site), accumulator in accumulators.items():
+            if owner == layer:
+                tensors |= accumulator.result().tensors(site)
+        save_tensors(files[layer], tensors)

@@ -1,0 +1,141 @@
+"""What post-training and evaluating a checkpoint need, from its sizes and a preset. See `resources`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowrank.cluster.needs import GIB, PROGRAM, Need
+from lowrank.cluster.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, either, in_dtype
+from lowrank.config.presets import Tuning
+from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
+
+HARNESS_LIBRARIES = 0.1 * GIB
+TEXTS = 0.05 * GIB
+TRAINING_HEAD_TOKENS = 512
+
+# What a config does not tell, and is taken for granted.
+CORPUS_TOKENS = 1.0e6
+"""Of a corpus that is scored to its end."""
+TASK_TOKENS = 1.6e6
+"""Of a zero-shot task without a limit."""
+DOCUMENT_TOKENS = 400
+"""Of a document of a zero-shot task with a limit: four answers."""
+ANSWER_POSITIONS = 128
+"""Positions of a batch whose logits the harness keeps: the longest answer and the padding, at most so many."""
+INSTRUCTION_ROWS = 52_000
+PROMPT_TOKENS = 256
+DECODING_SECONDS = 0.1
+"""A token at a time costs so much whatever the model, from launching its kernels."""
+
+
+def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
+    """Post-training.
+
+    Args:
+        opened: the checkpoint in the dtype that it is trained in.
+        stored: in its own.
+        tuning: the preset.
+    """
+    tokens = tuning.micro_batch_size * tuning.max_length
+    steps = tuning.steps or tuning.epochs * INSTRUCTION_ROWS / tuning.batch_size
+    stages = len(getattr(tuning, "stages", ("all",)))
+    evaluations = steps / tuning.evaluate_every + 2
+    rows = stages * (2 * steps * tuning.batch_size + evaluations * tuning.validation_examples)  # backward: as forward
+    trained = _trained(opened, tuning)
+    return Need(
+        gpu=True,
+        shared=True,
+        device={
+            "weights": opened.weights,
+            "trained numbers": trained,
+            "activations": opened.training_activations(tokens) + _trained_activations(opened, tuning, tokens),
+            "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 2),
+        },
+        host={"program": 2 * PROGRAM, "merged weights": stored.weights},
+        loading=opened.weights,
+        disk=stored.weights,
+        scratch=trained,
+        work=in_dtype(
+            opened,
+            opened.forward(rows * tuning.max_length, tuning.max_length),
+            disk=opened.weights + 3 * stored.weights,
+            seconds=180,
+        ),
+    )
+
+
+def _trained(sizes: Sizes, tuning: Tuning) -> float:
+    """Parameters, gradients and both moments of Adam, in float32; for a scaled subspace also its copies of factors."""
+    rank: int = getattr(tuning, "rank", 0)
+    layers, outputs = sizes.shape.layers, sum(module.out_features for module in sizes.block)
+    if getattr(tuning, "kind", "") == "lora":
+        both = sum(2 * rank * (module.out_features + module.in_features) for module in sizes.block)
+        return 4 * SINGLE * layers * both
+    return layers * (4 * SINGLE * (outputs + rank * len(sizes.block)) + sizes.number * rank * outputs)
+
+
+def _trained_activations(sizes: Sizes, tuning: Tuning, tokens: float) -> float:
+    """What the trained vectors or matrices keep besides: their inputs, in the model's dtype and in float32."""
+    lora = getattr(tuning, "kind", "") == "lora"
+    widths = sum(module.in_features if lora else module.out_features for module in sizes.block)
+    return tokens * sizes.shape.layers * widths * (sizes.number + SINGLE)
+
+
+def suite_need(sizes: Sizes, suite: Suite, longest: int) -> Need:
+    """An evaluation.
+
+    Args:
+        sizes: of the checkpoint.
+        suite: the preset.
+        longest: the model's longest context, tokens.
+    """
+    if isinstance(suite, PerplexitySuite):
+        return _perplexity(sizes, suite)
+    if isinstance(suite, ZeroShotSuite):
+        return _zero_shot(sizes, suite, min(suite.max_length, longest))
+    return _cost(sizes, suite) if isinstance(suite, CostSuite) else _generation(sizes, suite)
+
+
+def _perplexity(sizes: Sizes, suite: PerplexitySuite) -> Need:
+    overlap = suite.length / (suite.stride or suite.length)
+    tokens = suite.windows * suite.length if suite.windows else CORPUS_TOKENS * overlap
+    activations = sizes.activations(batch_tokens(suite.length, LOSS_TOKENS))
+    device = either(activations=activations, logits=sizes.logits(HEAD_TOKENS, 1))
+    need = _evaluation(sizes, tokens * len(suite.corpora), suite.length, device)
+    return replace(need, shared=True, host={**need.host, "texts": TEXTS})
+
+
+def _zero_shot(sizes: Sizes, suite: ZeroShotSuite, length: int) -> Need:
+    tokens = suite.limit * DOCUMENT_TOKENS if suite.limit else TASK_TOKENS
+    kept = suite.batch_size * min(length, ANSWER_POSITIONS)
+    device = either(activations=sizes.activations(suite.batch_size * length), logits=sizes.logits(kept, 1))
+    need = _evaluation(sizes, tokens * len(suite.tasks), length, device, seconds=60 + 15 * len(suite.tasks))
+    requests = 0 if suite.limit else 2 * GIB
+    return replace(need, shared=True, host={**need.host, "harness": HARNESS_LIBRARIES, "requests": requests})
+
+
+def _cost(sizes: Sizes, suite: CostSuite) -> Need:
+    prompt, new = suite.batch_size * suite.prompt_tokens, suite.batch_size * suite.new_tokens
+    runs = suite.repeats + 1
+    device = {"activations": sizes.activations(prompt), "keys and values": 2 * sizes.cache(prompt + new)}
+    seconds = 60 + DECODING_SECONDS * runs * suite.new_tokens
+    return _evaluation(sizes, runs * (prompt + new), suite.prompt_tokens, device, seconds)
+
+
+def _generation(sizes: Sizes, suite: GenerationSuite) -> Need:
+    tokens = len(suite.prompts) * suite.new_tokens
+    device = {
+        "activations": sizes.activations(PROMPT_TOKENS),
+        "keys and values": 2 * sizes.cache(suite.new_tokens + PROMPT_TOKENS),
+    }
+    return _evaluation(sizes, tokens, suite.new_tokens, device, 60 + DECODING_SECONDS * tokens)
+
+
+def _evaluation(sizes: Sizes, tokens: float, length: int, device: dict[str, float], seconds: float = 60) -> Need:
+    """A checkpoint that reads `tokens` tokens, with what else lies on its device."""
+    return Need(
+        gpu=True,
+        device={"weights": sizes.weights, **device},
+        loading=sizes.weights,
+        work=in_dtype(sizes, sizes.forward(tokens, length), disk=sizes.weights, seconds=seconds),
+    )

@@ -1,0 +1,363 @@
+"""What each job of a study is expected to need: memory, disk, time. Rules ask for it, and `plan` shows it.
+
+Estimates follow from the config and the models' shapes alone (`sizes`), before anything is downloaded. They are no
+limits of the code, and no stage imports this module, so that changing an estimate never runs anything again.
+`docs/cluster.md` states the formulas and how far they were checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from lowrank.cluster.checkpoint_needs import suite_need, tuning_need
+from lowrank.cluster.needs import GIB, PROGRAM, Need, Work, plus
+from lowrank.cluster.sizes import (
+    DOUBLE,
+    HEAD_TOKENS,
+    LOSS_TOKENS,
+    SINGLE,
+    Sizes,
+    batch_tokens,
+    decomposition,
+    either,
+    in_dtype,
+)
+from lowrank.config.outputs import PredictedLossFigure
+from lowrank.config.presets import MethodSettings, Validation
+from lowrank.config.study import Study
+from lowrank.errors import RankwiseError
+from lowrank.model.families import FAMILIES
+
+SEARCH_LIBRARIES = 0.25 * GIB
+TEXTS = 0.05 * GIB
+"""Of the documents that windows are drawn from; of a whole shard of C4 it is more."""
+
+ON_PROCESSORS = ("dense", "flap")
+"""Kinds of methods that have nothing to compute that a GPU would help with."""
+
+TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
+"""Kinds of methods that take loss gradients of weights."""
+
+STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
+"""Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
+"""Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
+ACCUMULATORS = 2 * GIB
+"""What the accumulators of small models may take: each pass for gradients begins anew at the loss."""
+STATISTICS_TOKENS, GRADIENT_TOKENS = 4096, 512
+"""Tokens of a pass in the statistics, and of a backward pass for gradients."""
+
+Wildcards = Mapping[str, str]
+
+
+class Estimator:
+    """The needs of the jobs of one study.
+
+    Attributes:
+        study: the config.
+        held: rule -> blocks whose accumulators it holds at once, where the profile says so.
+    """
+
+    def __init__(self, study: Study, **held: int) -> None:
+        self.study, self.held = study, held
+        self._sizes = cache(self._sizes_of)
+        self._rules: dict[str, Callable[[Wildcards], Need]] = {
+            "fetch_model": self._fetch_model,
+            "sample_calibration": self._sample_calibration,
+            "collect_statistics": self._collect_statistics,
+            "collect_gradients": self._collect_gradients,
+            "compute_bases": self._compute_bases,
+            "select_validation": self._select_validation,
+            "measure_sensitivity": self._measure_sensitivity,
+            "measure_truncations": self._measure_truncations,
+            "search_allocation": self._search_allocation,
+            "compress_model": self._compress_model,
+            "post_train": self._post_train,
+            "evaluate_perplexity": self._evaluate,
+            "evaluate_zero_shot": self._evaluate,
+            "evaluate_cost": self._evaluate,
+            "evaluate_generation": self._evaluate,
+        }
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules that are estimated; the others fetch texts or write tables, and need next to nothing."""
+        return list(self._rules)
+
+    def need(self, rule: str, wildcards: Wildcards) -> Need:
+        """What a job of a rule needs."""
+        estimate = self._rules.get(rule)
+        return estimate(wildcards) if estimate else Need(work=Work(seconds=10))
+
+    def layers_per_pass(self, rule: str, model: str) -> int:
+        """How many blocks of a model have their accumulators in memory at once."""
+        sizes = self._sizes(model)
+        moments = {"collect_statistics": sizes.moments, "collect_gradients": sizes.output_moments}[rule]
+        held = self.held.get(rule) or max(LAYERS_PER_PASS[rule], int(ACCUMULATORS // moments(DOUBLE)))
+        return min(held, sizes.shape.layers)
+
+    def _sizes_of(self, model: str, ratio: int = 0, dtype: str | None = None) -> Sizes:
+        section = self.study.models[model]
+        return Sizes(section.shape, dtype or section.dtype, 1 - ratio / 100)
+
+    def _checkpoint(self, wildcards: Wildcards) -> Sizes:
+        """Of the model that a row of a table is about."""
+        return self._sizes(wildcards["model"], int(wildcards["ratio"]))
+
+    def _fetch_model(self, wildcards: Wildcards) -> Need:
+        sizes = self._sizes(wildcards["model"])
+        weights = sizes.weights
+        return Need(
+            host={"program": PROGRAM, "a tensor": sizes.head * sizes.number}, disk=weights, work=Work(disk=3 * weights)
+        )
+
+    def _sample_calibration(self, wildcards: Wildcards) -> Need:
+        calibration = self.study.calibration[wildcards["calibration"]]
+        tokens = calibration.windows * calibration.length
+        return Need(host={"program": PROGRAM, "texts": GIB}, disk=4 * tokens, work=Work(seconds=600))
+
+    def _collect_statistics(self, wildcards: Wildcards) -> Need:
+        calibration = self.study.calibration[wildcards["calibration"]]
+        sizes = self._sizes(wildcards["model"])
+        tokens, layers = calibration.windows * calibration.length, sizes.shape.layers
+        batch, widest = batch_tokens(calibration.length, STATISTICS_TOKENS), max(sizes.inputs)
+        held = self.layers_per_pass("collect_statistics", wildcards["model"])
+        means = DOUBLE * calibration.windows * sum(sizes.inputs)
+        # The inputs in float32, around their mean, and their size; the product of a panel of them is no larger.
+        inputs = SINGLE * batch * widest
+        update = (2 + sizes.widened) * inputs
+        storing = sizes.statistics(calibration.windows) + 2 * DOUBLE * widest**2
+        passes = math.ceil(layers / held)
+        weights = sizes.number * (sizes.head + held / layers * sizes.linears)
+        return Need(
+            gpu=True,
+            shared=True,
+            device={
+                "a pass's weights": weights,
+                "accumulators": held * (sizes.moments(DOUBLE) + means),
+                "update": max(update, storing),
+                "activations": sizes.activations(batch),
+            },
+            host={
+                "program": PROGRAM,
+                "other weights": sizes.weights - weights,
+                "a block's statistics": sizes.statistics(calibration.windows),
+            },
+            loading=sizes.weights,
+            disk=layers * sizes.statistics(calibration.windows),
+            scratch=2 * sizes.hidden(tokens),
+            work=in_dtype(
+                sizes,
+                sizes.forward(tokens, calibration.length, head=False),
+                single=sizes.products(tokens, sizes.moments(1)),
+                disk=sizes.weights + 2 * passes * sizes.hidden(tokens) + 2 * layers * sizes.statistics(0),
+            ),
+        )
+
+    def _collect_gradients(self, wildcards: Wildcards) -> Need:
+        calibration = self.study.calibration[wildcards["calibration"]]
+        sizes = self._sizes(wildcards["model"])
+        layers, windows = sizes.shape.layers, calibration.gradient_windows or calibration.windows
+        held = self.layers_per_pass("collect_gradients", wildcards["model"])
+        batch = batch_tokens(calibration.length, GRADIENT_TOKENS)
+        widest = max(module.out_features for module in sizes.block)
+        # The pass for the first blocks goes back through all of them, those for the others through fewer: half of it.
+        passes, tokens = math.ceil(layers / held), windows * calibration.length
+        draws = calibration.gradient_draws or 1
+        through = 1 + draws * (passes + 1) / 2 / passes
+        return Need(
+            gpu=True,
+            shared=True,
+            device={
+                "weights": sizes.weights,
+                "accumulators": held * sizes.output_moments(DOUBLE),
+                "storing": 2 * DOUBLE * widest**2,
+                "activations": sizes.training_activations(batch),
+                "logits": sizes.logits(min(batch, HEAD_TOKENS), 2),
+            },
+            host={"program": PROGRAM, "a block's gradients": sizes.output_moments(SINGLE)},
+            loading=sizes.weights,
+            disk=layers * sizes.output_moments(SINGLE),
+            work=in_dtype(
+                sizes,
+                passes * through * sizes.forward(tokens, calibration.length),
+                single=sizes.products(draws * tokens, sizes.output_moments(1)),
+                disk=sizes.weights + 2 * layers * sizes.output_moments(SINGLE),
+            ),
+        )
+
+    def _full_bases(self, covariance: str | None) -> bool:
+        """Whether bases hold all directions."""
+        return covariance is not None and self.study.covariance[covariance].holds_all_directions
+
+    def _compute_bases(self, wildcards: Wildcards) -> Need:
+        sizes = self._sizes(wildcards["model"])
+        windows = self.study.calibration[wildcards["calibration"]].windows
+        full = self._full_bases(wildcards["covariance"])
+        layers, stored = sizes.shape.layers, sizes.bases(SINGLE, full)
+        reads_gradients = self.study.covariance[wildcards["covariance"]].gradients != "none"
+        gradients = sizes.output_moments(SINGLE) if reads_gradients else 0
+        return Need(
+            gpu=True,
+            device={"a decomposition": decomposition(sizes.block), "a block's bases": stored},
+            host={
+                "program": PROGRAM,
+                "weights": sizes.weights,
+                "a block's covariances": sizes.statistics(windows) + sizes.moments(DOUBLE) + gradients,
+                **either(**{"an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2, "bases to be stored": stored}),
+            },
+            disk=layers * stored,
+            work=Work(
+                double=sizes.decompositions() * (2 if full else 1),
+                disk=sizes.weights + layers * (sizes.statistics(windows) + gradients + 2 * stored),
+            ),
+        )
+
+    def _sliced(
+        self,
+        model: str,
+        covariance: str | None,
+        length: int,
+        tokens: float,
+        passes: float,
+        copies: int,
+        **host: float,
+    ) -> Need:
+        """A dense model with its bases, run on some windows again and again.
+
+        Args:
+            model: its name.
+            covariance: the preset of its bases.
+            length: of the windows.
+            tokens: of all windows.
+            passes: how often they are read.
+            copies: of a chunk's logits, see `Sizes.logits`.
+            host: further parts in main memory.
+        """
+        sizes = self._sizes(model)
+        batch = batch_tokens(length, LOSS_TOKENS)
+        full = self._full_bases(covariance)
+        bases = sizes.shape.layers * sizes.bases(sizes.number, full)
+        return Need(
+            gpu=True,
+            device={
+                "weights": sizes.weights,
+                "bases": bases,
+                **either(activations=sizes.activations(batch), logits=sizes.logits(HEAD_TOKENS, copies)),
+            },
+            host={"program": PROGRAM, **host},
+            loading=sizes.weights + sizes.bases(SINGLE, full),
+            work=in_dtype(
+                sizes,
+                passes * sizes.forward(tokens, length),
+                disk=sizes.weights + sizes.shape.layers * sizes.bases(SINGLE, full),
+            ),
+        )
+
+    def _validation_tokens(self, validation: Validation) -> int:
+        return (validation.select.keep or validation.windows) * validation.length
+
+    def _select_validation(self, wildcards: Wildcards) -> Need:
+        validation = self.study.validation[wildcards["validation"]]
+        tokens, choice = validation.windows * validation.length, validation.select
+        model, length = wildcards["model"], validation.length
+        return self._sliced(model, choice.covariance, length, tokens, choice.allocations, copies=1, texts=TEXTS)
+
+    def _measure_sensitivity(self, wildcards: Wildcards) -> Need:
+        settings = self.study.sensitivity[wildcards["sensitivity"]]
+        types = FAMILIES[self.study.models[settings.model].shape.family].types
+        passes, tokens = len(types) * len(settings.kept) + 1, settings.windows * settings.length
+        model, covariance, length = settings.model, settings.covariance, settings.length
+        return self._sliced(model, covariance, length, tokens, passes, copies=1, texts=TEXTS)
+
+    def _measure_truncations(self, wildcards: Wildcards) -> Need:
+        figure = self.study.figures[wildcards["figure"]]
+        if not isinstance(figure, PredictedLossFigure):
+            raise RankwiseError(f"figures.{wildcards['figure']}: it measures nothing")
+        passes, tokens = figure.matrices * len(figure.kept) / 2 + 2, figure.windows * figure.length
+        kept = self._sizes(figure.model).hidden(tokens)
+        parts = {"hidden states": 2 * kept, "texts": TEXTS}
+        return self._sliced(figure.model, wildcards["covariance"], figure.length, tokens, passes, copies=1, **parts)
+
+    def _search_allocation(self, wildcards: Wildcards) -> Need:
+        method = self.study.method(wildcards["method"])
+        if method.search is None or method.validation is None:
+            raise RankwiseError(f"methods.{wildcards['method']}: it has no search")
+        search, validation = self.study.search[method.search], self.study.validation[method.validation]
+        tokens = self._validation_tokens(validation)
+        reference = self._sizes(wildcards["model"]).hidden(tokens) if search.kl_weight else 0
+        return self._sliced(
+            wildcards["model"],
+            method.covariance,
+            validation.length,
+            tokens,
+            search.evaluations + 1,
+            copies=4 if search.kl_weight else 1,
+            **{"dense hidden states": reference, "libraries": SEARCH_LIBRARIES},
+        )
+
+    def _compress_model(self, wildcards: Wildcards) -> Need:
+        method, sizes = self.study.method(wildcards["method"]), self._checkpoint(wildcards)
+        dense = self._sizes(wildcards["model"])
+        bases = dense.shape.layers * dense.bases(SINGLE, self._full_bases(method.covariance))
+        if method.kind == "dense":  # its files are linked
+            return Need(host={"program": PROGRAM, "weights": dense.weights}, work=Work(disk=2 * dense.weights))
+        if method.covariance is not None:
+            return Need(
+                host={"program": PROGRAM, "weights": sizes.weights, "bases": sizes.kept * bases},
+                disk=sizes.weights,
+                work=Work(disk=dense.weights + bases + 2 * sizes.weights),
+            )
+        return self._decomposed(method, dense, sizes)
+
+    def _decomposed(self, method: MethodSettings, dense: Sizes, sizes: Sizes) -> Need:
+        """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
+        windows. An upper estimate for all of them."""
+        on_device = computes_on_device(method)
+        device = {"a decomposition": float(decomposition(dense.block))} if on_device else {}
+        host = {"program": PROGRAM, "weights": dense.weights}
+        as_written = method.kind in STORE_AS_WRITTEN
+        host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
+        work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
+        work = plus(work, double=dense.decompositions() if on_device else 0)
+        if "statistics" in method.reads and method.calibration:
+            host["a block's statistics"] = 2 * dense.moments(DOUBLE)
+            work = plus(work, disk=dense.shape.layers * dense.statistics(0))
+        if reads_tokens(method) and method.calibration:
+            calibration = self.study.calibration[method.calibration]
+            windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
+            length = getattr(method, "length", None) or calibration.length
+            tokens = min(windows, calibration.windows) * length
+            if method.kind in TAKE_GRADIENTS:  # before it decomposes anything
+                device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
+            else:
+                device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
+            device["weights"] = host.pop("weights")
+            host["hidden states"] = 2 * dense.hidden(tokens)
+            # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
+            trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
+            passes = 4 + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
+        return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
+
+    def _post_train(self, wildcards: Wildcards) -> Need:
+        tuning = self.study.tuning[wildcards["tuning"]]
+        opened = self._sizes(wildcards["model"], int(wildcards["ratio"]), tuning.dtype)
+        return tuning_need(opened, self._checkpoint(wildcards), tuning)
+
+    def _evaluate(self, wildcards: Wildcards) -> Need:
+        suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
+        return suite_need(self._checkpoint(wildcards), suite, longest)
+
+
+def computes_on_device(method: MethodSettings) -> bool:
+    """Whether compressing by this preset runs on a GPU: not if it slices bases that are there."""
+    return method.kind not in ON_PROCESSORS and method.covariance is None
+
+
+def reads_tokens(method: MethodSettings) -> bool:
+    """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
+    return "tokens" in method.reads and bool(getattr(method, "update", True))

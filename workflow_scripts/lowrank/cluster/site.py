@@ -1,0 +1,107 @@
+"""What the profile of a site says under `default-resources` and `set-resources`, checked before a job is submitted.
+
+Snakemake takes any name and any value there: a misspelt one would be found by jobs, after hours in the queue, or never.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from lowrank.config.study import suggestion
+from lowrank.errors import RankwiseError
+from lowrank.jobs.crew import LAUNCHERS
+
+DEFAULTS, RULES = "default-resources", "set-resources"
+_NUMBERS = ("gpus_per_job", "max_mem_mb", "max_runtime")
+_GPU_TYPE = r"[A-Za-z0-9_.]+"
+"""What the plugin takes for a type of GPU."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The values that rules look up; None where the profile says nothing.
+
+    Attributes:
+        gpus_per_job: of a job that computes on GPUs; 0: all compute on processors.
+        gpu_type: as the cluster calls it.
+        max_mem_mb, max_runtime: what no further try asks more than: MB, minutes.
+        in_flight: GPUs that all jobs together may hold.
+    """
+
+    gpus_per_job: int | None = None
+    gpu_type: str | None = None
+    max_mem_mb: int | None = None
+    max_runtime: int | None = None
+    in_flight: int | None = None
+
+    def check_gpus(self, rule: str, gpus: int) -> int:
+        """The GPUs of a job of a rule, if all in flight are as many: Snakemake would cut them without a word.
+
+        Raises:
+            RankwiseError: with both numbers.
+        """
+        if self.in_flight is not None and gpus > self.in_flight:
+            raise RankwiseError(
+                f"{rule} asks for {gpus} GPUs, and all jobs together may hold {self.in_flight}. Raise `resources: "
+                "gpu:` of the profile, or lower `gpus_per_job` or the rule's `gpu`."
+            )
+        return gpus
+
+
+def site_of(defaults: Mapping[str, str], in_flight: str | None) -> Site:
+    """What a profile says under `default-resources`.
+
+    Args:
+        defaults: name -> value as written.
+        in_flight: the profile's `resources: gpu`.
+
+    Raises:
+        RankwiseError: every value that cannot be meant, one a line.
+    """
+    problems = [
+        f"{DEFAULTS}.{name}: '{defaults[name]}' is no whole number"
+        for name in _NUMBERS
+        if name in defaults and not defaults[name].isdigit()
+    ]
+    for name, known in (("launcher", LAUNCHERS), ("device", ("cpu",))):
+        if name in defaults and defaults[name] not in known:
+            is_one = f"is {' or '.join(known)}"
+            problems.append(f"{DEFAULTS}.{name}: '{defaults[name]}'; it {is_one}, or left out")
+    if not re.fullmatch(_GPU_TYPE, defaults.get("gpu_type", "any")):
+        problems.append(
+            f"{DEFAULTS}.gpu_type: '{defaults['gpu_type']}'; SLURM's plugin takes letters, digits, dots and underscores"
+        )
+    if in_flight is not None and not in_flight.isdigit():
+        problems.append(f"resources.gpu: '{in_flight}' is no whole number")
+    _refuse(problems)
+    numbers = {name: int(defaults[name]) for name in _NUMBERS if name in defaults}
+    return Site(gpu_type=defaults.get("gpu_type"), in_flight=int(in_flight) if in_flight else None, **numbers)
+
+
+def check_rules(named: Collection[str], rules: Collection[str]) -> None:
+    """Stop if `set-resources` is about a rule that there is not.
+
+    Raises:
+        RankwiseError: with every such name.
+    """
+    _refuse(
+        [f"{RULES}.{name}: there is no such rule{suggestion(name, list(rules))}" for name in named if name not in rules]
+    )
+
+
+def whole_number(rule: str, name: str, value: str) -> int:
+    """A number of `set-resources`.
+
+    Raises:
+        RankwiseError: it is none.
+    """
+    if not value.isdigit():
+        _refuse([f"{RULES}.{rule}.{name}: '{value}' is no whole number"])
+    return int(value)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise RankwiseError("\n".join(["the profile, or the command line, has what cannot be meant:", *problems]))

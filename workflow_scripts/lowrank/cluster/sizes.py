@@ -1,0 +1,211 @@
+"""How large things are, from a model's shape alone: weights, statistics, bases, activations, arithmetic.
+
+Bytes, unless a name says otherwise; T tokens, windows of l tokens, a linear layer of m x n weights, b bytes a number of
+the model's dtype. Nothing here is a limit of the code: these are the sizes that `resources` adds up to estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowrank.cluster.needs import Work
+from lowrank.config.sources import ModelShape
+from lowrank.model.families import FAMILIES, LinearModule
+from lowrank.ranks.budget import Budget, has_native_bias, largest_rank
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SINGLE, DOUBLE = 4, 8
+HEAD_TOKENS = 256
+"""Tokens whose logits exist at once where the losses of a model are taken (`losses.CHUNK_TOKENS`)."""
+
+LOSS_TOKENS = 2048
+"""Tokens of a forward pass where losses are taken."""
+
+
+def batch_tokens(length: int, tokens: int) -> int:
+    """Tokens of one forward pass of windows that are put together up to `tokens`: at least one window."""
+    return max(1, tokens // length) * length
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one model.
+
+    Attributes:
+        shape: of the model.
+        dtype: that it is opened in.
+        kept: share of the decoder's linear weights that compression left.
+    """
+
+    shape: ModelShape
+    dtype: str
+    kept: float = 1.0
+
+    @property
+    def number(self) -> int:
+        """b."""
+        return BYTES[self.dtype]
+
+    @cached_property
+    def block(self) -> list[LinearModule]:
+        """The linear layers of one block; all blocks have the same."""
+        return list(Budget.of(self.shape.model_copy(update={"layers": 1})).modules)
+
+    @cached_property
+    def inputs(self) -> list[int]:
+        """n of each distinct input of a block's linear layers."""
+        sites = FAMILIES[self.shape.family].sites
+        return [module.in_features for module in self.block if sites[module.type.site] is module.type]
+
+    # --- numbers of parameters ---
+
+    @property
+    def linears(self) -> float:
+        """Weights of the decoder's linear layers that are left."""
+        return self.kept * self.shape.layers * sum(module.parameters for module in self.block)
+
+    @property
+    def head(self) -> int:
+        """Weights of the head, V d."""
+        return self.shape.vocabulary * self.shape.hidden
+
+    @property
+    def rest(self) -> int:
+        """Biases and norms: of a block with LayerNorm twice as many, and with norms of queries and keys two more."""
+        shape = self.shape
+        biases = sum(module.out_features for module in self.block if has_native_bias(shape, module))
+        norm = shape.hidden * (2 if shape.family == "opt" else 1)
+        of_heads = 2 * shape.head_dim if shape.family == "qwen3" else 0
+        return shape.layers * (biases + 2 * norm + of_heads) + norm
+
+    @property
+    def parameters(self) -> float:
+        """All of them, tied ones once; without the positions that OPT learns, which the shape does not tell."""
+        return self.linears + self.head * (1 if self.shape.tied_embeddings else 2) + self.rest
+
+    # --- bytes ---
+
+    @property
+    def weights(self) -> float:
+        """The model as it is opened."""
+        return self.parameters * self.number
+
+    def moments(self, width: int) -> int:
+        """The covariances of a block's inputs, sum n^2, at `width` bytes a number."""
+        return width * sum(n * n for n in self.inputs)
+
+    def statistics(self, windows: int) -> int:
+        """A block's file of statistics: covariances in float32, a mean for each window in float64."""
+        return self.moments(SINGLE) + DOUBLE * (windows + 1) * sum(self.inputs)
+
+    def output_moments(self, width: int) -> int:
+        """The second moments of the gradients at a block's outputs, sum m^2, at `width` bytes a number."""
+        return width * sum(module.out_features**2 for module in self.block)
+
+    def bases(self, width: int, full: bool = False) -> int:
+        """A block's bases: directions m x k, projections k x n and the small vectors, at `width` bytes a number.
+
+        k is the largest rank that saves parameters, or min(m, n) in `full` bases.
+        """
+        return width * sum(_basis_numbers(module.out_features, module.in_features, full) for module in self.block)
+
+    def hidden(self, tokens: float) -> float:
+        """Hidden states of T tokens, T d b."""
+        return tokens * self.shape.hidden * self.number
+
+    @property
+    def query(self) -> int:
+        """Width of the queries, and of what attention puts out."""
+        return self.shape.heads * self.shape.head_dim
+
+    @property
+    def key_value(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.shape.kv_heads * self.shape.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections."""
+        return any(module.type.name == "gate" for module in self.block)
+
+    def activations(self, tokens: float) -> float:
+        """Of one block in inference: what lives at once in its MLP or its attention, whichever is more, and a norm."""
+        shape = self.shape
+        mlp = 2 * shape.hidden + (3 if self.gated else 2) * shape.intermediate
+        attention = 2 * shape.hidden + 3 * self.query + 4 * self.key_value
+        return tokens * (max(mlp, attention) * self.number + shape.hidden * SINGLE)
+
+    def training_activations(self, tokens: float) -> float:
+        """What all blocks keep for a backward pass through frozen layers: queries, keys, values, what attention puts
+        out, the gate, its activation and the other projection; and what both norms read, in float32."""
+        kept = 2 * self.query + 2 * self.key_value + (3 if self.gated else 1) * self.shape.intermediate
+        return tokens * self.shape.layers * (kept * self.number + 2 * self.shape.hidden * SINGLE)
+
+    @property
+    def widened(self) -> int:
+        """How many copies it takes to have something in float32: none if it is."""
+        return int(self.number != SINGLE)
+
+    def logits(self, tokens: float, copies: int) -> float:
+        """Logits of T tokens in the model's dtype and in float32, and `copies` more: log-probabilities, gradients."""
+        return tokens * self.shape.vocabulary * (self.number + (copies + self.widened) * SINGLE)
+
+    def cache(self, tokens: float) -> float:
+        """Keys and values of T tokens in all blocks."""
+        return tokens * 2 * self.shape.layers * self.key_value * self.number
+
+    # --- arithmetic, in floating point operations ---
+
+    def forward(self, tokens: float, length: int, head: bool = True) -> float:
+        """One pass over T tokens in windows of l: 2 a weight, and 2 l a number of the queries and of the outputs."""
+        attention = 2 * length * self.query * self.shape.layers  # half of it is masked
+        return tokens * (2 * self.linears + attention + (2 * self.head if head else 0))
+
+    def products(self, tokens: float, features: int) -> float:
+        """The sums x x' in all blocks, of vectors whose squared lengths add up to `features` in each."""
+        return 2 * tokens * self.shape.layers * features
+
+    def decompositions(self) -> float:
+        """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""
+        return self.shape.layers * sum(_basis_work(module.out_features, module.in_features) for module in self.block)
+
+
+def either(**parts: float) -> dict[str, float]:
+    """Of things that are not there at the same time, the largest."""
+    name = max(parts, key=lambda part: parts[part])
+    return {name: parts[name]}
+
+
+def in_dtype(sizes: Sizes, operations: float, **other: float) -> Work:
+    """Operations in a model's own precision, and other work."""
+    if sizes.number == SINGLE:
+        return Work(single=operations + other.pop("single", 0), **other)
+    return Work(half=operations, **other)
+
+
+def decomposition(modules: Iterable[LinearModule]) -> int:
+    """Bytes of the largest decomposition among some layers, in float64.
+
+    Narrow layers (m <= n) decompose the m x m covariance of their outputs, wide ones the n x n one of their inputs and
+    a Gram matrix of that size; eigenvectors and the solver's work are five more matrices of the same size.
+    """
+    return max(DOUBLE * _matrices(module.out_features, module.in_features) for module in modules)
+
+
+def _matrices(m: int, n: int) -> int:
+    """Numbers that live at once in one decomposition."""
+    return 2 * m * n + n * n + 6 * m * m if m <= n else 4 * m * n + 6 * n * n
+
+
+def _basis_numbers(m: int, n: int, full: bool) -> int:
+    k = min(m, n) if full else largest_rank(m, n)
+    return k * (m + n) + m + k + min(m, n)
+
+
+def _basis_work(m: int, n: int) -> float:
+    k = largest_rank(m, n)
+    if m <= n:
+        return 2 * m * n * n + 2 * m * m * n + 9 * m**3 + 2 * k * m * n
+    return 2 * m * n * n * 2 + 2 * 9 * n**3 + 4 * m * n * n + 2 * k * m * n

@@ -1,0 +1,4 @@
+"""From a method's answer to a smaller model, and what methods share: pruning, rotation, refitting, rank searches.
+
+Imported by methods alone.
+"""

@@ -1,0 +1,254 @@
+"""What every stage does around its work: logging, threads, network off, GPUs checked, one clear message on failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank.errors import RankwiseError
+from lowrank.files import disk_error, write_error
+from lowrank.jobs.lock import output_lock
+from lowrank.jobs.record import write_job_record
+from lowrank.redact import SafeFormatter
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import Snakemake
+
+log = logging.getLogger("rankwise")
+
+PROJECT = Path(__file__).resolve().parents[3]
+"""The checkout whose code runs."""
+
+FETCHING = "fetch_"
+"""Rules of this name, and no others, may use the network; they run on the head node."""
+
+ENVIRONMENT = "RANKWISE_ENVIRONMENT"
+"""The variable that hands the head node's environment to its jobs."""
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+_NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
+
+
+def share_library(scripts: Path) -> None:
+    """Let stages, which run in interpreters of their own, import the library of this checkout, wherever they start."""
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(scripts), *(path for path in others if path not in ("", str(scripts)))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def remember_environment() -> None:
+    """Tell all jobs what the head node runs in: they get its variables."""
+    os.environ[ENVIRONMENT] = environment()
+
+
+def environment() -> str:
+    """What a job and the head node must have in common: Python and torch, which is not loaded for that."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "absent"
+    return f"Python {platform.python_version()} ({sys.prefix}), torch {torch}"
+
+
+def require_same_environment() -> None:
+    """Stop a job whose interpreter or torch are not those of the head node, before it computes something else.
+
+    Raises:
+        RankwiseError: with both environments.
+    """
+    expected, found = os.environ.get(ENVIRONMENT), environment()
+    if expected in (None, found):
+        return
+    raise RankwiseError(
+        f"this job runs in {found} on {socket.gethostname()}, and the head node in {expected}. Start Snakemake from an "
+        "environment that all nodes see at the same path, as it is."
+    )
+
+
+def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:
+    """Run one stage under Snakemake.
+
+    Log lines go to the rule's log file and to the terminal. A `RankwiseError` is printed as its message,
+    without a traceback; any other exception keeps its traceback, since it is a bug. Both end with exit code 1.
+    While it runs, no other job may write the same outputs.
+    """
+    log_file = str(job.log[0]) if len(job.log) else None
+    set_up_logging(log_file)
+    set_up_environment(job)
+    started = time.monotonic()
+    try:
+        with output_lock(job.output, job.rule) as taken_over:
+            if log_file:
+                begin_log(log_file)  # only now: it may have been the log of a job that runs
+            log.info("%s: %s", job.rule, describe_job(job))
+            if taken_over:
+                log.warning("%s: %s", job.rule, taken_over)
+            require_same_environment()
+            require_gpus(job)
+            work(job)
+            write_job_record(job, PROJECT)
+    except RankwiseError as error:
+        log.error("%s: %s%s", job.rule, error, fetching_hint(error))
+        sys.exit(1)
+    except Exception as error:
+        if problem := disk_problem(job, error):
+            log.error("%s: %s", job.rule, problem)
+        elif hint := fetching_hint(error) or missing_package(error):
+            log.error("%s: %s: %s%s", job.rule, type(error).__name__, error, hint)
+        else:
+            log.exception("%s: unexpected failure; please report it with this log", job.rule)
+        sys.exit(1)
+    log.info("%s: finished in %.1f s, %s", job.rule, time.monotonic() - started, describe_usage())
+
+
+def set_up_environment(job: Snakemake) -> None:
+    """Set the variables that libraries read when they are imported, which stages do later."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not job.rule.startswith(FETCHING):
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
+    if computes_on_cpu(job) or got_no_gpu(job):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if computes_on_cpu(job) or got_no_gpu(job) or not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by transformers, would warn otherwise
+
+
+def got_no_gpu(job: Snakemake) -> bool:
+    """Whether the profile hands out GPUs and this job got none: those that it may see all the same are of others."""
+    return job.resources.get("gpus_per_job") is not None and not asked_gpus(job)
+
+
+def computes_on_cpu(job: Snakemake) -> bool:
+    """Whether the profile says `device: cpu`: no GPU is used, not even one that was asked for."""
+    return str(job.resources.get("device", "")) == "cpu"
+
+
+def describe_job(job: Snakemake) -> str:
+    """Where a job runs, in one line."""
+    gpus = asked_gpus(job)
+    parts = [
+        f"Python {sys.version.split()[0]} ({sys.executable})",
+        f"host {socket.gethostname()}",
+        *([f"SLURM job {os.environ['SLURM_JOB_ID']}"] if os.environ.get("SLURM_JOB_ID") else []),
+        f"{job.threads} thread{'s' if job.threads != 1 else ''}",
+        *([f"{gpus} GPU{'s' if gpus != 1 else ''} asked for"] if gpus else []),
+    ]
+    return ", ".join(parts)
+
+
+def asked_gpus(job: Snakemake) -> int:
+    """How many GPUs the job was given, if its profile hands out any."""
+    return int(job.resources.get("gpu", 0) or 0)
+
+
+def require_gpus(job: Snakemake) -> None:
+    """Stop a job that was promised GPUs and sees fewer, before it computes on the CPU for a week.
+
+    Raises:
+        RankwiseError: with what is seen, and why that may be.
+    """
+    asked = -(-asked_gpus(job) // int(job.resources.get("nodes", 0) or 1))  # on this node
+    if not asked or computes_on_cpu(job):
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= asked:
+        return
+    built = torch.version.cuda or torch.version.hip
+    why = (
+        f"torch {torch.__version__} is built for the CPU only: install the build for your GPUs"
+        if built is None
+        else f"torch {torch.__version__} is built for {built}, CUDA_VISIBLE_DEVICES is "
+        f"'{os.environ.get('CUDA_VISIBLE_DEVICES', '')}': look at the node's driver, and at what the job was given"
+    )
+    raise RankwiseError(
+        f"{asked} GPU{'s were' if asked > 1 else ' was'} asked for, and this job sees {found or 'none'} on "
+        f"{socket.gethostname()} ({why}). To compute on CPUs, set `gpus_per_job: 0` in the profile."
+    )
+
+
+def fetching_hint(error: BaseException) -> str:
+    """What to do if an error comes from something that was not fetched; nothing if it does not."""
+    current: BaseException | None = error
+    while current is not None:
+        told = f"{type(current).__name__} {current}"  # `datasets` names the cause in its message only
+        if any(name in told for name in _NOT_FETCHED):
+            return (
+                ". Something was not fetched: jobs have no network, only the fetch_* rules do. Run `snakemake data "
+                "--profile profiles/local --configfile FILE` on a machine with network, then run again; if that does "
+                "not help, please report it."
+            )
+        current = current.__cause__ or current.__context__
+    return ""
+
+
+def disk_problem(job: Snakemake, error: BaseException) -> str:
+    """The message if a disk was full or could not be written, wherever a library met it; nothing for other errors."""
+    found = disk_error(error)
+    return str(write_error(Path(found.filename or next(iter(job.output), "results")), found)) if found else ""
+
+
+def missing_package(error: BaseException) -> str:
+    """What to do if a package is not installed; nothing for other errors, nor for a module of this library."""
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "").startswith("lowrank"):
+        return ""
+    return (
+        f" in the environment of {sys.executable}. Start Snakemake from one that has envs/requirements.txt, "
+        "and see that the nodes reach it too."
+    )
+
+
+def describe_usage() -> str:
+    """Peak memory of this process and of those that it started, and the torch that was used, in one line."""
+    parts = [f"peak memory {peak_resident_mib():.0f} MiB"]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    if children > 256:  # the workers of post-training, not a compiler or `uname`
+        parts.append(f"{children:.0f} MiB in the largest process it started")
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return parts[0]
+    if torch.cuda.is_initialized():
+        reserved = torch.cuda.max_memory_reserved() / 2**20
+        parts.append(f"{reserved:.0f} MiB reserved on {torch.cuda.get_device_name()}")
+    return ", ".join([*parts, f"torch {torch.__version__}"])
+
+
+def peak_resident_mib() -> float:
+    """Largest resident set of this process since it was started."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def begin_log(log_file: str) -> None:
+    """Drop what an earlier job has left in the log."""
+    with suppress(OSError):  # as below
+        os.truncate(log_file, 0)
+
+
+def set_up_logging(log_file: str | None) -> None:
+    """Send log lines to the terminal and to `log_file`; keep the libraries' chatter out, and secrets."""
+    logging.raiseExceptions = False  # a line that does not fit on a full disk must not hide the message about it
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file:
+        with suppress(OSError):  # the stage's own writing will say what is wrong with the disk
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))  # appended to, see run_stage
+    for handler in handlers:
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
+    for chatty in ("httpx", "urllib3", "filelock", "fsspec", "datasets", "lm_eval", "DeepSpeed", "transformers"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

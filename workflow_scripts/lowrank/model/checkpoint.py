@@ -1,0 +1,202 @@
+"""Checkpoints: the base model plus a recipe, opened by `from_pretrained`, inside this repository and outside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lowrank.errors import RankwiseError
+from lowrank.files import atomic_path, check_manifest, link_or_copy, sha256_file
+from lowrank.model import modeling_rankwise
+from lowrank.model.families import FAMILIES, Family
+from lowrank.model.replacements import KeptHeads, Replacements, ResidualShortcuts
+
+log = logging.getLogger(__name__)
+
+MODELING_FILE = Path(modeling_rankwise.__file__)
+MODEL_TYPE_PREFIX = "rankwise_"
+
+for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _base, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
+transformers_logging.disable_progress_bar()
+
+
+def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Open a dense or compressed checkpoint for inference.
+
+    Checkpoints of this project need no remote code here: their classes are registered from this repository. No code
+    that lies in the folder is ever run.
+
+    Raises:
+        RankwiseError: the folder holds no readable model, weights are missing, or a file is not the one that the
+            manifest beside the folder describes; the folder is named.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise RankwiseError(
+            f"{folder}: no checkpoint (config.json is missing). Delete the folder and run the workflow again."
+        )
+    check_manifest(folder, "files")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        drop_remote_code(config)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise RankwiseError(
+            f"{folder}: the checkpoint cannot be opened: {error}. Delete the folder and run the workflow again."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise RankwiseError(
+            f"{folder}: damaged weights: {error}. Delete the folder and run the workflow again."
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(problem):
+            named = f"{problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}"
+            raise RankwiseError(f"{folder}: {named}. Delete the folder and run the workflow again.")
+    model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def drop_remote_code(config: Any) -> None:
+    """Take this repository's classes instead of the copy inside the checkpoint."""
+    if str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX) and hasattr(config, "auto_map"):
+        del config.auto_map
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Open the tokenizer that lies in a checkpoint folder.
+
+    Raises:
+        RankwiseError: there is none that can be read, or it is not the one that the manifest describes.
+    """
+    folder = Path(folder)
+    check_manifest(folder, "files", skip=(".safetensors",))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # by the damage, whatever the tokenizers library raises, bare `Exception` included
+        raise RankwiseError(
+            f"{folder}: the tokenizer cannot be opened: {error}. Delete the folder and run the workflow again."
+        ) from error
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family of a model, dense or compressed.
+
+    Raises:
+        RankwiseError: a model type that is not in `FAMILIES`.
+    """
+    model_type = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+    if model_type not in FAMILIES:
+        raise RankwiseError(f"model type '{model_type}' is not supported; known families: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def recipe_of(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What each module became, as `config.json` stores it; read off the model itself."""
+    return {name: module.recipe_entry() for name, module in model.named_modules() if hasattr(module, "recipe_entry")}
+
+
+def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
+    """Change modules of a model, in place, in its dtype and on its device.
+
+    Raises:
+        RankwiseError: a new weight is not finite; the module is named.
+    """
+    for name, replacement in replacements.items():
+        parent, _, child = name.rpartition(".")
+        if isinstance(replacement, KeptHeads | ResidualShortcuts):
+            replacement.change(model.get_submodule(name), model.dtype, model.device)
+        else:
+            setattr(model.get_submodule(parent), child, replacement.as_module(model.dtype, model.device))
+    for name in replacements:
+        for parameter in model.get_submodule(name).parameters():
+            if not bool(parameter.isfinite().all()):
+                raise RankwiseError(
+                    f"{name}: its new weights are not finite in {parameter.dtype}. "
+                    "Set `dtype: float32` for this model in the config, or look for outliers in its statistics."
+                )
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer_from: str | Path, target: str | Path) -> dict[str, str]:
+    """Write a checkpoint folder, atomically: safetensors, config with recipe, model code, tokenizer.
+
+    A model in which nothing changed is written as a plain checkpoint of its base architecture.
+
+    Returns:
+        File name -> SHA-256 of its content.
+    """
+    target = Path(target)
+    recipe = recipe_of(model)
+    with atomic_path(target) as folder:
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        _write_config(folder, model, recipe)
+        if recipe:
+            shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        copy_tokenizer(Path(tokenizer_from), folder)
+    return {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.is_file()}
+
+
+def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[str, Any]]) -> None:
+    """Rewrite config.json so that it names the rankwise classes of the model's family, or none if it is dense."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    family = family_of(model).model_type
+    config.pop("auto_map", None)
+    config.pop("recipe", None)
+    config.pop("_name_or_path", None)
+    config["model_type"] = family
+    if recipe:
+        config_class, base_class, causal_class = modeling_rankwise.CONFIGS[family]
+        module = MODELING_FILE.stem
+        config["model_type"] = config_class.model_type
+        config["architectures"] = [causal_class.__name__]
+        config["recipe"] = recipe
+        config["auto_map"] = {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            "AutoModel": f"{module}.{base_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{causal_class.__name__}",
+        }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer (and the generation config) byte for byte."""
+    patterns = (
+        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+        "generation_config.json",
+    )
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file() and path.suffix != ".py":
+                shutil.copyfile(path, target / path.name)
+
+
+def link_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
+    """A checkpoint with the same files as another one: hard links where the disk allows, copies elsewhere."""
+    source, target = Path(source), Path(target)
+    with atomic_path(target) as folder:
+        folder.mkdir()
+        for path in sorted(source.iterdir()):
+            if path.is_file():
+                link_or_copy(path, folder / path.name)
+    return {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.is_file()}

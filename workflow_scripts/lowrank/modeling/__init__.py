@@ -1,1 +1,0 @@
-"""The model code that travels inside each checkpoint."""

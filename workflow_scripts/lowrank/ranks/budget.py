@@ -1,0 +1,140 @@
+"""Parameter accounting: what a rank costs, which rank a kept ratio buys, and what an allocation adds up to.
+
+A pair of rank r of an m x n matrix holds r (m + n) weights; with an identity block in one factor, r^2 weights less and
+r indices more. Where the method adds a bias to a layer that had none, there are m more. The budget is a share of the
+weights of the decoder's linear layers, as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lowrank.errors import RankwiseError
+from lowrank.model.families import FAMILIES, Dimensions, LinearModule, linear_modules
+
+ALIGNMENT = 8
+"""Ranks are multiples of this (paper, Section 4.1), which matrix kernels like."""
+
+Ranks = dict[str, int | None]
+"""Module name -> rank, or None for a dense layer."""
+
+
+def break_even_rank(m: int, n: int) -> float:
+    """The rank m n / (m + n) at which a pair is as large as the dense m x n matrix."""
+    return m * n / (m + n)
+
+
+def largest_rank(m: int, n: int) -> int:
+    """The largest rank at which a pair is smaller than the dense matrix."""
+    return math.ceil(break_even_rank(m, n)) - 1
+
+
+def rank_for(kept: float, m: int, n: int) -> int | None:
+    """The rank that keeps a share of a matrix's parameters, or None where the layer is better left dense.
+
+    Nearest multiple of `ALIGNMENT` below, as the paper's authors compute it: 8 floor(ceil(kept r*) / 8), at least 8.
+    A pair that saves nothing means dense: also where 8 is too much, as for narrow keys and values, and where the
+    bias of the pair takes what its rank saves (13824 x 5120, in LLaMA-2-13B, breaks even at 3736.2: not at 3736).
+    """
+    if kept >= 1:
+        return None
+    rank = ALIGNMENT * (math.ceil(kept * break_even_rank(m, n) - 1e-9) // ALIGNMENT)
+    rank = max(ALIGNMENT, rank)
+    return rank if rank * (m + n) + m < m * n else None
+
+
+def has_native_bias(dimensions: Dimensions, module: LinearModule) -> bool:
+    """Whether the dense layer of this family has a bias already."""
+    return module.type.name in FAMILIES[dimensions.family].biased
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The decoder's linear layers of one model and the arithmetic of what they keep.
+
+    Attributes:
+        dimensions: the model's shape.
+        modules: its linear layers, in order.
+        adds_bias: whether the low-rank form has a bias where the dense layer had none.
+        identity_block: whether one factor holds an r x r identity, which takes r indices and no weights.
+    """
+
+    dimensions: Dimensions
+    modules: tuple[LinearModule, ...]
+    adds_bias: bool = True
+    identity_block: bool = False
+
+    @classmethod
+    def of(cls, dimensions: Dimensions) -> Budget:
+        """The budget of a model from its shape alone."""
+        return cls(dimensions, tuple(linear_modules(dimensions)))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights of all linear layers of the dense decoder."""
+        return sum(module.parameters for module in self.modules)
+
+    def cost(self, module: LinearModule, rank: int | None) -> int:
+        """Parameters of one layer at a rank; a bias counts only if the low-rank form adds it."""
+        if rank is None:
+            return module.parameters
+        adds = self.adds_bias and not has_native_bias(self.dimensions, module)
+        added_bias = module.out_features if adds else 0
+        saved = rank * (rank - 1) if self.identity_block else 0
+        return rank * (module.out_features + module.in_features) - saved + added_bias
+
+    def rank_of_share(self, module: LinearModule, kept: float) -> float:
+        """The rank, not rounded, at which a pair without its bias holds that share of the dense layer's parameters."""
+        m, n = module.out_features, module.in_features
+        if not self.identity_block:
+            return kept * break_even_rank(m, n)
+        half = (m + n + 1) / 2  # r (m + n) - r (r - 1) = kept m n
+        return half - math.sqrt(half**2 - kept * m * n)
+
+    def parameters(self, ranks: Mapping[str, int | None]) -> int:
+        """Parameters of all linear layers; modules that are not named are dense."""
+        return sum(self.cost(module, ranks.get(module.name)) for module in self.modules)
+
+    def kept(self, ranks: Mapping[str, int | None]) -> float:
+        """Share of the dense linear layers' weights that an allocation keeps."""
+        return self.parameters(ranks) / self.dense_parameters
+
+    def allowed(self, ratio: int) -> float:
+        """How many parameters may stay when `ratio` percent are removed."""
+        return (1 - ratio / 100) * self.dense_parameters
+
+    def types(self, names: Iterable[str]) -> list[str]:
+        """Check type names of the model's family.
+
+        Raises:
+            RankwiseError: an unknown name.
+        """
+        known = [linear.name for linear in FAMILIES[self.dimensions.family].types]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise RankwiseError(
+                f"family '{self.dimensions.family}' has no linear layers of type {', '.join(unknown)}; "
+                f"it has {', '.join(known)}"
+            )
+        return list(names)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise RankwiseError(f"family '{self.dimensions.family}': no linear layers")
+
+
+def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
+    """LoRD's kept ratios by type: v dense, paid for by q and k, the same for all others.
+
+    Raises:
+        RankwiseError: q and k are too small to pay for v at this ratio.
+    """
+    removed = ratio / 100
+    size = {name: sum(m.parameters for m in budget.modules if m.type.name == name) for name in ("q", "k", "v")}
+    attention = 1 - removed * (1 + size["v"] / (size["q"] + size["k"]))
+    if attention <= 0:
+        raise RankwiseError(f"LoRD cannot remove {ratio} %: q and k would have to shrink to nothing to keep v dense")
+    types = {module.type.name for module in budget.modules}
+    return {name: {"q": attention, "k": attention, "v": 1.0}.get(name, 1 - removed) for name in types}

@@ -1,0 +1,129 @@
+"""Ranks by predicted loss: one multiplier over all matrices of a model, no search and no groups.
+
+Each matrix chooses among dense and the multiples of 8. A rank costs parameters, and loses half the sum of the
+eigenvalues it leaves out (`fisher_bases`). Minimising the sum of losses under a budget of parameters is a multiple
+choice knapsack; its Lagrangian relaxation splits into one choice a matrix, and with the right multiplier it is exact on
+the convex hulls of the matrices' curves. What the rounding of that solution leaves of the budget goes, step by step, to
+the matrix that gains most for a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lowrank.errors import RankwiseError
+from lowrank.model.families import LinearModule
+from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
+
+Losses = Mapping[str, npt.NDArray[np.float64]]
+_BISECTIONS = 200
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one matrix may become, from the smallest to dense.
+
+    Attributes:
+        ranks: rank, or None for dense.
+        parameters: of each choice, in increasing order.
+        losses: predicted rise of the mean loss per token, in nats; 0 for dense.
+    """
+
+    ranks: tuple[int | None, ...]
+    parameters: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PredictedAllocation:
+    """Ranks, and the sum of the losses that they are predicted to cost, in nats per token."""
+
+    ranks: Ranks
+    loss: float
+
+
+def allocate(budget: Budget, ratio: int, losses: Losses, uncompressed: Sequence[str] = ()) -> PredictedAllocation:
+    """Choose all ranks of a model.
+
+    Args:
+        budget: of the model, with the form of the pairs (`identity_block`, `adds_bias`).
+        ratio: percent of the linear layers' parameters to remove; 0 leaves all of them dense.
+        losses: module -> predicted loss of leaving out each direction, in the order in which ranks grow.
+        uncompressed: types that stay dense.
+
+    Raises:
+        RankwiseError: the smallest ranks exceed the budget, or a type is unknown.
+    """
+    budget.types(uncompressed)
+    if not ratio:
+        return PredictedAllocation({module.name: None for module in budget.modules}, 0.0)
+    free = [module for module in budget.modules if module.type.name not in uncompressed]
+    choices = {module.name: choices_of(budget, module, losses[module.name]) for module in free}
+    fixed = sum(module.parameters for module in budget.modules if module.type.name in uncompressed)
+    allowed = budget.allowed(ratio) - fixed
+    least = sum(float(choice.parameters[0]) for choice in choices.values())
+    if least > allowed:
+        stays = 100 * (least + fixed) / budget.dense_parameters
+        raise RankwiseError(
+            f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and ranks of at "
+            f"least {ALIGNMENT}, {stays:.1f} % stays. Compress more types, or remove less."
+        )
+    picked = _spend_rest(choices, _by_multiplier(choices, allowed), allowed)
+    ranks: Ranks = {module.name: None for module in budget.modules}
+    ranks |= {name: choice.ranks[picked[name]] for name, choice in choices.items()}
+    return PredictedAllocation(ranks, sum(float(choices[name].losses[index]) for name, index in picked.items()))
+
+
+def choices_of(budget: Budget, module: LinearModule, losses: npt.NDArray[np.float64]) -> Choices:
+    """The ranks that save parameters, and dense."""
+    left_out = np.concatenate([np.cumsum(losses[::-1])[::-1], [0.0]])  # by rank: 0, 1, ..., k
+    steps = range(ALIGNMENT, len(losses) + 1, ALIGNMENT)
+    ranks = [rank for rank in steps if budget.cost(module, rank) < module.parameters]
+    parameters = [budget.cost(module, rank) for rank in ranks]
+    return Choices(
+        (*ranks, None),
+        np.array([*parameters, module.parameters], dtype=np.float64),
+        np.array([*left_out[ranks], 0.0]) if ranks else np.zeros(1),
+    )
+
+
+def _by_multiplier(choices: Mapping[str, Choices], allowed: float) -> dict[str, int]:
+    """The choices that minimise loss + multiplier x parameters, for the smallest multiplier that meets the budget."""
+
+    def pick(multiplier: float) -> dict[str, int]:
+        return {name: int(np.argmin(c.losses + multiplier * c.parameters)) for name, c in choices.items()}
+
+    def fits(picked: Mapping[str, int]) -> bool:
+        return sum(float(choices[name].parameters[index]) for name, index in picked.items()) <= allowed
+
+    low, high = 0.0, 1.0
+    while not fits(pick(high)):
+        high *= 16
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(pick(middle)) else (middle, high)
+    return pick(high)
+
+
+def _spend_rest(choices: Mapping[str, Choices], picked: dict[str, int], allowed: float) -> dict[str, int]:
+    """Raise ranks while the budget lasts, each time where a parameter gains most; to any larger rank, or to dense."""
+    picked = dict(picked)
+    spent = sum(float(choices[name].parameters[index]) for name, index in picked.items())
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, choice in choices.items():
+            now = picked[name]
+            extra = choice.parameters[now + 1 :] - choice.parameters[now]
+            gain = (choice.losses[now] - choice.losses[now + 1 :]) / extra
+            gain[(extra > allowed - spent) | (gain <= 0)] = -1.0
+            if len(gain) and float(gain.max()) > 0 and (best is None or float(gain.max()) > best[0]):
+                best = (float(gain.max()), name, now + 1 + int(gain.argmax()))
+        if best is None:
+            return picked
+        _, name, index = best
+        spent += float(choices[name].parameters[index] - choices[name].parameters[picked[name]])
+        picked[name] = index

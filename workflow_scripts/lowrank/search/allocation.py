@@ -1,0 +1,60 @@
+"""Allocations that need no search, and how an allocation becomes factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lowrank.bases.principal import Bases
+from lowrank.errors import RankwiseError
+from lowrank.model.factors import LowRankFactors
+from lowrank.ranks.budget import Budget, Ranks, lord_kept, rank_for
+from lowrank.search.kept_ratios import SearchSpace
+
+_NO_LOWER_BOUND = 0.0
+
+
+def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> Ranks:
+    """The same kept ratio for every compressed matrix, rounded within the budget."""
+    space = SearchSpace(budget, ratio, groups=1, uncompressed=uncompressed, lower=_NO_LOWER_BOUND)
+    return space.ranks(space.uniform())
+
+
+def lord_ranks(budget: Budget, ratio: int, rounding: str) -> Ranks:
+    """LoRD's ranks.
+
+    Args:
+        budget: of the model.
+        ratio: percent removed.
+        rounding: `down` rounds as the paper's authors do, which removes a little more than `ratio`; `budget` gives
+            back what rounding frees, as for the methods it is compared with.
+    """
+    kept = lord_kept(budget, ratio)
+    if rounding == "down":
+        return {m.name: rank_for(kept[m.type.name], m.out_features, m.in_features) for m in budget.modules}
+    space = SearchSpace(budget, ratio, groups=1, uncompressed=("v",), lower=_NO_LOWER_BOUND)
+    return space.ranks(lord_point(space))
+
+
+def lord_point(space: SearchSpace) -> np.ndarray:
+    """LoRD's kept ratios as a point of a search space, which meets its budget but for the biases that are added.
+
+    Raises:
+        RankwiseError: LoRD keeps other types dense than the space does, or cannot remove that much.
+    """
+    if extra := [name for name in space.uncompressed if name != "v"]:
+        raise RankwiseError(f"LoRD keeps v alone dense, and here {', '.join(extra)} stays dense as well")
+    kept = lord_kept(space.budget, space.ratio)
+    by_variable = {module.type.tied: kept[module.type.name] for module in space.budget.modules}
+    return np.array([by_variable[name.split("/")[0]] for name in space.names])
+
+
+def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> dict[str, LowRankFactors]:
+    """The factors of every layer that an allocation does not leave dense."""
+    factors: dict[str, LowRankFactors] = {}
+    for module in budget.modules:
+        rank = ranks.get(module.name)
+        if rank is not None:
+            factors[module.name] = bases.of(module.layer, module.type.name).factors(rank)
+    return factors

@@ -1,0 +1,114 @@
+"""A model whose linear layers change rank without being rebuilt: a trial of the search only slices views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lowrank.bases.principal import Bases, PrincipalBasis
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.runtime import limit_threads, parse_dtype, pick_device
+from lowrank.ranks.budget import Budget
+
+
+class SlicedLinear(nn.Module):
+    """A dense layer and its principal basis; `rank` says which of them runs.
+
+    Attributes:
+        rank: the rank in use, or None for the dense layer.
+    """
+
+    def __init__(self, dense: nn.Linear, basis: PrincipalBasis) -> None:
+        super().__init__()
+        self.dense = dense
+        self.in_features = dense.in_features
+        like = dense.weight
+        self.directions = basis.directions.to(like)
+        self.projection = basis.projection.to(like)
+        self.mean = basis.mean.to(like.device)
+        self.projected_mean = basis.projected_mean.to(like.device)
+        self.rank: int | None = None
+        self._bias: torch.Tensor | None = None
+
+    def set_rank(self, rank: int | None) -> None:
+        """Use the first `rank` directions, or the dense layer.
+
+        Raises:
+            RankwiseError: the rank is beyond what the basis holds.
+        """
+        held = self.directions.shape[1]
+        if rank is not None and not 1 <= rank <= held:  # a slice would silently be shorter
+            raise RankwiseError(f"rank {rank} is not within 1 to {held}, what the basis holds")
+        self.rank = rank
+        if rank is not None:
+            bias = self.mean - self.directions[:, :rank].float() @ self.projected_mean[:rank]
+            self._bias = bias.to(self.directions.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., n) to (..., m)."""
+        if self.rank is None:
+            dense: torch.Tensor = self.dense(x)
+            return dense
+        hidden = functional.linear(x, self.projection[: self.rank])
+        return functional.linear(hidden, self.directions[:, : self.rank], self._bias)
+
+
+class SlicedModel:
+    """A dense model that takes on the ranks of an allocation.
+
+    Attributes:
+        model: the model, with `SlicedLinear` in place of every layer that has a basis.
+    """
+
+    def __init__(self, model: PreTrainedModel, budget: Budget, bases: Bases) -> None:
+        self.model = model
+        self.layers: dict[str, SlicedLinear] = {}
+        for module in budget.modules:
+            parent, _, child = module.name.rpartition(".")
+            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.name))
+            setattr(model.get_submodule(parent), child, layer)
+            self.layers[module.name] = layer
+
+    def set_ranks(self, ranks: Mapping[str, int | None]) -> None:
+        """Take on an allocation; modules that it does not name are dense."""
+        for name, layer in self.layers.items():
+            layer.set_rank(ranks.get(name))
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What the stages that try allocations work with."""
+
+    sliced: SlicedModel
+    tokenizer: Any
+    budget: Budget
+    device: torch.device
+
+
+def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads: int) -> OpenedModel:
+    """Open a dense checkpoint with its bases on this job's device.
+
+    Args:
+        folder: the dense checkpoint.
+        bases: the folder of its bases, one file per block.
+        settings: the rule's settings, with `dtype` and `shape`.
+        threads: of the rule.
+    """
+    limit_threads(threads)
+    device = pick_device()
+    model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device)
+    budget = Budget.of(ModelShape.model_validate(settings["shape"]))
+    return OpenedModel(
+        SlicedModel(model, budget, Bases(bases, budget.dimensions.layers)),
+        load_tokenizer(folder),
+        budget,
+        device,
+    )

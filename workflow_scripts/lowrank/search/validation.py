@@ -1,0 +1,82 @@
+"""Which windows the search is judged on: those whose loss depends most on the allocation (paper, Section 3.3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.calibration.corpora import Texts, sample_windows
+from lowrank.config.presets import Selection, Validation
+from lowrank.search.kept_ratios import SearchSpace
+from lowrank.search.objective import window_losses
+from lowrank.search.sliced_model import SlicedModel
+
+log = logging.getLogger(__name__)
+
+
+def candidate_windows(
+    corpora: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, settings: Validation
+) -> torch.Tensor:
+    """Random windows of all corpora, in equal numbers (the first ones give one more where that does not divide).
+
+    Args:
+        corpora: of each its documents, or token ids.
+        tokenizer: of the model.
+        settings: number and length of windows, and the seed.
+
+    Returns:
+        n x length token ids, corpus after corpus.
+    """
+    counts = [len(part) for part in np.array_split(np.arange(settings.windows), len(corpora))]
+    return torch.cat(
+        [
+            sample_windows(documents, tokenizer, count, settings.length, settings.seed)
+            for documents, count in zip(corpora, counts, strict=True)
+            if count
+        ]
+    )
+
+
+def score_windows(
+    sliced: SlicedModel, windows: torch.Tensor, space: SearchSpace, allocations: int, seed: int, device: torch.device
+) -> torch.Tensor:
+    """Perplexity of each window under random feasible allocations.
+
+    Returns:
+        allocations x n, in float64.
+    """
+    rows = []
+    for index, x in enumerate(space.sample(allocations, seed)):
+        sliced.set_ranks(space.ranks(x))
+        rows.append(window_losses(sliced, windows, device).exp())
+        log.info("validation: allocation %d of %d, median perplexity %.2f", index + 1, allocations, rows[-1].median())
+    return torch.stack(rows)
+
+
+def select_windows(perplexities: torch.Tensor, settings: Selection) -> list[int]:
+    """Indices of the windows to keep, in their order in the corpus.
+
+    Args:
+        perplexities: allocations x n.
+        settings: `top` keeps those with the largest variance over allocations, `bottom` the smallest, `all` all.
+    """
+    variance = perplexities.var(dim=0)
+    if settings.keep is None:
+        return list(range(variance.numel()))
+    order = torch.argsort(variance, descending=settings.strategy == "top", stable=True)
+    return sorted(order[: settings.keep].tolist())
+
+
+def selection_record(perplexities: torch.Tensor, kept: list[int]) -> dict[str, Any]:
+    """What the validation artefact says about the choice."""
+    return {
+        "windows": kept,
+        "variance": perplexities.var(dim=0).tolist(),
+        "mean_perplexity": perplexities.mean(dim=0).tolist(),
+        "allocations": perplexities.shape[0],
+    }
