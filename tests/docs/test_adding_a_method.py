@@ -19,7 +19,8 @@ USE = """
 import json, torch, yaml
 from tests import tiny
 from lowrank.ranks.budget import Budget
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
+from lowrank.model.parameters import count_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 

@@ -15,13 +15,14 @@ from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
 from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors
 from lowrank.methods import method_modules
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
 from lowrank.search.uniform import uniform_layers
 from tests import tiny

@@ -1,3 +1,10 @@
-"""rankwise: low-rank compression of language models, as a library that the workflow's stages call."""
+"""Low-rank compression of language models: the library behind the rules. Nothing in it imports Snakemake.
 
-__version__ = "0.1.0"
+It is laid out in rooms, files and packages; `docs/architecture.md` says what lives in each.
+"""
+
+ROOMS = (
+    *("errors", "redact", "versions", "files", "reruns", "model", "ranks", "config", "layout", "jobs", "sources"),
+    *("calibration", "bases", "search", "compression", "methods", "post_training", "evaluation", "paper", "cluster"),
+)
+"""From the ground up, in the order of the DAG: a room imports only rooms that stand before it."""

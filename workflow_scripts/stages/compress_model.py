@@ -12,10 +12,11 @@ def work(job: Snakemake) -> None:
     """Run the method; the dense model's files are linked, not copied."""
     from lowrank.bases.principal import Bases
     from lowrank.calibration.statistics import Statistics
-    from lowrank.compression.compress import compress_model, count_parameters
+    from lowrank.compression.compress import compress_model
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record, write_json
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
+    from lowrank.model.parameters import count_parameters
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
     from lowrank.ranks.budget import Budget
 

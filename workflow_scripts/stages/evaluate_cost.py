@@ -9,12 +9,12 @@ from lowrank.jobs.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Write the counts and the measured times."""
-    from lowrank.compression.compress import count_parameters
     from lowrank.config.sources import ModelShape
     from lowrank.config.suites import CostSuite
     from lowrank.evaluation.cost import CONVENTION, count_bytes, count_macs, measure_speed
     from lowrank.files import write_json
     from lowrank.model.checkpoint import load_checkpoint
+    from lowrank.model.parameters import count_parameters
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
 
     started = time.monotonic()

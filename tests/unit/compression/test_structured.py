@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from lowrank.compression.branches import LEAST_NEURONS, Place, Structure, even_removal
-from lowrank.compression.compress import count_parameters
 from lowrank.compression.structured import channels, cut, kept_units, lowest_removal, lowest_units
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import replace_modules
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, LLAMA_13B

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from lowrank.calibration.moments import Moments
 from lowrank.calibration.statistics import Statistics, collect_statistics
 from lowrank.compression.branches import Place, Structure
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, save_tensors
 from lowrank.methods.flap import Settings
 from lowrank.model.checkpoint import family_of, load_checkpoint, recipe_of, save_checkpoint
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.compression.test_structured import mask_channels, naive_removal

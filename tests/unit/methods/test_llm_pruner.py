@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from lowrank.compression.branches import Structure
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.methods.llm_pruner import Settings, removal
 from lowrank.model.checkpoint import load_checkpoint, recipe_of, save_checkpoint
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.compression.test_structured import LLAMA_3_8B, SHAPES, mask_channels

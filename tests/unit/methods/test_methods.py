@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lowrank.bases.principal import Bases
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.search.allocation import lord_ranks, uniform_ranks
 from tests import tiny

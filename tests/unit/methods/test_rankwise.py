@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.predicted_loss import choices_of
 from tests import tiny

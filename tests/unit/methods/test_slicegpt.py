@@ -20,12 +20,13 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lowrank.compression.compress import compress_model, count_parameters, shortcut_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.compression.slicing import reference_total, sliced_parameters, sliced_size, widths_of_slice, widths_within
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.modeling_rankwise import GainFreeRMSNorm, Shortcuts
+from lowrank.model.parameters import count_parameters, shortcut_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, OTHER_7B

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
-from lowrank.compression.compress import compress_model, count_parameters
+from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name, save_tensors
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.reach import largest_rank_worth_it
 from tests import tiny

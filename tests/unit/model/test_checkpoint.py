@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank.compression.compress import count_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import (
@@ -23,6 +22,7 @@ from lowrank.model.checkpoint import (
     save_checkpoint,
 )
 from lowrank.model.factors import LowRankFactors
+from lowrank.model.parameters import count_parameters
 from tests import tiny
 
 OUTSIDE = """

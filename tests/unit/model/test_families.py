@@ -19,7 +19,6 @@ from lowrank.bases import principal as bases_module
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
 from lowrank.calibration.statistics import collect_statistics, load_moments
-from lowrank.compression.compress import count_parameters
 from lowrank.config.presets import Covariance, Selection
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
@@ -27,8 +26,9 @@ from lowrank.files import layer_name, save_tensors
 from lowrank.methods import bolaco
 from lowrank.model import modeling_rankwise
 from lowrank.model.checkpoint import family_of, replace_modules
-from lowrank.model.families import FAMILIES, linear_modules
-from lowrank.ranks.budget import Budget, has_native_bias, rank_for
+from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
+from lowrank.model.parameters import count_parameters
+from lowrank.ranks.budget import Budget, rank_for
 from lowrank.search.allocation import sliced_factors
 from lowrank.search.kept_ratios import SearchSpace
 from lowrank.search.sliced_model import SlicedModel

@@ -17,13 +17,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from lowrank.compression.compress import count_parameters
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.cost import count_macs
 from lowrank.files import save_tensors
 from lowrank.model.checkpoint import recipe_of, replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.modeling_rankwise import IdentityBlockLinear
+from lowrank.model.parameters import count_parameters
 from lowrank.model.replacements import IdentityBlockFactors, Replacement
 from lowrank.post_training.adapters import learnt_by
 from lowrank.post_training.subspace import (

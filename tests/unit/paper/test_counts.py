@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.cost import count_macs
-from lowrank.model.families import linear_modules
+from lowrank.model.families import has_native_bias, linear_modules
 from lowrank.model.modeling_rankwise import LowRankLinear
 from lowrank.paper.counts import count, module_ranks, other_parameters
-from lowrank.ranks.budget import Budget, has_native_bias, lord_kept, rank_for
+from lowrank.ranks.budget import Budget, lord_kept, rank_for
 
 LLAMA_7B = ModelShape(
     family="llama", layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lowrank.config.outputs import Row, RowTable
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file, write_json, write_text
-from lowrank.paper.provenance import describe_run, git_state
+from lowrank.paper.provenance import describe_run
 from lowrank.paper.render import to_csv, to_html
 from lowrank.paper.report import render_report
 from lowrank.paper.show import main, show
@@ -160,28 +159,6 @@ def test_provenance_records_config_versions_and_checksums_without_a_time(run: Pa
 def test_a_missing_artefact_is_named(run: Path) -> None:
     with pytest.raises(RankwiseError, match=r"gone\.csv: missing"):
         describe_run("sample", {}, [run / "gone.csv"], run)
-
-
-def test_commit_and_uncommitted_changes_are_told(tmp_path: Path) -> None:
-    assert git_state(tmp_path) == {"commit": "unknown", "dirty": None}
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    git("init", "--quiet")
-    assert git_state(tmp_path)["commit"] == "unknown", "no commit yet"
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "--quiet", "--message", "first")
-    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    (tmp_path / "file").write_text("2")
-    assert git_state(tmp_path)["dirty"] is True
-    (tmp_path / "inner").mkdir()
-    assert git_state(tmp_path / "inner")["commit"] == "unknown", "another repository's commit is not ours"
 
 
 # --- show -------------------------------------------------------------------------------------------------------

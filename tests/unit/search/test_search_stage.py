@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.compression.compress import count_parameters
 from lowrank.config.presets import Search
 from lowrank.config.sources import ModelShape
 from lowrank.files import save_tensors
+from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.methods import rankwise_samples as samples

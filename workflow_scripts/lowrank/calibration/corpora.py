@@ -256,3 +256,16 @@ def _too_short(tokens: int, available: int, windows: int, length: int) -> str:
         f"the text is too short: it has {tokens} tokens, enough for {available} windows of {length}, and {windows} are "
         "asked for. Lower `windows` or `length`, or take more `documents`."
     )
+
+
+def first_windows(tokens: torch.Tensor, count: int | None, key: str) -> torch.Tensor:
+    """The first calibration windows, all if there are fewer.
+
+    Args:
+        tokens: windows x length token ids.
+        count: how many at most, or None for all.
+        key: the setting that says so, for the log.
+    """
+    if count is not None and count > len(tokens):
+        log.info("`%s: %d`: the calibration has %d windows; all are used", key, count, len(tokens))
+    return tokens[:count]

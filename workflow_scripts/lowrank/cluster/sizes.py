@@ -12,8 +12,8 @@ from functools import cached_property
 
 from lowrank.cluster.needs import Work
 from lowrank.config.sources import ModelShape
-from lowrank.model.families import FAMILIES, LinearModule
-from lowrank.ranks.budget import Budget, has_native_bias, largest_rank
+from lowrank.model.families import FAMILIES, LinearModule, has_native_bias
+from lowrank.ranks.budget import Budget, largest_rank
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SINGLE, DOUBLE = 4, 8

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowrank.errors import RankwiseError
-from lowrank.model.families import FAMILIES, LinearModule, LinearType
-from lowrank.ranks.budget import Budget, has_native_bias
+from lowrank.model.families import FAMILIES, LinearModule, LinearType, has_native_bias
+from lowrank.ranks.budget import Budget
 
 if TYPE_CHECKING:
     import torch

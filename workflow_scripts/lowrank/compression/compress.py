@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
 from lowrank.calibration.statistics import Statistics
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import MethodSettings
-from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.modeling_rankwise import LowRankLinear, Shortcuts
 from lowrank.model.replacements import IdentityBlockFactors, Replacements
 from lowrank.model.runtime import pick_device
-from lowrank.ranks.budget import Budget, Ranks, has_native_bias
+from lowrank.ranks.budget import Budget, Ranks
 
 
 @dataclass(frozen=True)
@@ -108,49 +104,3 @@ def with_identity_blocks(replacements: Replacements) -> Replacements:
         if isinstance(pair, LowRankFactors):
             changed[name] = IdentityBlockFactors.of(pair, name, device)
     return changed
-
-
-def count_parameters(model: PreTrainedModel, shape: ModelShape) -> dict[str, int]:
-    """Parameters of a model as it stands, and of its dense original.
-
-    `decoder_linears` counts the weights of the linear layers, the biases and indices that compression added, and the
-    shortcuts of residual connections: it compares with the weights of the dense layers, as the paper's budget does.
-    """
-    budget = Budget.of(shape)
-    kept, indices = shortcut_parameters(model), 0
-    for linear in budget.modules:
-        layer = model.get_submodule(linear.name)
-        kept += sum(parameter.numel() for parameter in layer.parameters())
-        kept -= _bias_size(layer) if has_native_bias(shape, linear) else 0
-        indices += sum(index.numel() for index in layer.buffers())
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    return {
-        "total": sum(unique.values()) + indices,
-        "total_dense": dense_total(model),
-        "decoder_linears": kept + indices,
-        "decoder_linears_dense": budget.dense_parameters,
-    }
-
-
-def shortcut_parameters(model: PreTrainedModel) -> int:
-    """Weights of the matrices in residual connections."""
-    blocks = [block for block in model.modules() if isinstance(block, Shortcuts)]
-    return sum(block.attention_shortcut.weight.numel() + block.mlp_shortcut.weight.numel() for block in blocks)
-
-
-def dense_total(model: PreTrainedModel) -> int:
-    """Parameters of the dense model of the same configuration, tied ones once; it is built without memory."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "recipe"):
-        config.recipe = None
-    with torch.device("meta"):
-        dense = type(model)(config)
-        dense.tie_weights()
-    unique = {id(parameter): parameter.numel() for parameter in dense.parameters()}
-    return sum(unique.values())
-
-
-def _bias_size(layer: nn.Module) -> int:
-    """Elements of the output bias of a layer, dense or low-rank."""
-    bias = layer.up.bias if isinstance(layer, LowRankLinear) else layer.bias
-    return int(bias.numel()) if isinstance(bias, torch.Tensor) else 0

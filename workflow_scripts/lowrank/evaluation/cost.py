@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.compression.compress import shortcut_parameters
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule, linear_modules
 from lowrank.model.losses import head_of
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.parameters import shortcut_parameters
 from lowrank.model.runtime import peak_memory_mib
 
 log = logging.getLogger(__name__)

@@ -10,14 +10,12 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowrank.files import digest_of, read_record, sha256_file, write_json
-
-if TYPE_CHECKING:
-    from snakemake.iocontainers import Snakemake
+from lowrank.jobs.job import Job
+from lowrank.versions import git_state, package_version
 
 CODE = ("code", "packages")
 """Settings that are about code, not about the study."""
@@ -30,7 +28,7 @@ def record_file(log: str) -> Path | None:
     return Path(f"{before}{RECORDS}{name}").with_suffix(".json") if found else None
 
 
-def write_job_record(job: Snakemake, project: Path) -> None:
+def write_job_record(job: Job, project: Path) -> None:
     """Record what a finished job was made from.
 
     Args:
@@ -45,10 +43,8 @@ def write_job_record(job: Snakemake, project: Path) -> None:
         write_json(path, describe_job(job, project))
 
 
-def describe_job(job: Snakemake, project: Path) -> dict[str, Any]:
+def describe_job(job: Job, project: Path) -> dict[str, Any]:
     """The record's content: paths are as the workflow has them, folders are told by the manifests beside them."""
-    from lowrank.paper.provenance import git_state
-
     settings: dict[str, Any] = job.params.get("settings", {})
     pins: dict[str, str] = settings.get("packages", {})
     return {
@@ -60,7 +56,7 @@ def describe_job(job: Snakemake, project: Path) -> dict[str, Any]:
         "git": git_state(project),
         "inputs": _checksums(job.input),
         "outputs": _checksums(job.output),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in pins},
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in pins},
         "device": device_name(),
         "machine": {"system": sys.platform, "architecture": platform.machine(), "threads": job.threads},
     }
@@ -94,10 +90,3 @@ def records_of(artefacts: Iterable[str | Path], folder: Path) -> dict[str, dict[
 
 def _checksums(paths: Iterable[Any]) -> dict[str, str]:
     return {str(path): sha256_file(path) for path in paths if os.path.isfile(path)}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

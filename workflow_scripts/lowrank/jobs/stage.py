@@ -11,18 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
+from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
 from lowrank.jobs.record import write_job_record
 from lowrank.redact import SafeFormatter
-
-if TYPE_CHECKING:
-    from snakemake.iocontainers import Snakemake
+from lowrank.versions import package_version
 
 log = logging.getLogger("rankwise")
 
@@ -53,11 +51,7 @@ def remember_environment() -> None:
 
 def environment() -> str:
     """What a job and the head node must have in common: Python and torch, which is not loaded for that."""
-    try:
-        torch = version("torch")
-    except PackageNotFoundError:
-        torch = "absent"
-    return f"Python {platform.python_version()} ({sys.prefix}), torch {torch}"
+    return f"Python {platform.python_version()} ({sys.prefix}), torch {package_version('torch')}"
 
 
 def require_same_environment() -> None:
@@ -75,7 +69,7 @@ def require_same_environment() -> None:
     )
 
 
-def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:
+def run_stage(job: Job, work: Callable[[Job], None]) -> None:
     """Run one stage under Snakemake.
 
     Log lines go to the rule's log file and to the terminal. A `RankwiseError` is printed as its message,
@@ -111,7 +105,7 @@ def run_stage(job: Snakemake, work: Callable[[Snakemake], None]) -> None:
     log.info("%s: finished in %.1f s, %s", job.rule, time.monotonic() - started, describe_usage())
 
 
-def set_up_environment(job: Snakemake) -> None:
+def set_up_environment(job: Job) -> None:
     """Set the variables that libraries read when they are imported, which stages do later."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -123,17 +117,17 @@ def set_up_environment(job: Snakemake) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by transformers, would warn otherwise
 
 
-def got_no_gpu(job: Snakemake) -> bool:
+def got_no_gpu(job: Job) -> bool:
     """Whether the profile hands out GPUs and this job got none: those that it may see all the same are of others."""
     return job.resources.get("gpus_per_job") is not None and not asked_gpus(job)
 
 
-def computes_on_cpu(job: Snakemake) -> bool:
+def computes_on_cpu(job: Job) -> bool:
     """Whether the profile says `device: cpu`: no GPU is used, not even one that was asked for."""
     return str(job.resources.get("device", "")) == "cpu"
 
 
-def describe_job(job: Snakemake) -> str:
+def describe_job(job: Job) -> str:
     """Where a job runs, in one line."""
     gpus = asked_gpus(job)
     parts = [
@@ -146,12 +140,12 @@ def describe_job(job: Snakemake) -> str:
     return ", ".join(parts)
 
 
-def asked_gpus(job: Snakemake) -> int:
+def asked_gpus(job: Job) -> int:
     """How many GPUs the job was given, if its profile hands out any."""
     return int(job.resources.get("gpu", 0) or 0)
 
 
-def require_gpus(job: Snakemake) -> None:
+def require_gpus(job: Job) -> None:
     """Stop a job that was promised GPUs and sees fewer, before it computes on the CPU for a week.
 
     Raises:
@@ -193,7 +187,7 @@ def fetching_hint(error: BaseException) -> str:
     return ""
 
 
-def disk_problem(job: Snakemake, error: BaseException) -> str:
+def disk_problem(job: Job, error: BaseException) -> str:
     """The message if a disk was full or could not be written, wherever a library met it; nothing for other errors."""
     found = disk_error(error)
     return str(write_error(Path(found.filename or next(iter(job.output), "results")), found)) if found else ""

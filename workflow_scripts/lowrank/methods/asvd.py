@@ -129,10 +129,10 @@ def _search_ranks(
     device: torch.device,
 ) -> dict[str, int | None]:
     """The ranks of the sensitivity-based search."""
+    from lowrank.calibration.corpora import first_windows
     from lowrank.compression.sensitivity_search import cut_trials, measure_layers, spend_rest
     from lowrank.model.partial_forward import on_device
     from lowrank.ranks.reach import candidate_ranks
-    from lowrank.search.uniform import first_windows
 
     settings = task.settings
     windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]

@@ -41,9 +41,10 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
             the layer is named.
     """
     from lowrank.bases.weighted_svd import weigh_rows
+    from lowrank.calibration.corpora import first_windows
     from lowrank.calibration.gradients import sum_gradients
     from lowrank.model.runtime import pick_device
-    from lowrank.search.uniform import first_windows, uniform_layers
+    from lowrank.search.uniform import uniform_layers
 
     layers = uniform_layers(replace(task.budget, adds_bias=False), task.ratio, task.settings.uncompressed)
     if not layers:

@@ -59,10 +59,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         RankwiseError: a layer's inputs are all zero, or a decomposition fails; the layer is named.
     """
     from lowrank.bases.whitening import whitened_factors
+    from lowrank.calibration.corpora import first_windows
     from lowrank.compression.least_squares_update import refit_up_factors
     from lowrank.model.partial_forward import on_device
     from lowrank.model.runtime import pick_device
-    from lowrank.search.uniform import first_windows, uniform_layers
+    from lowrank.search.uniform import uniform_layers
 
     budget = replace(task.budget, adds_bias=False)
     layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)

@@ -158,3 +158,8 @@ def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
         for linear in family.types:
             name = f"{family.blocks}.{layer}.{linear.path}"
             yield LinearModule(name, layer, linear, sizes[linear.output], sizes[linear.input])
+
+
+def has_native_bias(dimensions: Dimensions, module: LinearModule) -> bool:
+    """Whether the dense layer of this family has a bias already."""
+    return module.type.name in FAMILIES[dimensions.family].biased

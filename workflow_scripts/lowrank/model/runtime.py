@@ -6,10 +6,11 @@ import logging
 import platform
 import resource
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from lowrank.versions import package_version
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +64,12 @@ def seed_everything(seed: int) -> torch.Generator:
 def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware of this job, for provenance."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packages: dict[str, str] = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "absent"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "python": sys.version.split()[0],
-        "packages": packages,
+        "packages": {package: package_version(package) for package in RECORDED_PACKAGES},
     }
 
 

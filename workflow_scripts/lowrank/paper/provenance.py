@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file
 from lowrank.jobs.record import records_of
+from lowrank.versions import git_state, package_version
 
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGES = (
@@ -54,7 +53,10 @@ def describe_run(
         "run": run,
         "config_digest": digest_of(config),
         "git": git_state(PROJECT),
-        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: package_version(package) for package in PACKAGES},
+        },
         "machine": {"system": sys.platform, "architecture": platform.machine()},
         "artefacts": {
             _relative(path, relative_to): _checksum(path) for path in sorted({Path(artefact) for artefact in artefacts})
@@ -68,35 +70,6 @@ def _maker(record: dict[str, Any]) -> dict[str, Any]:
     """What a record says of the job that made an artefact."""
     told = ("rule", "config_digest", "code", "git", "inputs", "versions", "device")
     return {key: record[key] for key in told}
-
-
-def git_state(project: Path) -> dict[str, Any]:
-    """Commit of the project's checkout and whether it has uncommitted changes; `unknown` and null without one."""
-    unknown = {"commit": "unknown", "dirty": None}
-    top = _git(project, "rev-parse", "--show-toplevel")
-    # A copy of the project that lies inside some other repository must not claim that repository's commit.
-    if top is None or Path(top).resolve() != project.resolve():
-        return unknown
-    commit, status = _git(project, "rev-parse", "--verify", "HEAD"), _git(project, "status", "--porcelain")
-    return unknown if commit is None or status is None else {"commit": commit, "dirty": bool(status)}
-
-
-def _git(project: Path, *arguments: str) -> str | None:
-    """What a git command prints; None without git, or where it fails."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(project), *arguments], capture_output=True, text=True, check=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _relative(path: Path, folder: str | Path) -> str:

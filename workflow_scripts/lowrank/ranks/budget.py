@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lowrank.errors import RankwiseError
-from lowrank.model.families import FAMILIES, Dimensions, LinearModule, linear_modules
+from lowrank.model.families import FAMILIES, Dimensions, LinearModule, has_native_bias, linear_modules
 
 ALIGNMENT = 8
 """Ranks are multiples of this (paper, Section 4.1), which matrix kernels like."""
@@ -43,11 +43,6 @@ def rank_for(kept: float, m: int, n: int) -> int | None:
     rank = ALIGNMENT * (math.ceil(kept * break_even_rank(m, n) - 1e-9) // ALIGNMENT)
     rank = max(ALIGNMENT, rank)
     return rank if rank * (m + n) + m < m * n else None
-
-
-def has_native_bias(dimensions: Dimensions, module: LinearModule) -> bool:
-    """Whether the dense layer of this family has a bias already."""
-    return module.type.name in FAMILIES[dimensions.family].biased
 
 
 @dataclass(frozen=True)

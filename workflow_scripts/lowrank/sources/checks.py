@@ -11,8 +11,7 @@ import torch
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.model.families import FAMILIES, linear_modules
-from lowrank.ranks.budget import has_native_bias
+from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
 

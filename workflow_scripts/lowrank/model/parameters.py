@@ -1,0 +1,58 @@
+"""How many parameters a model has as it stands, and its dense original."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank.model.families import Dimensions, has_native_bias, linear_modules
+from lowrank.model.modeling_rankwise import LowRankLinear, Shortcuts
+
+
+def count_parameters(model: PreTrainedModel, shape: Dimensions) -> dict[str, int]:
+    """Parameters of a model as it stands, and of its dense original.
+
+    `decoder_linears` counts the weights of the linear layers, the biases and indices that compression added, and the
+    shortcuts of residual connections: it compares with the weights of the dense layers, as the paper's budget does.
+    """
+    kept, indices, dense = shortcut_parameters(model), 0, 0
+    for linear in linear_modules(shape):
+        layer = model.get_submodule(linear.name)
+        kept += sum(parameter.numel() for parameter in layer.parameters())
+        kept -= _bias_size(layer) if has_native_bias(shape, linear) else 0
+        dense += linear.parameters
+        indices += sum(index.numel() for index in layer.buffers())
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    return {
+        "total": sum(unique.values()) + indices,
+        "total_dense": dense_total(model),
+        "decoder_linears": kept + indices,
+        "decoder_linears_dense": dense,
+    }
+
+
+def shortcut_parameters(model: PreTrainedModel) -> int:
+    """Weights of the matrices in residual connections."""
+    blocks = [block for block in model.modules() if isinstance(block, Shortcuts)]
+    return sum(block.attention_shortcut.weight.numel() + block.mlp_shortcut.weight.numel() for block in blocks)
+
+
+def dense_total(model: PreTrainedModel) -> int:
+    """Parameters of the dense model of the same configuration, tied ones once; it is built without memory."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "recipe"):
+        config.recipe = None
+    with torch.device("meta"):
+        dense = type(model)(config)
+        dense.tie_weights()
+    unique = {id(parameter): parameter.numel() for parameter in dense.parameters()}
+    return sum(unique.values())
+
+
+def _bias_size(layer: nn.Module) -> int:
+    """Elements of the output bias of a layer, dense or low-rank."""
+    bias = layer.up.bias if isinstance(layer, LowRankLinear) else layer.bias
+    return int(bias.numel()) if isinstance(bias, torch.Tensor) else 0
