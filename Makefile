@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test test-slurm lint plan why benchmark memory schema
+.PHONY: setup quickstart test test-slurm lint plan why benchmark memory schema rulegraph
 
 setup: $(VENV)/.installed
 
@@ -30,7 +30,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 LONG := tests/slurm tests/survival tests/e2e tests/workflow
 
 test: setup lint
-	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config tests/docs tests/project
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
@@ -62,3 +62,7 @@ memory: setup
 schema: setup
 	PYTHONPATH=workflow_scripts python -m lowrank.config schema > config/schema.json
 	PYTHONPATH=workflow_scripts python -m lowrank.config reference > docs/config.md
+
+# After a change of what rules read and make: the picture of docs/architecture.md. It needs Graphviz.
+rulegraph: setup
+	python docs/rulegraph.py
