@@ -10,7 +10,8 @@ from snakemake.cli import get_argument_parser
 
 from tests.config.wrong import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "profiles/README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "config/README.md", "profiles/README.md")]
+PAGES += [*sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = [
     (path.name, command)
     for path in PAGES
