@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 import yaml
@@ -19,38 +18,50 @@ from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
 from tests import tiny
+from tests.warm import ENVIRONMENT, Warm
 
 ROOT = Path(__file__).parents[2]
 ALLOCATION = "results/tiny/allocation/tiny/bolaco/20/seed0"
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
-        *("--configfile", str(folder / "tiny.yaml"), "--profile", str(ROOT / "profiles/local"), *arguments),
-    ]
+class Study:
+    """A finished study; Snakemake runs it as a user would, with the same arguments."""
 
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self._warm = folder, warm
+        self._environment = os.environ | ENVIRONMENT
 
-def snakemake(folder: Path, *arguments: str) -> str:
-    """Run Snakemake as a user would; its output, after a check that it succeeded."""
-    run = subprocess.run(
-        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, check=False, env=environment()
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout + run.stderr
+    def snakemake(self, *arguments: str) -> str:
+        """Run it to its end; its output, after a check that it succeeded."""
+        run = self._warm.run(self._arguments(*arguments), self._environment)
+        assert run.returncode == 0, run.stdout
+        return run.stdout
 
+    def kill(self, target: str, now: Callable[[], bool]) -> None:
+        """Start it, and kill it with all its jobs (SIGKILL) as soon as `now()`."""
+        run = self._warm.kill(self._arguments(target), self._environment, now)
+        assert run.returncode == -signal.SIGKILL, f"it ended before it could be killed\n{run.stdout}"
 
-def environment() -> dict[str, str]:
-    """Without the hub, and with one thread a process: the model is tiny."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    def _arguments(self, *more: str) -> list[str]:
+        return [
+            *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(self.folder)),
+            *("--configfile", str(self.folder / "tiny.yaml"), "--profile", str(ROOT / "profiles/local"), *more),
+        ]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Study:
     folder = tmp_path_factory.mktemp("tiny study")
     tiny.write_study(folder)
-    snakemake(folder)
-    return folder
+    made = Study(folder, warm)
+    made.snakemake()
+    return made
+
+
+@pytest.fixture(scope="module")
+def study(finished: Study) -> Path:
+    """Its folder."""
+    return finished.folder
 
 
 def results(study: Path, pattern: str) -> list[Path]:
@@ -77,8 +88,8 @@ def test_everything_that_was_asked_for_is_there(study: Path) -> None:
     assert "Sensitivity" in report
 
 
-def test_a_second_run_has_nothing_to_do(study: Path) -> None:
-    assert "Nothing to be done" in snakemake(study)
+def test_a_second_run_has_nothing_to_do(finished: Study) -> None:
+    assert "Nothing to be done" in finished.snakemake()
 
 
 def test_finished_work_leaves_no_state_behind(study: Path) -> None:
@@ -181,9 +192,9 @@ PAPER = {"make_table", "write_provenance", "write_report"}
     ],
 )
 def test_only_what_a_change_decides_runs_again(
-    study: Path, section: str, change: str | dict[str, dict[str, object]], expected: set[str]
+    finished: Study, section: str, change: str | dict[str, dict[str, object]], expected: set[str]
 ) -> None:
-    path = study / "tiny.yaml"
+    path = finished.folder / "tiny.yaml"
     before = path.read_text()
     changed = yaml.safe_load(before)
     if isinstance(change, str):
@@ -193,19 +204,19 @@ def test_only_what_a_change_decides_runs_again(
             changed[section][preset] |= values
     try:
         path.write_text(yaml.safe_dump(changed, sort_keys=False))
-        plan = snakemake(study, "--dry-run", "--quiet", "rules")
+        plan = finished.snakemake("--dry-run", "--quiet", "rules")
     finally:
         path.write_text(before)
     listed = {line.split()[0] for line in plan.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit()}
     assert listed - {"all", "total"} == expected
 
 
-def test_a_changed_source_file_is_fetched_again(study: Path) -> None:
-    source = study / "test-a.jsonl"
+def test_a_changed_source_file_is_fetched_again(finished: Study) -> None:
+    source = finished.folder / "test-a.jsonl"
     before, times = source.read_text(), source.stat()
     try:
         source.write_text(before.replace("river", "brook"))
-        plan = snakemake(study, "--dry-run", "--quiet", "rules")
+        plan = finished.snakemake("--dry-run", "--quiet", "rules")
     finally:
         source.write_text(before)
         os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -214,17 +225,17 @@ def test_a_changed_source_file_is_fetched_again(study: Path) -> None:
     assert "fetch_model" not in plan
 
 
-def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(study: Path) -> None:
+def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(finished: Study) -> None:
+    study, target = finished.folder, f"{ALLOCATION}/allocation.json"
     folder = study / ALLOCATION
     allocation, trials = json.loads((folder / "allocation.json").read_text()), (folder / "trials.csv").read_bytes()
     for path in folder.iterdir():
         path.unlink()
     for evaluations in (2, 4):
-        kill_after(study, evaluations)
+        finished.kill(target, partial(enough, study, evaluations))
         assert not (folder / "allocation.json").exists()
-        snakemake(study, "--unlock")
-    log = snakemake(study, f"{ALLOCATION}/allocation.json")
-    assert "of 6 evaluations were finished before" in log
+        finished.snakemake("--unlock")
+    assert "of 6 evaluations were finished before" in finished.snakemake(target)
     again = json.loads((folder / "allocation.json").read_text())
     measured = ("seconds", "environment")
     assert {k: v for k, v in again.items() if k not in measured} == {
@@ -234,24 +245,7 @@ def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(study:
     assert not [path for path in results(study, "**/*") if path.name.endswith(".tmp")]
 
 
-def kill_after(study: Path, evaluations: int) -> None:
-    """Start the search and kill Snakemake with all its jobs (SIGKILL) once so many evaluations are on disk."""
-    process = subprocess.Popen(
-        command(study, f"{ALLOCATION}/allocation.json"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        logs = results(study, ".state/search_allocation-*/trials.csv")
-        if logs and logs[0].read_bytes().count(b"\n") > evaluations:
-            break
-        time.sleep(0.005)
-    assert process.poll() is None, "the search ended before it could be killed"
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
+def enough(study: Path, evaluations: int) -> bool:
+    """Whether so many trials of the unfinished search are on disk."""
+    logs = results(study, ".state/search_allocation-*/trials.csv")
+    return bool(logs) and logs[0].read_bytes().count(b"\n") > evaluations  # a line of names stands before them

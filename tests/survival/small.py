@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from tests import tiny
+from tests.warm import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 RUN = "results/small"
@@ -101,24 +102,23 @@ def write_study(folder: Path) -> None:
     (folder / "small.yaml").write_text(yaml.safe_dump(config(folder), sort_keys=False), encoding="utf-8")
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    """What a user types."""
+def arguments(folder: Path, *more: str) -> list[str]:
+    """What a user types after `snakemake`."""
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
-        *("--configfile", str(folder / "small.yaml"), "--profile", str(ROOT / "profiles/local"), *arguments),
+        *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
+        *("--configfile", str(folder / "small.yaml"), "--profile", str(ROOT / "profiles/local"), *more),
     ]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Without the hub, and with one thread a process: the model is tiny."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
+    """All variables of a run."""
+    return os.environ | ENVIRONMENT | more
 
 
-def snakemake(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake to its end."""
-    return subprocess.run(
-        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, check=False, env=environment(**more)
-    )
+def snakemake(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the study as a user does, by the command."""
+    command = [sys.executable, "-m", "snakemake", *arguments(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment())
 
 
 def succeeded(run: subprocess.CompletedProcess[str]) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.survival import small
 from tests.survival.workshop import flip, snapshot
+from tests.warm import Warm
 
 KILLS = 20
 STEPS = ("statistics", "bases", "allocation", "compressed", "tuned", "evaluation", "tables")
@@ -26,17 +24,27 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that nobody kills, and how long it took, in seconds."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody kills, by the command that a user types."""
     folder = tmp_path_factory.mktemp("undisturbed")
     small.write_study(folder)
-    started = time.monotonic()
     small.succeeded(small.snakemake(folder))
-    return folder, time.monotonic() - started
+    return folder
 
 
 @pytest.fixture(scope="module")
-def killed(undisturbed: tuple[Path, float], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def duration(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """How long a run takes that is started as those that are killed, in seconds."""
+    folder = tmp_path_factory.mktemp("timed")
+    small.write_study(folder)
+    warm.run(small.arguments(folder, "--dry-run"), small.environment())  # so that all is loaded
+    started = time.monotonic()
+    small.succeeded(warm.run(small.arguments(folder), small.environment()))
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def killed(warm: Warm, duration: float, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same study after twenty kills, elsewhere, with a token in the environment and results on another disk."""
     folder = tmp_path_factory.mktemp("killed") / ODD
     small.write_study(folder)
@@ -47,82 +55,60 @@ def killed(undisturbed: tuple[Path, float], tmp_path_factory: pytest.TempPathFac
     for _ in range(3 * KILLS):
         if kills == KILLS:
             break
-        if kill_after(folder, draw.uniform(0.04, 0.2) * undisturbed[1]):
+        end = time.monotonic() + draw.uniform(0.04, 0.2) * duration
+        run = warm.kill(small.arguments(folder), small.environment(HF_TOKEN=SECRET), lambda: time.monotonic() > end)  # noqa: B023
+        if run.returncode == -signal.SIGKILL:
             kills += 1
-            small.succeeded(small.snakemake(folder, "--unlock"))
+            small.succeeded(warm.run(small.arguments(folder, "--unlock"), small.environment()))
         else:  # everything was finished before: make some of it again, with all that follows
+            small.succeeded(run)
             for lost in STEPS[draw.randrange(len(STEPS)) :]:
                 shutil.rmtree(folder / small.RUN / lost)
     assert kills == KILLS
-    small.succeeded(small.snakemake(folder, HF_TOKEN=SECRET))
+    small.succeeded(warm.run(small.arguments(folder), small.environment(HF_TOKEN=SECRET)))
     return folder
 
 
-def kill_after(folder: Path, seconds: float) -> bool:
-    """Start Snakemake, and kill it with all its jobs (SIGKILL) after a time; whether it was still at work."""
-    process = subprocess.Popen(
-        small.command(folder),
-        cwd=small.ROOT,
-        env=small.environment(HF_TOKEN=SECRET),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, said = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGKILL)
-        for member in family:
-            if member.is_running():
-                member.kill()
-        process.communicate()
-        psutil.wait_procs(family, timeout=30)
-        return True
-    assert process.returncode == 0, said
-    return False
-
-
-def test_the_tables_are_those_of_an_undisturbed_run(undisturbed: tuple[Path, float], killed: Path) -> None:
-    expected = small.tables(undisturbed[0])
+def test_the_tables_are_those_of_an_undisturbed_run(undisturbed: Path, killed: Path) -> None:
+    expected = small.tables(undisturbed)
     assert {name.partition(".")[0] for name in expected} == {"table_1", "table_7", "table_8"}
     assert len(expected) == 12
     assert small.tables(killed) == expected
 
 
-def test_so_are_the_weights_and_the_trials(undisturbed: tuple[Path, float], killed: Path) -> None:
-    expected = small.weights(undisturbed[0])
+def test_so_are_the_weights_and_the_trials(undisturbed: Path, killed: Path) -> None:
+    expected = small.weights(undisturbed)
     assert len(expected) == 2
     assert small.weights(killed) == expected
     trials = f"{small.RUN}/allocation/{TRIALS}"
-    assert (killed / trials).read_bytes() == (undisturbed[0] / trials).read_bytes()
+    assert (killed / trials).read_bytes() == (undisturbed / trials).read_bytes()
 
 
-def test_damage_is_told_and_mended(undisturbed: tuple[Path, float]) -> None:
+def test_damage_is_told_and_mended(undisturbed: Path, warm: Warm) -> None:
     """Through Snakemake: one flipped bit stops the job that reads it, and what is made again is what was there."""
-    folder, _ = undisturbed
+    folder = undisturbed
     bases = folder / small.RUN / "bases/tiny/c/pooled/layers"
     before, expected = snapshot(folder / small.RUN / "statistics"), small.tables(folder)
     flip(bases / "layer_001.safetensors", -3)
-    failed = small.snakemake(folder, f"{small.RUN}/allocation/{TRIALS}", "--forcerun", "search_allocation")
+    again = small.arguments(folder, f"{small.RUN}/allocation/{TRIALS}", "--forcerun", "search_allocation")
+    failed = warm.run(again, small.environment())
     said = failed.stdout + failed.stderr
     assert failed.returncode == 1
     assert "layer_001.safetensors: damaged, its content has not the checksum" in said
     assert "Delete results/small/bases/tiny/c/pooled/layers and run the workflow again." in said
     assert "Traceback" not in said
     shutil.rmtree(bases)
-    small.succeeded(small.snakemake(folder))
+    small.succeeded(warm.run(small.arguments(folder), small.environment()))
     assert small.tables(folder) == expected
     assert snapshot(folder / small.RUN / "statistics") == before
 
 
-def test_nothing_is_left_over(killed: Path) -> None:
+def test_nothing_is_left_over(killed: Path, warm: Warm) -> None:
     assert (killed / "results").is_symlink()
     left = [path for path in (killed / small.RUN).rglob("*") if path.name.endswith(".tmp") or ".tmp" in path.name]
     assert not left
     assert not list((killed / small.RUN / ".state").glob("*"))
-    assert "Nothing to be done" in small.succeeded(small.snakemake(killed))
+    assert "Nothing to be done" in small.succeeded(warm.run(small.arguments(killed), small.environment()))
 
 
 def test_no_name_went_through_a_shell(killed: Path) -> None:

@@ -1,0 +1,167 @@
+"""Snakemake for tests in which starting Python is not the point: forks of one process that has loaded what stages load.
+
+A stage on a tiny model computes for a fraction of a second, after five that load torch and transformers. Here one
+process loads them once. Each run of Snakemake is a fork of it, each script a fork of that run: processes of their own
+as ever, with their own groups to be killed, and the same rules, stages and command lines. What is not seen is whether a
+stage starts in an interpreter that has loaded nothing; the tests that type Snakemake's command see that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[1]
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+"""Without the hub, and with one thread a process: the models are tiny."""
+LOADED = (
+    *("torch", "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral"),
+    *("transformers.models.opt.modeling_opt", "transformers.models.qwen2.modeling_qwen2"),
+    *("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "safetensors.torch", "datasets", "botorch.optim", "gpytorch"),
+    *("lm_eval.models.huggingface", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "snakemake.cli"),
+)
+
+
+class Warm:
+    """The process that has loaded everything, and runs Snakemake when it is told to, one run at a time."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=REPOSITORY,
+            env=os.environ | ENVIRONMENT,
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self._server.communicate()
+
+    def run(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake to its end.
+
+        Args:
+            arguments: of its command line, which is typed in the repository.
+            environment: all of it.
+        """
+        with TemporaryDirectory() as folder:
+            said = Path(folder) / "said"
+            self._start(arguments, environment, said)
+            return subprocess.CompletedProcess(["snakemake", *arguments], self._hear(), said.read_text(), "")
+
+    def kill(
+        self, arguments: Sequence[str], environment: Mapping[str, str], now: Callable[[], bool]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake, and kill it with all its jobs (SIGKILL) as soon as `now()`, unless it has ended before."""
+        with TemporaryDirectory() as folder:
+            said = Path(folder) / "said"
+            process = psutil.Process(self._start(arguments, environment, said))
+            while not (ended := select.select([self._server.stdout], [], [], 0.005)[0]) and not now():
+                pass
+            family = [] if ended else [*process.children(recursive=True), process]
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=30)
+            return subprocess.CompletedProcess(["snakemake", *arguments], self._hear(), said.read_text(), "")
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> int:
+        assert self._server.stdin
+        asked = json.dumps([list(arguments), dict(environment), str(said)])
+        self._server.stdin.write(asked.encode() + b"\n")
+        return self._hear()
+
+    def _hear(self) -> int:
+        """A number: first that of the run's process, later its exit status."""
+        assert self._server.stdout
+        return int(self._server.stdout.readline())
+
+
+# --- in the process that has loaded everything ---
+
+
+def serve() -> None:
+    """Run what is asked for, until nobody asks."""
+    for name in LOADED:
+        __import__(name)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        arguments, environment, said = json.loads(line)
+        process = os.fork()
+        if not process:
+            answers.close()
+            _end_with(partial(_snakemake, arguments, environment, said))
+        print(process, file=answers, flush=True)
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def _snakemake(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    os.setsid()
+    nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for old, new in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(old, new)
+    os.environ.clear()
+    os.environ.update(environment)
+    import snakemake.cli
+    from snakemake.script import PythonScript
+
+    PythonScript.execute_script = _execute_script
+    sys.argv = ["snakemake", *arguments]
+    snakemake.cli.main(arguments)
+
+
+def _execute_script(script: Any, file: str, edit: bool = False) -> None:
+    """In place of Snakemake's own way, which starts Python with the file."""
+    process = os.fork()
+    if not process:
+        _end_with(partial(_script, file, script.threads))
+    _, status = os.waitpid(process, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise subprocess.CalledProcessError(code, [sys.executable, file])
+
+
+def _script(file: str, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # as Snakemake sets it for what it starts
+    sys.argv = [file]
+    runpy.run_path(file, run_name="__main__")
+
+
+def _end_with(work: Callable[[], None]) -> NoReturn:
+    """Do this in a process that was forked, and leave it without coming back."""
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
