@@ -72,6 +72,9 @@ def test_commands_of_one_machine_and_of_several(tmp_path: Path) -> None:
     job, place = tmp_path / "job.json", Place(("a", "b"), 1, "10.0.0.1", 1234)
     alone = command(Crew(4), "worker", job, Place(("localhost",), 0, "127.0.0.1", 1))
     assert " ".join(alone[1:]) == f"-m torch.distributed.run --standalone --nproc_per_node 4 -m worker {job}"
+    assert command(Crew(), "worker", job, Place(("localhost",), 0, "127.0.0.1", 1)) == [
+        *(sys.executable, "-m", "worker", str(job)),
+    ]
     second = " ".join(command(Crew(4, 2), "worker", job, place))
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 1234 --nproc_per_node 4" in second
     second = " ".join(command(Crew(4, 2, "deepspeed"), "worker", job, place))
@@ -140,6 +143,8 @@ def test_workers_get_our_gpus_and_nothing_of_another_launcher() -> None:
     assert environment["HOME"] == "/h"
     assert environment["OMP_NUM_THREADS"] == "5"
     assert environment["RANKWISE_VISIBLE_DEVICES"] == "4,6"
+    alone = environment_of_workers(given, 5, alone=True)
+    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1"), "as a launcher would say"
 
 
 # --- real processes ---
@@ -148,6 +153,13 @@ def test_workers_get_our_gpus_and_nothing_of_another_launcher() -> None:
 def test_one_process_is_this_one(tmp_path: Path) -> None:
     assert run_shared(lambda arguments, share: (arguments, share), {"a": 1}, Crew(), 1, tmp_path) == ({"a": 1}, ALONE)
     assert not list(tmp_path.iterdir())
+
+
+@ON_CPU
+def test_one_process_of_its_own_needs_no_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    result = launch("tests.unit.jobs.crew_work:add_ranks", {"a": 1}, Crew(), 3, tmp_path)
+    assert result == {"total": [0, 1, 1e-30], "own": [[0, 3]], "given": {"a": 1}, "devices": None}
 
 
 @ON_CPU

@@ -85,9 +85,13 @@ class Place:
 def command(crew: Crew, module: str, job_file: Path, place: Place) -> list[str]:
     """The command that starts the processes of one machine.
 
+    One process alone needs no launcher, which would take as long to start as the process itself.
+
     DeepSpeed's launcher gets its hostfile, and starts nothing elsewhere (`--no_ssh`): SLURM has started it on each
     machine, as it has torch's.
     """
+    if crew.processes == 1:
+        return [sys.executable, "-m", module, str(job_file)]
     if crew.launcher == "torchrun":
         meet = ["--nnodes", str(crew.nodes), "--node_rank", str(place.rank)]
         meet += ["--master_addr", place.address, "--master_port", str(place.port)]

@@ -27,7 +27,9 @@ Work = Callable[[dict[str, Any], Share], Any]
 """Does a process's share of a job, by arguments that JSON can hold. What the first process returns is the result."""
 
 LAST_LINES = 15
-_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+_ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port: nobody else has to find it
+"""What a launcher tells its processes, for one that has none."""
 
 
 def run_shared(work: Work, arguments: dict[str, Any], crew: Crew, threads: int, folder: str | Path) -> Any:
@@ -73,7 +75,7 @@ def launch(work: str, arguments: dict[str, Any], crew: Crew, threads: int, folde
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment_of_workers(os.environ, max(1, threads // crew.each)),
+        env=environment_of_workers(os.environ, max(1, threads // crew.each), crew.processes == 1),
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -97,9 +99,15 @@ def start_command(crew: Crew, job_file: Path) -> list[str]:
     return [*srun, sys.executable, "-m", node.main.__module__, *arguments]
 
 
-def environment_of_workers(given: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The environment of the workers: ours without what another launcher left, with this library and their threads."""
-    environment = {name: value for name, value in given.items() if name not in _OF_A_LAUNCHER}
+def environment_of_workers(given: Mapping[str, str], threads: int, alone: bool = False) -> dict[str, str]:
+    """The environment of the workers: ours without what another launcher left, with this library and their threads.
+
+    Args:
+        given: ours.
+        threads: of each worker.
+        alone: it is a single one, which no launcher starts.
+    """
+    environment = {name: value for name, value in given.items() if name not in _ALONE} | (_ALONE if alone else {})
     library = str(Path(lowrank.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (library, environment.get("PYTHONPATH", ""))))
     environment["OMP_NUM_THREADS"] = str(threads)
