@@ -281,6 +281,22 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:03d}.safetensors"
 
 
+def publish_layers(state: Path, target: str | Path) -> None:
+    """Put the layer files of unfinished work, which is now finished, into their place, all or none.
+
+    They stay in `state` too: it must outlive a kill before the job's end.
+    """
+    with atomic_path(target) as folder:
+        folder.mkdir()
+        for file in sorted(state.glob("layer_*.safetensors")):
+            link_or_copy(file, folder / file.name)
+
+
+def checksums_of(folder: str | Path) -> dict[str, str]:
+    """Name -> checksum of each file of a folder, for its manifest."""
+    return {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
 def layer_files(folder: str | Path, layers: int) -> list[Path]:
     """The files of all blocks of a model, in order.
 

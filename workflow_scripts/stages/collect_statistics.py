@@ -1,7 +1,5 @@
 """Collect the moments of the inputs of every linear layer, in one pass over the calibration windows."""
 
-from pathlib import Path
-
 from snakemake.iocontainers import Snakemake
 
 from lowrank.jobs.stage import run_stage
@@ -10,7 +8,7 @@ from lowrank.jobs.stage import run_stage
 def work(job: Snakemake) -> None:
     """Run the pass in a resumable folder, then move the layer files to their place."""
     from lowrank.calibration.statistics import collect_share
-    from lowrank.files import atomic_path, link_or_copy, load_tensors, sha256_file, write_json
+    from lowrank.files import checksums_of, load_tensors, publish_layers, write_json
     from lowrank.jobs.crew import crew_of
     from lowrank.jobs.launcher import run_shared
     from lowrank.jobs.state import resumable_state
@@ -29,10 +27,7 @@ def work(job: Snakemake) -> None:
             "state": str(state),
         }
         run_shared(collect_share, arguments, crew_of(job.resources), job.threads, state)
-        with atomic_path(job.output.layers) as folder:
-            folder.mkdir()
-            for file in sorted(state.glob("layer_*.safetensors")):
-                link_or_copy(file, folder / file.name)  # the state must outlive a kill before the end
+        publish_layers(state, job.output.layers)
         write_json(
             job.output.manifest,
             {
@@ -40,7 +35,7 @@ def work(job: Snakemake) -> None:
                 "calibration": job.wildcards.calibration,
                 "windows": tokens.shape[0],
                 "length": tokens.shape[1],
-                "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
+                "layers": checksums_of(job.output.layers),
                 "environment": describe_environment(),
             },
         )

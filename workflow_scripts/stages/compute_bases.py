@@ -1,7 +1,5 @@
 """Compute the principal bases of every linear layer from the statistics of its inputs."""
 
-from pathlib import Path
-
 from snakemake.iocontainers import Snakemake
 
 from lowrank.jobs.stage import run_stage
@@ -13,7 +11,7 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.output_gradients import load_output_gradients
     from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
-    from lowrank.files import atomic_path, layer_files, save_tensors, sha256_file, write_json
+    from lowrank.files import atomic_path, checksums_of, layer_files, save_tensors, write_json
     from lowrank.jobs.stage import log
     from lowrank.model.checkpoint import family_of, load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
@@ -43,7 +41,7 @@ def work(job: Snakemake) -> None:
             "model": job.wildcards.model,
             "calibration": job.wildcards.calibration,
             "covariance": settings["covariance"],
-            "layers": {path.name: sha256_file(path) for path in sorted(Path(job.output.layers).iterdir())},
+            "layers": checksums_of(job.output.layers),
             "environment": describe_environment(device),
         },
     )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
-from lowrank.files import atomic_path, check_manifest, link_or_copy, sha256_file
+from lowrank.files import atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
 from lowrank.model.families import FAMILIES, Family
 from lowrank.model.replacements import KeptHeads, Replacements, ResidualShortcuts
@@ -153,7 +153,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer_from: str | Path, target: 
         if recipe:
             shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
         copy_tokenizer(Path(tokenizer_from), folder)
-    return {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.is_file()}
+    return checksums_of(target)
 
 
 def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[str, Any]]) -> None:
@@ -199,4 +199,4 @@ def link_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
         for path in sorted(source.iterdir()):
             if path.is_file():
                 link_or_copy(path, folder / path.name)
-    return {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.is_file()}
+    return checksums_of(target)

@@ -20,7 +20,7 @@ from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.ranks.reach import limits_of, why_out_of_reach
 from lowrank.ranks.rounding import DENSE, Rounder, Rounding, Unit
-from lowrank.search.space import Space, layer_groups, matrices_by_variable
+from lowrank.search.space import Space
 
 _BURN_IN, _THINNING = 500, 20
 _DRAWS, _DRAWS_AT_ONCE = 2_000_000, 50_000
@@ -53,10 +53,7 @@ class SearchSpace(Space):
         """Build the space.
 
         Args:
-            budget: of the model.
-            ratio: percent of the linear layers' parameters to remove.
-            groups: of consecutive layers.
-            uncompressed: types that stay dense.
+            budget, ratio, groups, uncompressed: as of `Space`.
             lower, upper: smallest and largest kept ratio of a matrix; 1 means dense.
             bounds: tied type -> bounds of its own.
             band: by how much the kept share may fall short of the budget.
@@ -65,20 +62,16 @@ class SearchSpace(Space):
         Raises:
             RankwiseError: the budget cannot be met with these bounds, or a type is unknown.
         """
-        self.budget, self.ratio, self.band = budget, ratio, band
-        self.uncompressed = tuple(budget.types(uncompressed))
-        self.groups = layer_groups(budget.dimensions.layers, groups)
+        super().__init__(budget, ratio, groups, uncompressed)
+        self.band = band
         if why := why_out_of_reach(budget, ratio, uncompressed, lower, upper, bounds, band):
             raise RankwiseError(why)
-        free = [module for module in budget.modules if module.type.name not in uncompressed]
-        limits = limits_of(free, lower, upper, bounds or {})
+        limits = limits_of(self.free, lower, upper, bounds or {})
         if unknown := [name for name in bounds or {} if name not in limits]:
             raise RankwiseError(
                 f"`bounds`: no matrices of type {', '.join(unknown)} are searched here; there are {', '.join(limits)}"
             )
-        self.matrices = matrices_by_variable(free, self.groups)
-        self.names = list(self.matrices)
-        self.units = self._units(free, limits)
+        self.units = self._units(limits)
         self.lower, self.upper = (
             np.array([limits[name.split("/")[0]][side] for name in self.names], dtype=float) for side in (0, 1)
         )
@@ -100,12 +93,12 @@ class SearchSpace(Space):
             search.rounding,
         )
 
-    def _units(self, free: Sequence[LinearModule], limits: Mapping[str, tuple[float, float]]) -> list[Unit]:
+    def _units(self, limits: Mapping[str, tuple[float, float]]) -> list[Unit]:
         by_type: dict[tuple[str, int], list[LinearModule]] = {}
         for variable, name in enumerate(self.names):
             for module in self.matrices[name]:
                 by_type.setdefault((module.type.name, variable), []).append(module)
-        tied = {module.type.name: module.type.tied for module in free}
+        tied = {module.type.name: module.type.tied for module in self.free}
         return [Unit(index, tuple(modules), limits[tied[name]][1]) for (name, index), modules in by_type.items()]
 
     def _budget_equation(self) -> tuple[np.ndarray, float]:

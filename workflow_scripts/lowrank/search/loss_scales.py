@@ -20,7 +20,7 @@ from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.ranks.predicted_loss import allocate
-from lowrank.search.space import Space, layer_groups, matrices_by_variable
+from lowrank.search.space import Space
 
 
 def predicted_losses(bases: Bases, budget: Budget) -> dict[str, npt.NDArray[np.float64]]:
@@ -56,19 +56,11 @@ class LossScaleSpace(Space):
         """Build the space.
 
         Args:
-            budget: of the model.
-            ratio: percent of the linear layers' parameters to remove.
-            groups: of consecutive layers.
-            uncompressed: types that stay dense.
+            budget, ratio, groups, uncompressed: as of `Space`.
             search: whose `largest_scale` bounds the factors.
             losses: layer -> predicted loss of leaving out each direction.
         """
-        self.budget, self.ratio = budget, ratio
-        self.uncompressed = tuple(budget.types(uncompressed))
-        self.groups = layer_groups(budget.dimensions.layers, groups)
-        free = [module for module in budget.modules if module.type.name not in uncompressed]
-        self.matrices = matrices_by_variable(free, self.groups)
-        self.names = list(self.matrices)
+        super().__init__(budget, ratio, groups, uncompressed)
         self.upper = np.full(len(self.names), np.log2(search.largest_scale))
         self.lower = -self.upper
         self._losses = losses

@@ -43,15 +43,31 @@ class Space(ABC):
         matrices: variable -> the matrices that it governs.
         names: variable names, `type/group`.
         lower, upper: d, bounds.
+        uncompressed: types that stay dense.
+        free: the matrices of all others.
     """
 
-    budget: Budget
-    ratio: int
-    groups: list[list[int]]
-    matrices: Mapping[str, Sequence[LinearModule]]
-    names: list[str]
     lower: np.ndarray
     upper: np.ndarray
+
+    def __init__(self, budget: Budget, ratio: int, groups: int, uncompressed: Sequence[str]) -> None:
+        """Set up the variables, but for their bounds.
+
+        Args:
+            budget: of the model.
+            ratio: percent of the linear layers' parameters to remove.
+            groups: of consecutive layers.
+            uncompressed: types that stay dense.
+
+        Raises:
+            RankwiseError: a type is unknown, or there are more groups than layers.
+        """
+        self.budget, self.ratio = budget, ratio
+        self.uncompressed = tuple(budget.types(uncompressed))
+        self.groups = layer_groups(budget.dimensions.layers, groups)
+        self.free = [module for module in budget.modules if module.type.name not in uncompressed]
+        self.matrices: Mapping[str, Sequence[LinearModule]] = matrices_by_variable(self.free, self.groups)
+        self.names = list(self.matrices)
 
     @abstractmethod
     def ranks(self, x: np.ndarray) -> Ranks:
