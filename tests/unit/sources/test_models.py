@@ -193,6 +193,22 @@ def test_every_wrong_number_is_listed(folder: Path, tmp_path: Path) -> None:
     assert "shape.hidden" not in message
 
 
+def test_a_longest_context_that_the_model_cannot_read(folder: Path, gguf_file: Path, tmp_path: Path) -> None:
+    for source in (folder, gguf_file):
+        message = refused(source, tmp_path, "max_length", max_length=65)
+        assert message == (
+            "models.tiny: models.tiny.max_length: 65 tokens, but the model reads at most 64 (`max_position_embeddings` "
+            "of its config.json); write `max_length: 64` or less. Left out, it is 2048."
+        )
+
+
+def test_a_random_model_reads_as_much_as_the_config_says(folder: Path, tmp_path: Path) -> None:
+    source = {"random": 0, "tokenizer": "other"}
+    model = Model.model_validate(section(folder, max_length=4096).plain() | {"source": source})
+    fetch_model("random", model, tmp_path / "cache", tmp_path / "random", tokenizer=folder)
+    assert json.loads((tmp_path / "random/config.json").read_text())["max_position_embeddings"] == 4096
+
+
 def test_unknown_architectures_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(GPT2Config().to_json_string())
     refused(folder, tmp_path, "`model_type: gpt2`.*known families: llama, mistral, opt, qwen2, qwen3")

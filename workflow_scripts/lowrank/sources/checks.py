@@ -36,6 +36,7 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     _check_remote_code(folder, raw)
     config = _load_config(folder)
     _check_numbers(name, model, config)
+    _check_positions(name, model, config)
     skeleton = _skeleton(model, config)
     _check_linears(model, skeleton)
     _check_weights(skeleton, weights)
@@ -98,6 +99,16 @@ def _check_numbers(name: str, model: Model, config: Any) -> None:
     if problems:
         raise RankwiseError(
             _listing("the model is not the one that the config describes; correct one of them", problems)
+        )
+
+
+def _check_positions(name: str, model: Model, config: Any) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and model.max_length > positions:
+        raise RankwiseError(
+            f"models.{name}.max_length: {model.max_length} tokens, but the model reads at most {positions} "
+            f"(`max_position_embeddings` of its config.json); write `max_length: {positions}` or less. Left out, it is "
+            f"{Model.model_fields['max_length'].default}."
         )
 
 
