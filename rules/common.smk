@@ -64,6 +64,11 @@ def suites_of(kind):
     return [name for name, suite in STUDY.suites.items() if suite.kind == kind]
 
 
+def figures_of(kind):
+    """Names of the figures of one kind."""
+    return [name for name, figure in STUDY.figures.items() if figure.kind == kind]
+
+
 wildcard_constraints:
     model=one_of(STUDY.models),
     corpus=one_of(STUDY.corpora),
