@@ -83,6 +83,8 @@ rule measure_truncations:
         f"{RUN}/truncations/{{figure}}/{{covariance}}.json",
     log:
         f"{LOGS}/measure_truncations/{{figure}}/{{covariance}}.log",
+    wildcard_constraints:
+        figure=one_of(figures_of("predicted-loss")),
     conda:
         "../envs/rankwise.yaml"
     threads: 8

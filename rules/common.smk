@@ -22,6 +22,7 @@ from lowrank.reruns.fingerprint import Code
 from lowrank.layout import Layout, in_order
 from lowrank.cluster.needs import memory_request, runtime_request
 from lowrank.config.published import published_references
+from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.cluster.site import check_rules, site_of, whole_number
 from lowrank.jobs.stage import remember_environment, share_library
@@ -61,6 +62,11 @@ def one_of(names):
 def suites_of(kind):
     """Names of the suites of one kind."""
     return [name for name, suite in STUDY.suites.items() if suite.kind == kind]
+
+
+def figures_of(kind):
+    """Names of the figures of one kind."""
+    return [name for name, figure in STUDY.figures.items() if figure.kind == kind]
 
 
 wildcard_constraints:

@@ -22,6 +22,7 @@ rule fetch_model:
         "../envs/rankwise.yaml"
     params:
         cache=untracked_cache,
+        max_length=untracked_max_length,
         settings=lambda wildcards: fetch_settings("fetch_model", "model", wildcards.model, STUDY.models),
     message:
         "fetching model {wildcards.model}"

@@ -11,6 +11,8 @@ rule post_train:
         manifest=f"{TUNED}/manifest.json",
     log:
         f"{LOGS}/post_train/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}.log",
+    wildcard_constraints:
+        tuning=one_of(STUDY.tuning),
     conda:
         "../envs/rankwise.yaml"
     threads: 8

@@ -27,10 +27,19 @@ def untracked_cache(wildcards, output):
     return STUDY.cache
 
 
+def untracked_max_length(wildcards, output):
+    """A model's longest context, to be compared with what it can read. Like the cache, it fetches no model again."""
+    return STUDY.models[wildcards.model].max_length
+
+
 def fetch_settings(stage, key, name, section):
-    """What decides the content of something fetched: not its licence, nor how it is used later."""
+    """What decides the content of something fetched: not its licence, nor how it is used later.
+
+    How long a random model's context is decides what is made: its positions, for some families its weights too.
+    """
     plain = section[name].plain()
-    return with_code(stage, {"name": name, key: {k: v for k, v in plain.items() if k not in ("license", "max_length")}})
+    later = ("license",) if isinstance(section[name].source, RandomSource) else ("license", "max_length")
+    return with_code(stage, {"name": name, key: {k: v for k, v in plain.items() if k not in later}})
 
 
 def calibration_settings(name):

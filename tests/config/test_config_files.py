@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,26 @@ FILES: list[tuple[str, bytes, str]] = [
     ("binary", b"\x00\x01\x02\x03", ": no valid YAML: special characters are not allowed"),
     ("gguf", b"GGUF\xff\xfe\x00", ": no text in UTF-8 (byte 4); is it a YAML file?"),
     ("deep", b"[" * 20000, ": nested too deeply; a config needs no more than ten levels"),
+    (
+        "octal",
+        b"calibration:\n  c: {length: 64, windows: 010}\n",
+        ", line 2: calibration.c.windows: YAML reads 010 as 8 (octal); write 10 or 8, or '010' in quotes if it is text",
+    ),
+    ("octal-9", b"seeds: [0, -019]\n", ", line 1: seeds[1]: YAML reads -019 as text; write -19, or"),
+    ("octal-1.2", b"seeds:\n- 0o17\n", ", line 2: seeds[0]: YAML reads 0o17 as text; write 15, or"),
+    ("octal-name", b"corpora: {007: {}}\n", ", line 1: corpora.007: YAML reads 007 as 7 (octal); write 7, or '007' in"),
+    ("octal-tag", b"seeds: [!!int '010']\n", ", line 1: seeds[0]: YAML reads 010 as 8 (octal); write 10 or 8, or"),
+    (
+        "octal-merged",
+        b"tuning:\n  a: {<<: &few {steps: 0_10}, rank: 4}\n  b: {<<: *few}\n",
+        ", line 2: tuning.a.steps: YAML reads 0_10 as 8 (octal); write 10 or 8, or",
+    ),
+    (
+        "sixties",
+        b"seeds: [1:30]\n",
+        ", line 1: seeds[0]: YAML reads 1:30 as 90 (base 60); write 90, or '1:30' in quotes if it is text",
+    ),
+    ("sixties-point", b"run: 1:30.5\n", ", line 1: run: YAML reads 1:30.5 as 90.5 (base 60); write 90.5, or"),
     ("recursive", b"run: &a {x: *a}\n", ", line 1, column 6: no valid YAML: found unconstructable recursive node"),
 ]
 
@@ -77,6 +98,13 @@ def test_merge_keys_may_override(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
     assert read_yaml(path)["b"] == {"x": 1, "y": 3}
+
+
+def test_numbers_that_everybody_reads_alike_and_quoted_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: [0, -0, 1_000, 0x1F, 00.5, .5, 1e-3, 1.0e-3, '010', \"1:30\", 0:30, 0.1.0, 2024-01-02]\n")
+    numbers = [0, 0, 1000, 31, 0.5, 0.5, "1e-3", 0.001]
+    assert read_yaml(path)["a"] == [*numbers, "010", "1:30", "0:30", "0.1.0", datetime.date(2024, 1, 2)]
 
 
 def dry_run(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -108,3 +136,15 @@ def test_snakemake_refuses_a_key_written_twice(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "the key 'run' is written twice; keep one" in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_snakemake_refuses_an_octal_number(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    text = QUICKSTART.read_text()
+    assert text.count("windows: 32\n") == 1
+    path.write_text(text.replace("windows: 32\n", "windows: 032\n"))
+    run = dry_run(path, tmp_path)
+    assert run.returncode == 1
+    shown = run.stdout + run.stderr
+    assert ": calibration.c4-32.windows: YAML reads 032 as 26 (octal); write 32 or 26, or" in shown
+    assert "Traceback" not in shown

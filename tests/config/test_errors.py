@@ -245,6 +245,7 @@ TOGETHER: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("search", "bo-10", "initial"), 11, "search.bo-10.initial: 11 is more than `evaluations: 10`"),
     (("tuning", "scales", "warmup_steps"), 10, "tuning.scales.warmup_steps: 10 leaves nothing of `steps: 10`"),
+    (("tuning", "scales", "epochs"), 2, "tuning.scales.epochs: 2, and `steps: 10` says how long too; keep one of them"),
     (("tuning", "scales", "batch_size"), 6, "tuning.scales.batch_size: 6 is no multiple of `micro_batch_size: 4`"),
     (("suites", "held-out", "stride"), 300, "suites.held-out.stride: 300 is longer than `length: 256`"),
     (("suites", "held-out", "corpora"), ["c4-test"] * 2, "suites.held-out.corpora: c4-test is listed twice; keep one"),

@@ -77,6 +77,20 @@ def test_bounds_that_the_budget_cannot_meet_are_told_with_the_cure(change: Chang
     assert says in found[0]
 
 
+def test_the_search_that_a_transfer_begins_with_is_checked_too() -> None:
+    """It runs for the other model, although no row names that."""
+    other = {**BASE["models"]["smollm2-135m"], "max_length": 128}
+    preset = {**BASE["methods"]["bolaco-5x1"], "transfer": {"model": "short", "method": "bolaco-5x1"}}
+    row = {"model": "smollm2-135m", "method": "moved", "ratio": 20}
+    rows = [*BASE["tables"]["table_8"]["rows"], row]
+    changes: list[Change] = [(("models", "short"), other), (("methods", "moved"), preset)]
+    found = errors_of(changed(*changes, (("tables", "table_8", "rows"), rows)))
+    assert found == [
+        f"{place}.length: 256 tokens, more than the `max_length` of model 'short' (128)"
+        for place in ("calibration.c4-32", "validation.wikipedia-top6")
+    ]
+
+
 def test_a_transfer_needs_a_model_with_the_same_types() -> None:
     model = BASE["models"]["smollm2-135m"]
     preset = BASE["methods"]["bolaco-5x1"]

@@ -63,6 +63,11 @@ def having(name: str, **wildcards: str) -> Concerns:
     return lambda job, study: job.rule == name and wildcards.items() <= job.wildcards.items()
 
 
+def judging(model: str) -> Concerns:
+    """Evaluations of what has become of a model."""
+    return lambda job, study: job.rule.startswith("evaluate_") and job.wildcards["model"] == model
+
+
 def searching(preset: str) -> Concerns:
     """Searches by a preset, and what draws them with its settings."""
 
@@ -266,6 +271,17 @@ CHANGES = [
     Change("unused presets", study(add_unused), nothing, configs=("quickstart", "paper")),
     Change("another cache", study(value("elsewhere", "cache")), nothing),
     Change("a licence", study(value("MIT", "models", "smollm2-135m", "license")), RECORDS),
+    Change(
+        "the longest context of a model",
+        study(value(4096, "models", "smollm2-135m", "max_length")),
+        either(judging("smollm2-135m"), RECORDS),
+    ),
+    Change(
+        "the longest context of a random model",
+        study(value(4096, "models", "opt-random", "max_length")),
+        either(having("fetch_model", model="opt-random"), judging("opt-random"), RECORDS),
+        configs=("mini-paper",),
+    ),
     Change(
         "the title of a figure",
         study(value("Other words", "figures", "figure_3", "title")),

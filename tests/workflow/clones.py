@@ -31,6 +31,14 @@ class Rerun(NamedTuple):
     reason: str
 
 
+class Given(NamedTuple):
+    """What a rule hands to its stage."""
+
+    rule: str
+    wildcards: dict[str, str]
+    params: dict[str, Any]
+
+
 def pool() -> ProcessPoolExecutor:
     """Two processes at a time, each for one task."""
     context = get_context("forkserver")
@@ -86,6 +94,24 @@ def reruns(checkout: Path, config: str, *arguments: str) -> list[Rerun]:
 
     command = _command(checkout, config)
     return [Rerun(job.rule, job.wildcards, job.reason) for job in planned([*command, *arguments]) if job.output]
+
+
+def given(checkout: Path, config: str) -> list[Given]:
+    """What all jobs of a config would be given, in a checkout without results."""
+    from snakemake.executors import dryrun
+
+    found: list[Given] = []
+    run_job = dryrun.Executor.run_job
+
+    def remember(self: dryrun.Executor, job: Any) -> None:
+        if job.output:  # not the targets, which only name files
+            found.append(Given(job.rule.name, dict(job.wildcards_dict), dict(job.params.items())))
+        run_job(self, job)
+
+    dryrun.Executor.run_job = remember  # type: ignore[method-assign]
+    _silence(checkout)
+    _snakemake(checkout, config, "--dry-run")
+    return found
 
 
 def _command(checkout: Path, config: str) -> list[str]:

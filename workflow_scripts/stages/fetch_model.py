@@ -13,7 +13,7 @@ def work(job: Snakemake) -> None:
     from lowrank.sources.models import fetch_model
 
     settings = job.params.settings
-    model = Model.model_validate(settings["model"])
+    model = Model.model_validate(settings["model"] | {"max_length": job.params.max_length})
     lender = job.input.get("tokenizer")
     manifest = fetch_model(
         settings["name"], model, Path(job.params.cache), Path(job.output.checkpoint), Path(lender) if lender else None

@@ -170,6 +170,8 @@ def test_what_cannot_be_continued_is_refused() -> None:
     tokenizer = tiny.tokenizer()
     with pytest.raises(RankwiseError, match=r"prompts\[1\]: \d+ tokens and `new_tokens: 60` .* `max_length` \(62\)"):
         continue_prompts(scripted(), tokenizer, suite("a", "river stone winter", new_tokens=60), 62)
+    with pytest.raises(RankwiseError, match=r"`new_tokens: 512` are more than the model's positions \(512\); shorten"):
+        continue_prompts(make_model("llama"), tokenizer, suite("a", new_tokens=512), 4096)
     with pytest.raises(RankwiseError, match="logits after 1 tokens are not finite"):
         continue_greedily(scripted(7, fill=float("nan")), [3], 1, frozenset())
     with pytest.raises(RankwiseError, match=r"prompts\[0\]: the tokenizer makes no token of it"):

@@ -165,6 +165,14 @@ def test_losses_of_a_model_in_float64(family: str) -> None:
     torch.testing.assert_close(nll.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_more_tokens_than_the_model_reads_are_refused(family: str) -> None:
+    model = tiny_model(CONFIGS[family])
+    last_hidden(model, torch.zeros(1, 32, dtype=torch.long))
+    with pytest.raises(RankwiseError, match="windows of 33 tokens, but the model reads at most 32; lower `length`"):
+        last_hidden(model, torch.zeros(1, 33, dtype=torch.long))
+
+
 def test_opt_with_projected_embeddings_is_refused() -> None:
     model = tiny_model(transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=8))
     with pytest.raises(RankwiseError, match="projection after the last block"):

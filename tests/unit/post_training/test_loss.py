@@ -94,8 +94,16 @@ def a_tuning(**changes: object) -> Tuning:
 def test_steps_follow_from_epochs_or_are_given() -> None:
     assert total_steps(a_tuning(epochs=1.5), rows=100) == 18  # 150 rows / 8
     assert total_steps(a_tuning(steps=5), rows=100) == 5
+    assert total_steps(a_tuning(), rows=100) == 25  # two epochs
     with pytest.raises(RankwiseError, match=r"`warmup_steps: 20` leaves nothing of the 18 steps"):
         total_steps(a_tuning(epochs=1.5, warmup_steps=20), rows=100)
+
+
+@pytest.mark.parametrize("keys", [{}, {"steps": 5}, {"steps": 5, "epochs": None}, {"epochs": 1.5}, {"steps": None}])
+def test_a_preset_is_read_back_with_one_length(keys: dict[str, float | None]) -> None:
+    tuning = a_tuning(**keys)
+    assert (tuning.steps is None) != (tuning.epochs is None)
+    assert Tuning.model_validate(tuning.plain()) == tuning
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all() -> None:

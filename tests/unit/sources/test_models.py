@@ -193,6 +193,22 @@ def test_every_wrong_number_is_listed(folder: Path, tmp_path: Path) -> None:
     assert "shape.hidden" not in message
 
 
+def test_a_longest_context_that_the_model_cannot_read(folder: Path, gguf_file: Path, tmp_path: Path) -> None:
+    for source in (folder, gguf_file):
+        message = refused(source, tmp_path, "max_length", max_length=65)
+        assert message == (
+            "models.tiny: models.tiny.max_length: 65 tokens, but the model reads at most 64 (`max_position_embeddings` "
+            "of its config.json); write `max_length: 64` or less. Left out, it is 2048."
+        )
+
+
+def test_a_random_model_reads_as_much_as_the_config_says(folder: Path, tmp_path: Path) -> None:
+    source = {"random": 0, "tokenizer": "other"}
+    model = Model.model_validate(section(folder, max_length=4096).plain() | {"source": source})
+    fetch_model("random", model, tmp_path / "cache", tmp_path / "random", tokenizer=folder)
+    assert json.loads((tmp_path / "random/config.json").read_text())["max_position_embeddings"] == 4096
+
+
 def test_unknown_architectures_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(GPT2Config().to_json_string())
     refused(folder, tmp_path, "`model_type: gpt2`.*known families: llama, mistral, opt, qwen2, qwen3")
@@ -249,6 +265,58 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "v_proj.weight holds torch.int8" in message
 
 
+def add_head(tensors: dict[str, torch.Tensor], change: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A stored output head, equal to the embedding but for its last number."""
+    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+    head[-1, -1] += change
+    tensors["lm_head.weight"] = head
+
+
+@pytest.mark.parametrize("change", [0.5, float("nan")])
+def test_a_head_of_its_own_that_the_configuration_ties_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
+) -> None:
+    monkeypatch.setattr("lowrank.sources.checks.CHUNK", 1000)  # some chunks of rows
+    change_weights(folder, lambda tensors: add_head(tensors, change))
+    message = refused(folder, tmp_path, "tie_word_embeddings: true")
+    assert message == (
+        "models.tiny: model.safetensors: lm_head.weight is stored, and differs from model.embed_tokens.weight, "
+        "although config.json says `tie_word_embeddings: true`. Which of them the model writes with depends on the "
+        "program that opens it. If the head is its own, write `tie_word_embeddings: false` there, and "
+        "`models.tiny.shape.tied_embeddings: false` in the config; else take lm_head.weight out of the file."
+    )
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_heads_in_other_shards_and_without_the_prefix(folder: Path, tmp_path: Path, strip: bool) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    add_head(tensors, 0.5)
+    named = {name.removeprefix("model.") if strip else name: tensor for name, tensor in tensors.items()}
+    shards = {name: f"{'head' if name == 'lm_head.weight' else 'rest'}.safetensors" for name in named}
+    for shard in set(shards.values()):
+        save_file({name: tensor for name, tensor in named.items() if shards[name] == shard}, folder / shard)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    refused(folder, tmp_path, "head.safetensors: lm_head.weight is stored, and differs from")
+
+
+def test_a_head_of_another_shape(folder: Path, tmp_path: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(299, 32)}))
+    refused(folder, tmp_path, "lm_head.weight is stored, and differs from")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tied_head_may_be_stored_twice(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    change_weights(folder, lambda tensors: add_head(tensors, dtype=dtype))
+    assert fetch(folder, tmp_path)["parameters"] == PARAMETERS
+
+
+def test_an_untied_head_is_kept(folder: Path, tmp_path: Path) -> None:
+    change_weights(folder, lambda tensors: add_head(tensors, 0.5))
+    change_json(folder / "config.json", tie_word_embeddings=False)
+    assert fetch(folder, tmp_path, shape={"tied_embeddings": False})["parameters"] == PARAMETERS + VOCABULARY * 32
+
+
 def test_a_model_without_the_linear_layers_of_its_family(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +360,11 @@ def test_too_small_a_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def gguf_file(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a float32 GGUF file, written by llama.cpp's own library."""
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(file, original, load_file(original / "model.safetensors"))
+    return file
+
+
+def write_gguf(file: Path, original: Path, tensors: dict[str, torch.Tensor]) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -311,13 +384,12 @@ def gguf_file(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    for name, tensor in load_file(original / "model.safetensors").items():
+    for name, tensor in tensors.items():
         writer.add_tensor(gguf_name(name), gguf_layout(name, tensor.float().numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
 
 
 def gguf_name(name: str) -> str:
@@ -354,6 +426,17 @@ def test_a_gguf_file_is_stored_in_the_configs_dtype(gguf_file: Path, tmp_path: P
     fetch(gguf_file, tmp_path, dtype="bfloat16")
     tensors = load_file(tmp_path / "models" / "tiny" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_a_gguf_file_with_a_head_of_its_own_keeps_it(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original / "model.safetensors")
+    add_head(tensors, 0.5)
+    write_gguf(tmp_path / "untied.gguf", original, tensors)
+    manifest = fetch(tmp_path / "untied.gguf", tmp_path, dtype="float32", shape={"tied_embeddings": False})
+    assert manifest["parameters"] == PARAMETERS + VOCABULARY * 32
+    stored = load_file(tmp_path / "models/tiny/model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], tensors["lm_head.weight"].float())
+    refused(tmp_path / "untied.gguf", tmp_path / "again", "tied_embeddings: the config says True, the model has False")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 2000, -64])

@@ -37,7 +37,7 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
         tuning: the preset.
     """
     tokens = tuning.micro_batch_size * tuning.max_length
-    steps = tuning.steps or tuning.epochs * INSTRUCTION_ROWS / tuning.batch_size
+    steps = tuning.steps or (tuning.epochs or 0) * INSTRUCTION_ROWS / tuning.batch_size
     stages = len(getattr(tuning, "stages", ("all",)))
     evaluations = steps / tuning.evaluate_every + 2
     rows = stages * (2 * steps * tuning.batch_size + evaluations * tuning.validation_examples)  # backward: as forward

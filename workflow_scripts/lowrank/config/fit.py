@@ -20,7 +20,7 @@ from lowrank.ranks.budget import Budget
 
 @dataclass(frozen=True)
 class Use:
-    """One model after one method at one ratio, as a table or figure asks for it.
+    """One model after one method at one ratio, as a table or figure asks for it, or needs it.
 
     Attributes:
         place: YAML path of its ratio.
@@ -68,6 +68,15 @@ def why_out_of_reach(
 
 
 def _uses(study: Study) -> Iterator[Use]:
+    """All that is asked for, and the searches for other models that theirs begin with."""
+    for use in _asked_for(study):
+        yield use
+        transfer = study.method(use.method).transfer if use.method in study.methods else None
+        if transfer is not None:
+            yield Use(use.place, transfer.model, transfer.method, use.ratio, "none", ())
+
+
+def _asked_for(study: Study) -> Iterator[Use]:
     for name, table in study.tables.items():
         for index, row in enumerate(table.rows):
             place = f"tables.{name}.rows[{index}].ratio"

@@ -12,13 +12,22 @@ from pydantic import ValidationError
 
 from lowrank.config.checks import problems_of
 from lowrank.config.messages import message
+from lowrank.config.numbers import odd_numbers, reading
 from lowrank.config.place import shown
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice (the second would silently win)."""
+    """Safe YAML that refuses a key written twice (the second would silently win), and numbers that mislead."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        node, path = next(odd_numbers(root), (None, "")) if root else (None, "")
+        if node:
+            where = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+            raise RankwiseError(f"{where}: {path}: {reading(node.value, self.construct_object(node))}")
+        return root
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -44,7 +53,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        RankwiseError: missing, unreadable, no YAML, a duplicate key, or no mapping.
+        RankwiseError: missing, unreadable, no YAML, a duplicate key, a number that misleads, or no mapping.
     """
     try:
         with open(path, encoding="utf-8") as stream:

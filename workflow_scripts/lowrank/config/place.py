@@ -79,7 +79,7 @@ def _below(place: Place, step: int | str, is_key: bool) -> Place:
     for member in _members(annotation):
         if step in _tags(member):
             return _bare(place.path, place.section, member)
-    path = f"{place.path}{_written(step, first=not place.path)}"
+    path = f"{place.path}{written(step, first=not place.path)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         field = annotation.model_fields.get(str(step))
         if field is None:
@@ -134,7 +134,8 @@ def _range(metadata: tuple[Any, ...]) -> str:
     return "".join(f" {'and ' if index else ''}{words[name]} {bounds[name]}" for index, name in enumerate(bounds))
 
 
-def _written(step: int | str, first: bool) -> str:
+def written(step: int | str, first: bool) -> str:
+    """A key as it continues a YAML path, or begins one: `.ratio`, `['a b']`."""
     if isinstance(step, str) and _PLAIN_KEY.fullmatch(step):
         return step if first else f".{step}"
     return f"[{shown(step)}]"

@@ -228,8 +228,10 @@ class Tuning(Section):
 
     instructions: Name
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
-    steps: Positive | None = Field(default=None, description="optimiser steps; from `epochs` if null")
-    epochs: Annotated[Number, Field(gt=0)] = 2
+    steps: Positive | None = Field(default=None, description="optimiser steps; not with `epochs`")
+    epochs: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="passes over the instructions; 2 if there are no `steps` either"
+    )
     batch_size: Positive = Field(default=64, description="examples a step, over all processes")
     micro_batch_size: Positive = 8
     warmup_steps: NotNegative = 100
@@ -240,6 +242,20 @@ class Tuning(Section):
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     deepspeed: Name = Field(default="zero2", description="a file of config/deepspeed, without `.json`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_unless_steps(cls, value: Any) -> Any:
+        """Filled in here, so that a preset which is read back from its plain form has one of them too."""
+        if not isinstance(value, dict) or value.get("steps") is not None or value.get("epochs") is not None:
+            return value
+        return {**value, "epochs": 2}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Tuning:
+        if self.steps is not None and self.epochs is not None:
+            raise wrong("epochs", f"{self.epochs:g}, and `steps: {self.steps}` says how long too; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Tuning:

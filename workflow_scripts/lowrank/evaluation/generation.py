@@ -37,14 +37,15 @@ def continue_prompts(
         counted), "token_ids" (these), "ended" (whether an end-of-text token came); and what else defines the texts.
 
     Raises:
-        RankwiseError: a prompt without tokens, prompt and continuation longer than `max_length`, or logits that are
-            not finite.
+        RankwiseError: a prompt without tokens, prompt and continuation longer than `max_length` or than the model
+            was made for, or logits that are not finite.
     """
     bos, ends = default_bos(tokenizer), end_tokens(model, tokenizer)
     begin = [] if bos is None else [bos]
     read = [[*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in suite.prompts]
+    positions = getattr(model.config, "max_position_embeddings", max_length)
     for index, ids in enumerate(read):
-        _check(ids, suite.new_tokens, max_length, f"prompts[{index}]")
+        _check(ids, suite.new_tokens, max_length, positions, f"prompts[{index}]")
     completions = []
     for index, (prompt, ids) in enumerate(zip(suite.prompts, read, strict=True)):
         new, ended = continue_greedily(model, ids, suite.new_tokens, ends)
@@ -116,13 +117,14 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     )
 
 
-def _check(ids: list[int], new_tokens: int, max_length: int, place: str) -> None:
+def _check(ids: list[int], new_tokens: int, max_length: int, positions: int, place: str) -> None:
     if not ids:
         raise RankwiseError(f"{place}: the tokenizer makes no token of it; write more, or leave it out.")
-    if len(ids) + new_tokens > max_length:
+    if len(ids) + new_tokens > min(max_length, positions):
+        limit = f"`max_length` ({max_length})" if max_length <= positions else f"positions ({positions})"
         raise RankwiseError(
-            f"{place}: {len(ids)} tokens and `new_tokens: {new_tokens}` are more than the model's `max_length` "
-            f"({max_length}); shorten one of them."
+            f"{place}: {len(ids)} tokens and `new_tokens: {new_tokens}` are more than the model's {limit}; shorten one "
+            "of them."
         )
 
 

@@ -49,11 +49,15 @@ def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor
         batch x length x d, in the model's dtype.
 
     Raises:
-        RankwiseError: an unknown family, or an OPT whose embeddings are narrower than its hidden states.
+        RankwiseError: an unknown family, an OPT whose embeddings are narrower than its hidden states, or more tokens
+            than the model was made for.
     """
     decoder = model.get_submodule(family_of(model).decoder)
     if getattr(decoder, "project_out", None) is not None:
         raise RankwiseError("OPT models with a projection after the last block (opt-350m) are not supported")
+    length, longest = input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:  # rotary positions go on without a complaint
+        raise RankwiseError(f"windows of {length} tokens, but the model reads at most {longest}; lower `length`")
     hidden: torch.Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
 

@@ -28,7 +28,7 @@ def total_steps(tuning: Tuning, rows: int) -> int:
     Raises:
         RankwiseError: the warm-up leaves no step at the full learning rate.
     """
-    steps = tuning.steps or max(1, int(tuning.epochs * rows) // tuning.batch_size)
+    steps = tuning.steps or max(1, int((tuning.epochs or 0) * rows) // tuning.batch_size)
     if tuning.warmup_steps >= steps:
         raise RankwiseError(
             f"tuning: `warmup_steps: {tuning.warmup_steps}` leaves nothing of the {steps} steps. "

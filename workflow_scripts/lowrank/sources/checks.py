@@ -14,6 +14,7 @@ from lowrank.files import read_record
 from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
+CHUNK = 2**22  # numbers of a tensor that are compared at once
 
 
 def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path]) -> int:
@@ -36,9 +37,12 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     _check_remote_code(folder, raw)
     config = _load_config(folder)
     _check_numbers(name, model, config)
+    _check_positions(name, model, config)
     skeleton = _skeleton(model, config)
     _check_linears(model, skeleton)
     _check_weights(skeleton, weights)
+    if config.tie_word_embeddings:
+        _check_tied_head(name, skeleton, weights)
     _check_tokenizer(name, model, folder)
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
@@ -101,6 +105,16 @@ def _check_numbers(name: str, model: Model, config: Any) -> None:
         )
 
 
+def _check_positions(name: str, model: Model, config: Any) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and model.max_length > positions:
+        raise RankwiseError(
+            f"models.{name}.max_length: {model.max_length} tokens, but the model reads at most {positions} "
+            f"(`max_position_embeddings` of its config.json); write `max_length: {positions}` or less. Left out, it is "
+            f"{Model.model_fields['max_length'].default}."
+        )
+
+
 def _skeleton(model: Model, config: Any) -> torch.nn.Module:
     """The model without memory for its weights."""
     from transformers import AutoModelForCausalLM
@@ -144,6 +158,57 @@ def _check_weights(skeleton: torch.nn.Module, weights: list[Path]) -> None:
     problems += [f"{name} is not stored" for name in missing]
     if problems:
         raise RankwiseError(_listing("the weights cannot be used; fetch or make the model again", problems))
+
+
+def _check_tied_head(name: str, skeleton: torch.nn.Module, weights: list[Path]) -> None:
+    """A tied model has no head of its own: programs that open one differ in whether they use what is stored.
+
+    A copy of the embedding is no such head.
+    """
+    from safetensors import safe_open
+
+    head, embedding = _head_and_embedding(skeleton)
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    files = _files_of(weights)
+    if head not in files:
+        return
+    if embedding not in files:  # a base model is stored without the prefix
+        embedding = embedding.removeprefix(prefix)
+    with safe_open(files[head], framework="pt") as one, safe_open(files[embedding], framework="pt") as other:
+        if _equal(one.get_slice(head), other.get_slice(embedding)):
+            return
+    raise RankwiseError(
+        f"{files[head].name}: {head} is stored, and differs from {embedding}, although config.json says "
+        "`tie_word_embeddings: true`. Which of them the model writes with depends on the program that opens it. If the "
+        f"head is its own, write `tie_word_embeddings: false` there, and `models.{name}.shape.tied_embeddings: false` "
+        f"in the config; else take {head} out of the file."
+    )
+
+
+def _head_and_embedding(skeleton: Any) -> tuple[str, str]:
+    """Names of their weights."""
+    names = {id(module): f"{name}.weight" for name, module in skeleton.named_modules()}
+    return names[id(skeleton.get_output_embeddings())], names[id(skeleton.get_input_embeddings())]
+
+
+def _files_of(weights: list[Path]) -> dict[str, Path]:
+    """Each stored tensor's file."""
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two stored tensors hold the same numbers, some rows at a time."""
+    shape = one.get_shape()
+    if shape != other.get_shape():
+        return False
+    rows = max(1, CHUNK // shape[1])
+    return all(bool((one[i : i + rows] == other[i : i + rows]).all()) for i in range(0, shape[0], rows))
 
 
 def _stored(weights: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
