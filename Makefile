@@ -1,4 +1,5 @@
 # make quickstart   a whole small study, installed and run
+# make check        before a commit: style, types and the fast tests, less than 3 minutes
 # make test         the checks and the tests; for root, SLURM is installed if it is missing (apt), else its tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test test-slurm lint plan why benchmark memory schema rulegraph
+.PHONY: setup quickstart check fast test test-slurm lint plan why benchmark memory schema rulegraph
 
 setup: $(VENV)/.installed
 
@@ -24,6 +25,13 @@ $(VENV)/.installed: envs/requirements.txt
 quickstart: setup
 	snakemake --configfile config/quickstart.yaml --profile profiles/local
 	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
+
+check: setup
+	$(MAKE) --jobs 2 --output-sync=target lint fast
+
+# Without what is marked as slow. One process beside the one that checks types.
+fast: setup
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not slurm" tests/unit tests/config tests/docs tests/project
 
 # The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
@@ -60,8 +68,10 @@ memory: setup
 
 # After a change of the config's sections: the schema that editors use, and the page of all keys.
 schema: setup
-	PYTHONPATH=workflow_scripts python -m lowrank.config schema > config/schema.json
-	PYTHONPATH=workflow_scripts python -m lowrank.config reference > docs/config.md
+	PYTHONPATH=workflow_scripts python -m lowrank.config schema > config/schema.json.tmp
+	mv config/schema.json.tmp config/schema.json
+	PYTHONPATH=workflow_scripts python -m lowrank.config reference > docs/config.md.tmp
+	mv docs/config.md.tmp docs/config.md
 
 # After a change of what rules read and make: the picture of docs/architecture.md. It needs Graphviz.
 rulegraph: setup

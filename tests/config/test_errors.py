@@ -101,6 +101,12 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
         "models.smollm2-135m.source: has `pypi` and `path`; "
         "keep exactly one of the keys `pypi`, `hub`, `path`, `random`",
     ),
+    (
+        SOURCE,
+        {"path": "x", "random": 1},
+        "models.smollm2-135m.source: has `path` and `random`; "
+        "keep exactly one of the keys `pypi`, `hub`, `path`, `random`",
+    ),
     (SOURCE, {}, "models.smollm2-135m.source: needs exactly one of the keys `pypi`, `hub`, `path`, `random`"),
     (
         SOURCE,

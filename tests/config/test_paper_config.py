@@ -281,6 +281,7 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_a_dry_run_plans_the_whole_study_in_seconds(study: Study, tmp_path: Path) -> None:
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(

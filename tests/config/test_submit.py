@@ -19,6 +19,8 @@ from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
 from tests.config.wrong import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the SLURM plugin of Snakemake is not installed")
 
 PARTITIONS = REPOSITORY / "profiles/slurm/partitions.example.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lowrank.cluster.needs import memory_request
@@ -12,6 +13,8 @@ from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
 from tests.config.test_submit import QUICKSTART, jobs_of, plan_small
 from tests.config.wrong import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 SHARED = {"collect_statistics", "collect_gradients", "post_train", "evaluate_perplexity", "evaluate_zero_shot"}
 

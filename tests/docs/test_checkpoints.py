@@ -24,6 +24,8 @@ from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, recipe_of,
 from lowrank.ranks.budget import Budget
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).resolve().parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
 (SCRIPT,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (TASK,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

@@ -13,6 +13,8 @@ import pytest
 
 from lowrank.reruns.fingerprint import Code
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHAPTER = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A first change\n")[2]
 SECTION = CHAPTER.partition("\n## ")[0]

@@ -101,6 +101,7 @@ def test_every_layer_equals_the_sum_over_tokens(
         assert torch.allclose(g.double(), expected[key], rtol=1e-6, atol=1e-7 * size), key  # rounded to float32 once
 
 
+@pytest.mark.slow
 def test_draws_of_the_models_predictions_come_near_the_fisher_information(tmp_path: Path) -> None:
     model, tokens = tiny.model("llama-gqa"), some_tokens(1, 4)
     exact = fisher_by_enumeration(model, tokens)

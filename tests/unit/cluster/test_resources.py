@@ -383,6 +383,7 @@ def test_gradients_cost_larger_bases() -> None:
     assert gradients.disk == 32 * 4 * (5 * 4096**2 + 2 * 11008**2)
 
 
+@pytest.mark.slow
 def test_no_stage_knows_of_estimates(tmp_path: Path) -> None:
     """So a changed estimate, or another number of GPUs, runs nothing again."""
     shutil.copytree(ROOT / "workflow_scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))

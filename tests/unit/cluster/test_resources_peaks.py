@@ -18,6 +18,8 @@ from lowrank.cluster.resources import Estimator
 from lowrank.config.load import check_study
 from tests.unit.cluster import peaks
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 BEFORE = {"program", "libraries", "texts", "weights", "a pass's weights", "other weights"}
 WILDCARDS = {"model": "one", "calibration": "c", "seed": "0", "tuning": "none", "suite": "held-out"}

@@ -133,6 +133,7 @@ def test_prompts_get_no_logits(model: LlamaForCausalLM, tokenizer: PreTrainedTok
     assert scorer._model_call(padded).shape == (2, 8, 258)
 
 
+@pytest.mark.slow
 def test_all_tasks_equal_a_stock_run(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +179,7 @@ def test_all_tasks_equal_a_stock_run(
     assert found["protocol"]["task_versions"]["boolq"] == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 def test_the_answers_given_are_those_that_lm_eval_counts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, metric: str

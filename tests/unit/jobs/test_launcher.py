@@ -29,6 +29,8 @@ from tests import tiny
 from tests.unit.jobs import crew_work, fake_slurm
 from tests.unit.jobs.test_share import assert_close, some_tokens
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 

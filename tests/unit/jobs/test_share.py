@@ -132,6 +132,7 @@ def test_losses_of_windows_stand_side_by_side(world: int, stride: int | None) ->
     assert all(losses == whole for losses in shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 5])
 def test_answers_are_those_of_one_process(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, whichever process ran a batch, and each ran some."""

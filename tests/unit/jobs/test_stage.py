@@ -89,6 +89,7 @@ def test_a_variable_of_the_user_does_not_switch_the_hub_on(tmp_path: Path) -> No
     assert "offline True\n" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work",
     [

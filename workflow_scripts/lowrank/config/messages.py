@@ -72,7 +72,7 @@ def _wrong_source(given: Any, choices: list[str]) -> str:
     names = ", ".join(f"`{name}`" for name in choices)
     if not isinstance(given, dict):
         return f"must be a mapping with one of the keys {names}, not {shown(given)}"
-    found = [name for name in ("pypi", "hub", "path", "tokens") if name in given]
+    found = [name for name in ("pypi", "hub", "path", "tokens", "random") if name in given]
     if len(found) > 1:
         return f"has {' and '.join(f'`{name}`' for name in found)}; keep exactly one of the keys {names}"
     if found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -73,11 +74,18 @@ def find_published(folder: str | Path, reference: PublishedRow, place: str) -> P
 
 
 def read_published(path: Path) -> pd.DataFrame:
-    """One file of published values.
+    """One file of published values, not to be changed.
 
     Raises:
         RankwiseError: a key column is missing, or a value is no number.
     """
+    state = path.stat()
+    return _read_published(path, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _read_published(path: Path, changed: int, size: int) -> pd.DataFrame:
+    """Read once, since a study refers to a hundred rows of a few files."""
     try:
         frame = pd.read_csv(path, comment="#", dtype={"model": "str", "method": "str"})
     except ValueError as error:

@@ -1,8 +1,8 @@
 """The architectures that can be compressed: which linear layers a block has, what each reads, what is tied.
 
 All that statistics, bases, budgets and searches know of a family is its entry in `FAMILIES`. To add one, add an entry;
-let configs name it (`ModelShape.family`); and give it the classes of its checkpoints
-(`modeling/modeling_rankwise.py`). `tests/unit/test_families.py` fails until all three are there, with a model to test.
+let configs name it (`ModelShape.family`); and give it the classes of its checkpoints (`modeling_rankwise.py`).
+`tests/unit/model/test_families.py` fails until all three are there, with a model to test.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Code:
         self.scripts, self.requirements = scripts, requirements
         self._modules: dict[str, Module | None] = {}
         self._nodes: dict[Node, Found | None] = {}
-        self._stages: dict[tuple[object, ...], dict[Node, Found]] = {}
+        self._told: dict[tuple[object, ...], tuple[str, dict[str, str]]] = {}
 
     def fingerprint(self, stage: str, *modules: str, only: Mapping[str, str] | None = None) -> str:
         """Hex digest of a stage's code.
@@ -56,16 +56,23 @@ class Code:
             modules: dotted names of modules that it imports by a computed name, or starts.
             only: dotted name of a dict of functions -> the one key by which the job looks something up in it.
         """
-        reached = self._reached(stage, modules, only or {})
-        listing = sorted((node, digest, sorted(uses.origins)) for node, (digest, uses) in reached.items())
-        return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+        return self._tell(stage, modules, only or {})[0]
 
     def packages(self, stage: str, *modules: str, only: Mapping[str, str] | None = None) -> dict[str, str]:
         """The packages of others that the same code names, as the requirements name them -> their pinned versions."""
-        reached = self._reached(stage, modules, only or {})
-        names = {name for _, uses in reached.values() for name in uses.packages} - HELPERS
-        pins = [self._pins.get(_normal(PINNED_AS.get(name, name))) for name in names]
-        return dict(sorted(pin for pin in pins if pin))
+        return dict(self._tell(stage, modules, only or {})[1])
+
+    def _tell(self, stage: str, modules: tuple[str, ...], only: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """Digest and packages; found once, since a stage has a job for each checkpoint."""
+        key = (stage, *modules, *sorted(only.items()))
+        if key not in self._told:
+            reached = self._reached(stage, modules, only)
+            listing = sorted((node, digest, sorted(uses.origins)) for node, (digest, uses) in reached.items())
+            names = {name for _, uses in reached.values() for name in uses.packages} - HELPERS
+            pins = [self._pins.get(_normal(PINNED_AS.get(name, name))) for name in names]
+            digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+            self._told[key] = digest, dict(sorted(pin for pin in pins if pin))
+        return self._told[key]
 
     @cached_property
     def _pins(self) -> dict[str, tuple[str, str]]:
@@ -84,20 +91,17 @@ class Code:
 
     def _reached(self, stage: str, modules: Iterable[str], only: Mapping[str, str]) -> dict[Node, Found]:
         """Everything that a stage can reach."""
-        key = (stage, *modules, *sorted(only.items()))
-        if key not in self._stages:
-            reached: dict[Node, Found] = {}
-            pending: list[Node] = [(f"stages.{stage}", ON_IMPORT), *((name, WHOLE) for name in modules)]
-            for name, _ in pending:
-                if self._module(name) is None:
-                    raise FileNotFoundError(f"{self.scripts}: there is no module {name}")
-            while pending:
-                node = pending.pop()
-                if node not in reached and (found := self._find(node, only)):
-                    reached[node] = found
-                    pending.extend(found[1].nodes)
-            self._stages[key] = reached
-        return self._stages[key]
+        reached: dict[Node, Found] = {}
+        pending: list[Node] = [(f"stages.{stage}", ON_IMPORT), *((name, WHOLE) for name in modules)]
+        for name, _ in pending:
+            if self._module(name) is None:
+                raise FileNotFoundError(f"{self.scripts}: there is no module {name}")
+        while pending:
+            node = pending.pop()
+            if node not in reached and (found := self._find(node, only)):
+                reached[node] = found
+                pending.extend(found[1].nodes)
+        return reached
 
     def _find(self, node: Node, only: Mapping[str, str]) -> Found | None:
         if key := only.get(".".join(node)):
