@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
+# Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup quickstart check fast test test-slurm lint plan why benchmark memory schema rulegraph
 

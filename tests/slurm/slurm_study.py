@@ -17,9 +17,10 @@ import psutil
 import yaml
 
 from tests.slurm.slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
+from tests.workflow.clones import BEING_WRITTEN
 
 ROOT = Path(__file__).parents[2]
-NOT_TRACKED = (".git", ".venv", ".snakemake", ".*_cache", ".hypothesis", "__pycache__", "results", "cache")
+NOT_TRACKED = (".git", ".venv", ".snakemake", ".*_cache", ".hypothesis", "results", "cache", *BEING_WRITTEN)
 GPUS_IN_FLIGHT = 2
 """Fewer than the cluster has, so that the profile's cap is what limits them."""
 SITE = {

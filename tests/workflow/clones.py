@@ -19,6 +19,8 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS = ("Snakefile", "rules", "config", "profiles", "envs", "workflow_scripts")
+BEING_WRITTEN = ("*.pyc.*", "fingerprints.json.*")
+"""Temporary names, which may be gone before they are copied; Python's caches themselves are valid in a copy."""
 LARGE = 1_100_000
 """Bytes of a pretended file of tensors: more than Snakemake compares by content unless told to."""
 
@@ -50,7 +52,7 @@ def clone(source: Path, target: Path) -> Path:
     """A copy of a checkout with the times of all files; of this repository without its results, else with them."""
     for part in (*PARTS, *(() if source == REPOSITORY else ("results", ".snakemake"))):
         if (source / part).is_dir():
-            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "log"))
+            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("log", *BEING_WRITTEN))
         elif (source / part).is_file():
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / part, target / part)

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
+from lowrank.reruns.remembered import Remembered
 from lowrank.reruns.syntax import ON_IMPORT, WHOLE, Module, Node, Uses, last_name, meaning
 
 PACKAGE = "lowrank"
@@ -46,7 +47,7 @@ class Code:
         self.scripts, self.requirements = scripts, requirements
         self._modules: dict[str, Module | None] = {}
         self._nodes: dict[Node, Found | None] = {}
-        self._told: dict[tuple[object, ...], tuple[str, dict[str, str]]] = {}
+        self._remembered = Remembered(scripts, [requirements] if requirements else [])
 
     def fingerprint(self, stage: str, *modules: str, only: Mapping[str, str] | None = None) -> str:
         """Hex digest of a stage's code.
@@ -63,16 +64,17 @@ class Code:
         return dict(self._tell(stage, modules, only or {})[1])
 
     def _tell(self, stage: str, modules: tuple[str, ...], only: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        """Digest and packages; found once, since a stage has a job for each checkpoint."""
-        key = (stage, *modules, *sorted(only.items()))
-        if key not in self._told:
+        """Digest and packages, which are found once: a stage has a job for each checkpoint."""
+
+        def find() -> tuple[str, dict[str, str]]:
             reached = self._reached(stage, modules, only)
             listing = sorted((node, digest, sorted(uses.origins)) for node, (digest, uses) in reached.items())
             names = {name for _, uses in reached.values() for name in uses.packages} - HELPERS
             pins = [self._pins.get(_normal(PINNED_AS.get(name, name))) for name in names]
             digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
-            self._told[key] = digest, dict(sorted(pin for pin in pins if pin))
-        return self._told[key]
+            return digest, dict(sorted(pin for pin in pins if pin))
+
+        return self._remembered.get((stage, modules, sorted(only.items())), find)
 
     @cached_property
     def _pins(self) -> dict[str, tuple[str, str]]:
