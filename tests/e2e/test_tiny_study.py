@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +39,12 @@ class Study:
         run = self._warm.run(self._arguments(*arguments), self._environment)
         assert run.returncode == 0, run.stdout
         return run.stdout
+
+    def type_command(self, *arguments: str) -> None:
+        """The same as a user types it: interpreters that have loaded nothing."""
+        command = [sys.executable, "-m", "snakemake", *self._arguments(*arguments)]
+        run = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
 
     def kill(self, target: str, now: Callable[[], bool]) -> None:
         """Start it, and kill it with all its jobs (SIGKILL) as soon as `now()`."""
@@ -249,3 +258,16 @@ def enough(study: Path, evaluations: int) -> bool:
     """Whether so many trials of the unfinished search are on disk."""
     logs = results(study, ".state/search_allocation-*/trials.csv")
     return bool(logs) and logs[0].read_bytes().count(b"\n") > evaluations  # a line of names stands before them
+
+
+def test_the_command_that_a_user_types_makes_the_same(finished: Study) -> None:
+    """From a search to a table, each stage in an interpreter of its own."""
+    run = finished.folder / "results/tiny"
+    made = [run / "tables/table_8.csv", *sorted((run / "compressed/tiny/bolaco").rglob("*.safetensors"))]
+    before = [path.read_bytes() for path in made]
+    assert len(before) == 2
+    for lost in (run / "allocation/tiny/bolaco", run / "compressed/tiny/bolaco"):
+        shutil.rmtree(lost)
+    made[0].unlink()
+    finished.type_command("results/tiny/tables/table_8.csv")
+    assert [path.read_bytes() for path in made] == before

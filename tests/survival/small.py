@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +112,6 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """All variables of a run."""
     return os.environ | ENVIRONMENT | more
-
-
-def snakemake(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the study as a user does, by the command."""
-    command = [sys.executable, "-m", "snakemake", *arguments(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment())
 
 
 def succeeded(run: subprocess.CompletedProcess[str]) -> str:

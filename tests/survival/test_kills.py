@@ -24,27 +24,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody kills, by the command that a user types."""
+def undisturbed(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nobody kills, and how long it took, in seconds."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    small.write_study(folder)
-    small.succeeded(small.snakemake(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def duration(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How long a run takes that is started as those that are killed, in seconds."""
-    folder = tmp_path_factory.mktemp("timed")
     small.write_study(folder)
     warm.run(small.arguments(folder, "--dry-run"), small.environment())  # so that all is loaded
     started = time.monotonic()
     small.succeeded(warm.run(small.arguments(folder), small.environment()))
-    return time.monotonic() - started
+    return folder, time.monotonic() - started
 
 
 @pytest.fixture(scope="module")
-def killed(warm: Warm, duration: float, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(warm: Warm, undisturbed: tuple[Path, float], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same study after twenty kills, elsewhere, with a token in the environment and results on another disk."""
     folder = tmp_path_factory.mktemp("killed") / ODD
     small.write_study(folder)
@@ -55,7 +46,7 @@ def killed(warm: Warm, duration: float, tmp_path_factory: pytest.TempPathFactory
     for _ in range(3 * KILLS):
         if kills == KILLS:
             break
-        end = time.monotonic() + draw.uniform(0.04, 0.2) * duration
+        end = time.monotonic() + draw.uniform(0.04, 0.2) * undisturbed[1]
         run = warm.kill(small.arguments(folder), small.environment(HF_TOKEN=SECRET), lambda: time.monotonic() > end)  # noqa: B023
         if run.returncode == -signal.SIGKILL:
             kills += 1
@@ -69,24 +60,24 @@ def killed(warm: Warm, duration: float, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_the_tables_are_those_of_an_undisturbed_run(undisturbed: Path, killed: Path) -> None:
-    expected = small.tables(undisturbed)
+def test_the_tables_are_those_of_an_undisturbed_run(undisturbed: tuple[Path, float], killed: Path) -> None:
+    expected = small.tables(undisturbed[0])
     assert {name.partition(".")[0] for name in expected} == {"table_1", "table_7", "table_8"}
     assert len(expected) == 12
     assert small.tables(killed) == expected
 
 
-def test_so_are_the_weights_and_the_trials(undisturbed: Path, killed: Path) -> None:
-    expected = small.weights(undisturbed)
+def test_so_are_the_weights_and_the_trials(undisturbed: tuple[Path, float], killed: Path) -> None:
+    expected = small.weights(undisturbed[0])
     assert len(expected) == 2
     assert small.weights(killed) == expected
     trials = f"{small.RUN}/allocation/{TRIALS}"
-    assert (killed / trials).read_bytes() == (undisturbed / trials).read_bytes()
+    assert (killed / trials).read_bytes() == (undisturbed[0] / trials).read_bytes()
 
 
-def test_damage_is_told_and_mended(undisturbed: Path, warm: Warm) -> None:
+def test_damage_is_told_and_mended(undisturbed: tuple[Path, float], warm: Warm) -> None:
     """Through Snakemake: one flipped bit stops the job that reads it, and what is made again is what was there."""
-    folder = undisturbed
+    folder, _ = undisturbed
     bases = folder / small.RUN / "bases/tiny/c/pooled/layers"
     before, expected = snapshot(folder / small.RUN / "statistics"), small.tables(folder)
     flip(bases / "layer_001.safetensors", -3)
