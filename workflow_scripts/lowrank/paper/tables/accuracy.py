@@ -30,6 +30,8 @@ BLIND_NOTE = (
     "reading; the CSV has its accuracy (…_blind) and, whatever the preference for one answer, the area under the ROC "
     "curve (…_auc, 50 for a guess)."
 )
+LEEWAY = 1.0
+"""Points above the target up to which a row that keeps more competes for the best value: coarse ranks leave some."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     beside = _beside(rows, measures, context)
     estimates = [{measure.key: _estimate(measure, results) for measure in measures} for results in rows]
     kept = [shared.kept_percent(results) for results in rows]
-    best = _best(rows, measures, estimates)
+    ample = [i for i, found in enumerate(kept) if found.value > 100 - rows[i].row.ratio + LEEWAY]
+    best = _best(rows, measures, estimates, ample)
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
@@ -85,7 +88,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside, _blind_notes(rows, measures, blind)),
+        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind)),
         frame=shared.frame_of(records),
         columns=(
             *leading,
@@ -148,12 +151,19 @@ def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool
 
 
 def _best(
-    rows: Sequence[RowResults], measures: Sequence[Measure], estimates: Sequence[dict[str, Estimate]]
+    rows: Sequence[RowResults],
+    measures: Sequence[Measure],
+    estimates: Sequence[dict[str, Estimate]],
+    ample: Sequence[int],
 ) -> set[tuple[int, str]]:
-    """(row, column) of the best value among the compressed rows of one model and ratio, if there is a choice."""
+    """(row, column) of the best value among the compressed rows of one model and ratio, if there is a choice.
+
+    Rows that keep too much (`ample`) win by what they keep, not by their method, so they are no candidates.
+    """
     best = set()
+    comparable = [i for i in range(len(rows)) if i not in ample]
     for block in {(results.row.model, results.row.ratio) for results in rows}:
-        members = [i for i, results in enumerate(rows) if (results.row.model, results.row.ratio) == block]
+        members = [i for i in comparable if (rows[i].row.model, rows[i].row.ratio) == block]
         if block[1] == 0 or len(members) < 2:
             continue
         for measure in measures:
@@ -187,12 +197,19 @@ def _published_text(value: float | None, digits: int) -> str:
     return MISSING if value is None else shared.number_text(value, digits)
 
 
-def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, blind_notes: Sequence[str]) -> tuple[str, ...]:
+def _notes(
+    rows: Sequence[RowResults],
+    context: Context,
+    beside: Beside,
+    ample_notes: Sequence[str],
+    blind_notes: Sequence[str],
+) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
         *shared.model_note(rows),
         "Removed: target, in percent of the decoder's linear weights; kept: what the checkpoint holds of them. "
         "Best compressed value of each model and ratio in bold; ± is the standard error from the finite test set.",
+        *ample_notes,
         *(_metric_note(suite) for suite in zero_shot.values()),
         *blind_notes,
         *(_protocol_note(suite) for suite in context.suites.values() if isinstance(suite, PerplexitySuite)),
@@ -201,6 +218,16 @@ def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, blind_n
         *shared.published_notes(rows, context),
         *_corpus_notes(beside),
     )
+
+
+def _ample_notes(rows: Sequence[RowResults], ample: Sequence[int]) -> list[str]:
+    """Which rows are not compared with their neighbours, and why."""
+    several = shared.several_models(rows)
+    named = [
+        f"{shared.method_title(rows[i])} at {rows[i].row.ratio} %" + f" ({rows[i].row.model})" * several for i in ample
+    ]
+    told = f"No value in bold for rows that keep more than a point above the target: {', '.join(named)}."
+    return [told] * bool(named)
 
 
 def _blind_notes(rows: Sequence[RowResults], measures: Sequence[Measure], blind: set[tuple[int, str]]) -> list[str]:
