@@ -22,6 +22,8 @@ from lowrank.paper.tables.measures import (
     match_corpora,
     measures_of,
 )
+from lowrank.paper.tables.predictions import NOTE as PREDICTION_NOTE
+from lowrank.paper.tables.predictions import loss_rises
 from lowrank.paper.tables.rows import Estimate
 
 BLIND = "†"
@@ -61,6 +63,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     beside = _beside(rows, measures, context)
     estimates = [{measure.key: _estimate(measure, results) for measure in measures} for results in rows]
     kept = [shared.kept_percent(results) for results in rows]
+    rises = loss_rises(rows, measures)
     ample = [i for i, found in enumerate(kept) if found.value > 100 - rows[i].row.ratio + LEEWAY]
     best = _best(rows, measures, estimates, ample)
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
@@ -79,7 +82,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
         missing = [Cell(MISSING)] * len(beside.alone)
         lines.append(Line((*map(Cell, texts), *cells, *missing), starts_block=starts_block))
         start = shared.record_start(results, index)
-        records.append(start | _record(results, kept[index], measures, estimates[index]))
+        records.append(start | _record(results, kept[index], measures, estimates[index], rises[index]))
         if index in beside.rows:
             lines.append(_published_line(rows, index, measures, beside))
             start = shared.published_record(beside.rows[index], index)
@@ -88,7 +91,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind)),
+        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind), any(rises)),
         frame=shared.frame_of(records),
         columns=(
             *leading,
@@ -174,9 +177,13 @@ def _best(
 
 
 def _record(
-    results: RowResults, kept: Estimate, measures: Sequence[Measure], estimates: dict[str, Estimate]
+    results: RowResults,
+    kept: Estimate,
+    measures: Sequence[Measure],
+    estimates: dict[str, Estimate],
+    rises: dict[str, float | None],
 ) -> dict[str, Any]:
-    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are."""
+    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are, then `rises`."""
     record: dict[str, Any] = {"kept_percent": kept.value}
     for measure in measures:
         estimate = estimates[measure.key]
@@ -190,7 +197,7 @@ def _record(
         }
         record |= {f"{measure.key}_{suffix}": value for suffix, value in (details[0] | means).items()}
     record["seeds"] = max(len(found) for found in results.evaluations.values())
-    return record | shared.evidence_record(results)
+    return record | rises | shared.evidence_record(results)
 
 
 def _published_text(value: float | None, digits: int) -> str:
@@ -203,6 +210,7 @@ def _notes(
     beside: Beside,
     ample_notes: Sequence[str],
     blind_notes: Sequence[str],
+    predicts: bool,
 ) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
@@ -213,6 +221,7 @@ def _notes(
         *(_metric_note(suite) for suite in zero_shot.values()),
         *blind_notes,
         *(_protocol_note(suite) for suite in context.suites.values() if isinstance(suite, PerplexitySuite)),
+        *([PREDICTION_NOTE] if predicts else []),
         *shared.seeds_note(rows),
         *(["The columns …_sd_over_seeds of the CSV hold the spread between seeds."] * (shared.most_seeds(rows) > 1)),
         *shared.published_notes(rows, context),
