@@ -37,14 +37,11 @@ rule select_validation:
         f"{LOGS}/select_validation/{{model}}/{{validation}}.log",
     conda:
         "../envs/rankwise.yaml"
-    threads: 8
+    threads: lambda wildcards: 8 if STUDY.validation[wildcards.validation].select.scores else 1
     resources:
         **asks("select_validation"),
     params:
-        settings=lambda wildcards: with_code(
-            "select_validation",
-            model_settings(wildcards.model) | {"validation": STUDY.validation[wildcards.validation].plain()},
-        ),
+        settings=validation_settings,
     message:
         "selecting validation windows {wildcards.validation} for {wildcards.model}"
     script:

@@ -62,13 +62,11 @@ def calibration_files(wildcards):
 
 
 def validation_files(wildcards):
+    """Bases only where windows are scored."""
     validation = STUDY.validation[wildcards.validation]
     choice = validation.select
-    return (
-        model_files(wildcards.model)
-        | corpora_files(validation.corpora)
-        | bases_files(wildcards.model, choice.calibration, choice.covariance)
-    )
+    files = model_files(wildcards.model) | corpora_files(validation.corpora)
+    return files | (bases_files(wildcards.model, choice.calibration, choice.covariance) if choice.scores else {})
 
 
 def sensitivity_files(wildcards):

@@ -69,6 +69,13 @@ def subject(wildcards):
     }
 
 
+def validation_settings(wildcards):
+    """Where no window is scored, nothing but the tokenizer of the model decides which they are."""
+    validation = STUDY.validation[wildcards.validation]
+    opened = model_settings(wildcards.model) if validation.select.scores else {"model": wildcards.model}
+    return with_code("select_validation", opened | {"validation": validation.plain()})
+
+
 def search_settings(wildcards):
     method = STUDY.method(wildcards.method)
     source = {"source_shape": STUDY.models[method.transfer.model].shape.plain()} if method.transfer else {}

@@ -249,6 +249,21 @@ TOGETHER: list[tuple[tuple[str | int, ...], Any, str]] = [
         17,
         "validation.wikipedia-top6.select.keep: 17 is more than the candidates (`windows: 16`)",
     ),
+    (
+        (*SELECT, "calibration"),
+        GONE,
+        "validation.wikipedia-top6.select.calibration: missing; `strategy: top` scores windows with the bases that it "
+        "names",
+    ),
+    *(
+        (
+            SELECT,
+            {"strategy": "all", key: value},
+            f"validation.wikipedia-top6.select.{key}: says nothing to `strategy: all`, which keeps every window "
+            "unscored; leave it out",
+        )
+        for key, value in {"allocations": 2, "groups": 2, "calibration": "c4-32", "covariance": "pooled-8"}.items()
+    ),
     (("search", "bo-10", "initial"), 11, "search.bo-10.initial: 11 is more than `evaluations: 10`"),
     (("tuning", "scales", "warmup_steps"), 10, "tuning.scales.warmup_steps: 10 leaves nothing of `steps: 10`"),
     (("tuning", "scales", "epochs"), 2, "tuning.scales.epochs: 2, and `steps: 10` says how long too; keep one of them"),

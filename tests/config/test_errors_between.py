@@ -224,6 +224,13 @@ def test_one_mistake_gives_one_message(path: tuple[str | int, ...], value: Any, 
     assert errors_of(changed((path, value))) == [message]
 
 
+def test_all_windows_can_be_kept_of_any_model_without_bases() -> None:
+    few: Change = ((*SHAPE, "layers"), 2)
+    assert "validation.wikipedia-top6.select.groups: 4 groups" in " ".join(errors_of(changed(few)))
+    assert "validation." not in " ".join(errors_of(changed(few, (SELECT, {"strategy": "all"}))))
+    assert errors_of(changed((SELECT, {"strategy": "all"}))) == []
+
+
 def test_mistakes_within_and_between_entries_are_told_at_once() -> None:
     mistakes: list[Change] = [
         (("search", "bo-10", "intial"), 3),

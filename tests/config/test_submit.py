@@ -30,7 +30,8 @@ ON_THE_HEAD = {
     *("all", "fetch_model", "fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
     *("make_table", "draw_figure", "write_provenance", "write_report"),
 }
-ON_PROCESSORS = {"sample_calibration"}
+ON_PROCESSORS = {"sample_calibration", "select_validation", "compress_model"}
+"""Of the last two only jobs that keep every window, and those that slice bases which are there."""
 Described = dict[str, Any]
 
 
@@ -107,10 +108,9 @@ def test_the_lines_say_gpu_memory_time_and_threads(submitted: list[list[Describe
         assert (" --ntasks=1" in line) == (gpu == 0), line
         assert job["partition"] == ("gpu" if gpu else "cpu"), line
         seen[job["rule"], bool(gpu)] = line
-    assert {rule for rule, gpu in seen if not gpu} == ON_PROCESSORS | {
-        "compress_model"
-    }  # slices of bases that are there
+    assert {rule for rule, gpu in seen if not gpu} == ON_PROCESSORS
     assert ("compress_model", True) in seen  # SVD decomposes
+    assert ("select_validation", True) in seen  # others are scored
 
 
 def test_a_further_try_gets_more(submitted: list[list[Described]]) -> None:

@@ -106,6 +106,11 @@ def test_no_field_is_left_out_that_a_stage_reads(jobs: list[Given]) -> None:
     assert seen >= {"instructions", "sensitivity", "tuning", "suite", "table", "figure"}
 
 
+def test_a_choice_that_keeps_every_window_is_given_no_more_of_the_model_than_its_name(jobs: list[Given]) -> None:
+    given_to = {job.wildcards["validation"]: job.params["settings"] for job in jobs if job.rule == "select_validation"}
+    assert given_to["wikipedia-top"].keys() - given_to["wikipedia-all"].keys() == {"dtype", "shape"}
+
+
 def test_the_longest_context_of_a_random_model_is_no_default(jobs: list[Given]) -> None:
     """It decides what is made; of other models it decides nothing that is fetched."""
     fetched = {job.wildcards["model"]: job.params["settings"]["model"] for job in jobs if job.rule == "fetch_model"}

@@ -29,6 +29,7 @@ def work(job: Snakemake) -> None:
     shape = ModelShape.model_validate(settings["shape"])
     model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
     allocation = read_record(job.input.allocation)["ranks"] if job.input.get("allocation") else None
+    account: dict[str, Any] = {}
     ranks = compress_model(
         method["kind"],
         method,
@@ -41,6 +42,7 @@ def work(job: Snakemake) -> None:
             "allocation": allocation,
             "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
             "tokens": load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None,
+            "account": account,
         },
     )
     target = job.output.checkpoint
@@ -53,6 +55,7 @@ def work(job: Snakemake) -> None:
             "subject": settings["subject"],
             "method": method,
             "ranks": ranks,
+            **account,
             "parameters": parameters,
             "kept": {
                 "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],

@@ -1,4 +1,4 @@
-"""Choose the validation windows whose perplexity depends most on the allocation of ranks."""
+"""Choose the validation windows whose perplexity depends most on the allocation of ranks, or keep all of them."""
 
 from snakemake.iocontainers import Snakemake
 
@@ -6,11 +6,14 @@ from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
-    """Score the candidate windows under random feasible allocations and keep some."""
+    """Score the candidate windows under random feasible allocations and keep some; with `all` no model is run."""
+    import torch
+
     from lowrank.calibration.corpora import load_documents
     from lowrank.config.presets import Validation
     from lowrank.files import save_tensors, write_json
-    from lowrank.model.runtime import describe_environment
+    from lowrank.model.checkpoint import load_tokenizer
+    from lowrank.model.runtime import describe_environment, limit_threads
     from lowrank.search.kept_ratios import SearchSpace
     from lowrank.search.sliced_model import open_sliced_model
     from lowrank.search.validation import candidate_windows, score_windows, select_windows, selection_record
@@ -18,12 +21,16 @@ def work(job: Snakemake) -> None:
     settings = job.params.settings
     validation = Validation.model_validate(settings["validation"])
     choice = validation.select
-    opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
+    limit_threads(job.threads)
     corpora = [load_documents(corpus) for corpus in job.input.corpora]
-    windows = candidate_windows(corpora, opened.tokenizer, validation).long()
-    space = SearchSpace(opened.budget, choice.ratio, choice.groups, choice.uncompressed, choice.lower)
-    perplexities = score_windows(opened.sliced, windows, space, choice.allocations, validation.seed, opened.device)
-    kept = select_windows(perplexities, choice)
+    windows = candidate_windows(corpora, load_tokenizer(job.input.model), validation).long()
+    perplexities, kept, device = None, list(range(len(windows))), torch.device("cpu")
+    if choice.scores:
+        opened = open_sliced_model(job.input.model, job.input.bases, settings, job.threads)
+        device = opened.device
+        space = SearchSpace(opened.budget, choice.ratio, choice.groups, choice.uncompressed, choice.lower)
+        perplexities = score_windows(opened.sliced, windows, space, choice.allocations, validation.seed, device)
+        kept = select_windows(perplexities, choice)
     save_tensors(job.output.tokens, {"tokens": windows[kept].int()})
     write_json(
         job.output.record,
@@ -31,7 +38,7 @@ def work(job: Snakemake) -> None:
             "validation": settings["validation"],
             "model": job.wildcards.model,
             **selection_record(perplexities, kept),
-            "environment": describe_environment(opened.device),
+            "environment": describe_environment(device),
         },
     )
 

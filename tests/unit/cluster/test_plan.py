@@ -91,6 +91,20 @@ def test_bases_that_know_the_loss_wait_for_gradients() -> None:
     assert models == {"tiny"}
 
 
+def test_windows_that_are_all_kept_wait_for_no_bases(small: Study) -> None:
+    raw = tiny.config(Path("nowhere"))
+    raw["validation"]["top3"]["select"] = {"strategy": "all"}
+    selected, bases = (
+        Job.of("select_validation", model="tiny", validation="top3"),
+        Job.of("compute_bases", model="tiny", calibration="c8", covariance="pooled"),
+    )
+    assert planned_jobs(check_study(raw))[selected] == [
+        Job.of("fetch_model", model="tiny"),
+        Job.of("fetch_corpus", corpus="validation"),
+    ]
+    assert bases in planned_jobs(small)[selected]
+
+
 def test_the_sums_are_those_of_the_jobs(paper: Study) -> None:
     plan, estimator = make_plan(paper), Estimator(paper)
     needs = [estimator.need(job.rule, job.wildcards) for job in planned_jobs(paper)]

@@ -297,6 +297,18 @@ def test_only_jobs_that_share_their_work_get_several_gpus() -> None:
     assert estimator.need("sample_calibration", CALIBRATION).gpus(4) == 0
 
 
+def test_who_keeps_every_window_needs_no_model() -> None:
+    every = {"corpora": ["text"], "windows": 768, "length": 4096, "select": {"strategy": "all"}}
+    study = study_of(LLAMA_7B)
+    kept = study_of(LLAMA_7B, validation={"top": every})
+    wildcards = JOBS["select_validation"]
+    scored, sampled = (Estimator(one).need("select_validation", wildcards) for one in (study, kept))
+    assert scored.gpu
+    assert not sampled.gpu
+    assert sampled.host_bytes(0) < 2 * GIB < scored.host_bytes(0)
+    assert (sampled.work.half, sampled.work.single, sampled.work.double) == (0, 0, 0)
+
+
 def test_memory_moves_to_the_host_without_a_gpu() -> None:
     need = Need(gpu=True, device={"weights": 10 * GIB}, host={"program": GIB, "texts": 2 * GIB}, loading=10 * GIB)
     assert need.host_bytes(0) == 13 * GIB

@@ -46,6 +46,7 @@ def compressed(
         "statistics": factor_samples.statistics(kind),
         "tokens": TOKENS,
         "allocation": allocation,
+        "account": options.pop("account", {}),
     }
     named = {} if method == "svd" else {"calibration": "c"}
     named |= {"covariance": "c"} if method in ("rankwise", "afm", "lord", "bolaco") else {}
@@ -119,6 +120,22 @@ def test_the_budget_is_counted_on_the_model_and_hardly_missed(kind: str, ratio: 
 def test_a_checkpoint_is_the_model(kind: str, identity_block: bool, tmp_path: Path) -> None:
     model, _ = compressed(kind, 25, identity_block=identity_block)
     factor_samples.check_round_trip(model, tmp_path)
+
+
+def test_it_says_what_its_ranks_are_predicted_to_cost_and_what_that_is(caplog: pytest.LogCaptureFixture) -> None:
+    account: dict[str, Any] = {}
+    with caplog.at_level("INFO"):
+        _, ranks = compressed("llama-gqa", 30, account=account)
+    expected = 0.0
+    for module in Budget.of(shape_of("llama-gqa")).modules:
+        losses, rank = samples.fisher_bases("llama-gqa").of(module.layer, module.type.name).losses, ranks[module.name]
+        assert losses is not None
+        expected += 0.0 if rank is None else sum(losses.tolist()[rank:])
+    assert expected > 0
+    meaning = "second order, on the calibration text"
+    said = {"nats_per_token": pytest.approx(expected, rel=1e-5), "meaning": meaning}
+    assert account == {"predicted_loss_rise": said}
+    assert f"{expected:.4f} nats per token ({meaning};" in caplog.text
 
 
 def test_types_can_stay_dense() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.config.presets import MethodSettings
+from lowrank.config.presets import MethodSettings, Selection
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
@@ -120,8 +120,8 @@ class _Planner:
 
     def validation(self, model: str, name: str) -> Job:
         validation = self.study.validation[name]
-        bases = self.bases(model, validation.select.calibration, validation.select.covariance)
-        after = [bases, *(self.corpus(corpus) for corpus in validation.corpora)]
+        after = [self.model(model), *self.bases_of(model, validation.select)]
+        after += [self.corpus(corpus) for corpus in validation.corpora]
         return self.job(Job.of("select_validation", model=model, validation=name), after)
 
     def sensitivity(self, sensitivity: str) -> Job:
@@ -144,7 +144,7 @@ class _Planner:
             after.append(self.path(source))
         return self.job(Job.of("search_allocation", model=model, method=method, ratio=ratio, seed=seed), after)
 
-    def bases_of(self, model: str, preset: MethodSettings) -> list[Job]:
+    def bases_of(self, model: str, preset: MethodSettings | Selection) -> list[Job]:
         """The bases that a preset slices, if it does."""
         if preset.calibration is None or preset.covariance is None:
             return []

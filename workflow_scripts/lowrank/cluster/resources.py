@@ -116,8 +116,7 @@ class Estimator:
 
     def _sample_calibration(self, wildcards: Wildcards) -> Need:
         calibration = self.study.calibration[wildcards["calibration"]]
-        tokens = calibration.windows * calibration.length
-        return Need(host={"program": PROGRAM, "texts": GIB}, disk=4 * tokens, work=Work(seconds=600))
+        return _sampled(calibration.windows * calibration.length)
 
     def _collect_statistics(self, wildcards: Wildcards) -> Need:
         calibration = self.study.calibration[wildcards["calibration"]]
@@ -263,6 +262,8 @@ class Estimator:
     def _select_validation(self, wildcards: Wildcards) -> Need:
         validation = self.study.validation[wildcards["validation"]]
         tokens, choice = validation.windows * validation.length, validation.select
+        if not choice.scores:
+            return _sampled(tokens)
         model, length = wildcards["model"], validation.length
         return self._sliced(model, choice.covariance, length, tokens, choice.allocations, copies=1, texts=TEXTS)
 
@@ -351,6 +352,11 @@ class Estimator:
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
         return suite_need(self._checkpoint(wildcards), suite, longest)
+
+
+def _sampled(tokens: int) -> Need:
+    """Windows of so many tokens, drawn from texts by a tokenizer."""
+    return Need(host={"program": PROGRAM, "texts": GIB}, disk=4 * tokens, work=Work(seconds=600))
 
 
 def computes_on_device(method: MethodSettings) -> bool:

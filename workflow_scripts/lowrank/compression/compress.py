@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class CompressionTask:
         allocation: ranks, if the preset names a search.
         statistics: moments of the layers' inputs, if the method reads them.
         tokens: calibration windows, n x length, if the method reads them.
+        account: what the method says of its result besides; the manifest has it.
     """
 
     settings: Any
@@ -46,6 +47,7 @@ class CompressionTask:
     allocation: Ranks | None = None
     statistics: Statistics | None = None
     tokens: torch.Tensor | None = None
+    account: dict[str, Any] = field(default_factory=dict)
 
     def required_bases(self) -> Bases:
         """The bases; an error if the preset names no covariance."""

@@ -188,6 +188,8 @@ def _validation_problems(study: Study, use: Use) -> Iterator[str]:
     if name not in study.validation:
         return
     select, shape = study.validation[name].select, study.models[use.model].shape
+    if not select.scores:
+        return
     place = f"validation.{name}.select"
     yield from _groups_and_types(place, use.model, shape, select.groups, select.uncompressed)
     if _unknown_types(shape, select.uncompressed):

@@ -84,15 +84,34 @@ class Covariance(Section):
 class Selection(Section):
     """Which windows of a validation corpus the search is judged on (paper, Section 3.3)."""
 
-    strategy: Literal["top", "bottom", "all"] = "top"
+    strategy: Literal["top", "bottom", "all"] = Field(
+        default="top",
+        description="by the variance of a window's perplexity over random allocations; all: every window, unscored; "
+        "it takes no other key",
+    )
     keep: Positive | None = Field(default=None, description="how many; not with `strategy: all`")
     allocations: AtLeastTwo = 20
     ratio: Percent = 20
     groups: Positive = Field(default=4, description="groups of layers of the random allocations")
     uncompressed: tuple[Text, ...] = ("v",)
     lower: Share = 0.2
-    calibration: Name
-    covariance: Name
+    calibration: Name | None = Field(default=None, description="of the bases; needed unless `strategy: all`")
+    covariance: Name | None = Field(default=None, description="needed unless `strategy: all`")
+
+    @model_validator(mode="after")
+    def _scoring_is_described_where_windows_are_scored(self) -> Selection:
+        for key, field in type(self).model_fields.items():
+            if not self.scores and key not in ("strategy", "keep") and getattr(self, key) != field.default:
+                raise wrong(key, "says nothing to `strategy: all`, which keeps every window unscored; leave it out")
+        for key in ("calibration", "covariance"):
+            if self.scores and getattr(self, key) is None:
+                raise wrong(key, f"missing; `strategy: {self.strategy}` scores windows with the bases that it names")
+        return self
+
+    @property
+    def scores(self) -> bool:
+        """Whether windows are chosen by their perplexities, so that a model and its bases are needed."""
+        return self.strategy != "all"
 
 
 class Validation(Section):

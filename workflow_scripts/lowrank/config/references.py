@@ -27,8 +27,9 @@ def references(study: Study) -> Iterator[tuple[str, str, str]]:
     for name, validation in study.validation.items():
         for index, corpus in enumerate(validation.corpora):
             yield f"validation.{name}.corpora[{index}]", "corpora", corpus
-        yield f"validation.{name}.select.calibration", "calibration", validation.select.calibration
-        yield f"validation.{name}.select.covariance", "covariance", validation.select.covariance
+        for section in ("calibration", "covariance"):
+            if (target := getattr(validation.select, section)) is not None:
+                yield f"validation.{name}.select.{section}", section, target
     for name, sensitivity in study.sensitivity.items():
         for section, target in (
             ("models", sensitivity.model),

@@ -38,12 +38,15 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """
     import logging
 
-    from lowrank.ranks.predicted_loss import allocate
+    from lowrank.ranks.predicted_loss import MEANING, allocate
     from lowrank.search.allocation import sliced_factors
     from lowrank.search.loss_scales import predicted_losses
 
     bases = task.required_bases()
     losses = predicted_losses(bases, task.budget)
     allocation = allocate(task.budget, task.ratio, losses, task.settings.uncompressed)
-    logging.getLogger(__name__).info("predicted rise of the loss: %.4f nats per token", allocation.loss)
+    task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
+    logging.getLogger(__name__).info(
+        "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING
+    )
     return sliced_factors(bases, task.budget, allocation.ranks)

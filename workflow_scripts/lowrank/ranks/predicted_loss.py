@@ -19,6 +19,8 @@ from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 
+MEANING = "second order, on the calibration text"
+"""What a predicted rise of the loss is; that of many matrices at once, on other text, was measured to be larger."""
 Losses = Mapping[str, npt.NDArray[np.float64]]
 _BISECTIONS = 200
 
@@ -40,7 +42,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class PredictedAllocation:
-    """Ranks, and the sum of the losses that they are predicted to cost, in nats per token."""
+    """Ranks, and the sum of the losses that they are predicted to cost, in nats per token (see `MEANING`)."""
 
     ranks: Ranks
     loss: float

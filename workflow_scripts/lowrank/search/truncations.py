@@ -22,6 +22,7 @@ from lowrank.model.families import FAMILIES, LinearModule
 from lowrank.model.losses import head_of, token_nll
 from lowrank.model.partial_forward import block_input, input_of, last_hidden_from
 from lowrank.ranks.budget import ALIGNMENT, Budget
+from lowrank.ranks.predicted_loss import MEANING
 from lowrank.search.sliced_model import SlicedModel
 
 log = logging.getLogger(__name__)
@@ -95,15 +96,17 @@ def measure_truncations(
         device: where the model is.
 
     Returns:
-        "dense": mean loss per token of the dense model; "truncations": one dict each, with the measured rise of it and
-        the standard error of that over windows (None for one window); "spearman": rank correlation of predicted and
-        measured, over all of them and by type (None where it is not defined).
+        "dense": mean loss per token of the dense model; "truncations": one dict each, with the predicted and the
+        measured rise of it, and the standard error of the latter over windows (None for one window); "predicted": what
+        a prediction is; "spearman": rank correlation of predicted and measured, over all of them and by type (None
+        where it is not defined).
 
     Raises:
         RankwiseError: a loss is not finite; the matrix and its rank are named.
     """
     sliced.set_ranks({})
     records: list[dict[str, Any]] = []
+    log.info("rises of the loss in nats per token; predicted: %s; measured: on windows of other text", MEANING)
     with torch.inference_mode():
         walk = _Walk(sliced, windows, device)
         dense = _finite(walk.losses(), "the dense model")
@@ -118,7 +121,12 @@ def measure_truncations(
                 *(len(records), len(truncations), truncation.module.name, truncation.rank),
                 *(float(rise.mean()), truncation.predicted),
             )
-    return {"dense": float(dense.mean()), "truncations": records, "spearman": _correlations(records)}
+    return {
+        "dense": float(dense.mean()),
+        "predicted": MEANING,
+        "truncations": records,
+        "spearman": _correlations(records),
+    }
 
 
 class _Walk:

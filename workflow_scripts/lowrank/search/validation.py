@@ -63,19 +63,24 @@ def select_windows(perplexities: torch.Tensor, settings: Selection) -> list[int]
 
     Args:
         perplexities: allocations x n.
-        settings: `top` keeps those with the largest variance over allocations, `bottom` the smallest, `all` all.
+        settings: `top` keeps those with the largest variance over allocations, `bottom` the smallest.
     """
-    variance = perplexities.var(dim=0)
-    if settings.keep is None:
-        return list(range(variance.numel()))
-    order = torch.argsort(variance, descending=settings.strategy == "top", stable=True)
+    order = torch.argsort(perplexities.var(dim=0), descending=settings.strategy == "top", stable=True)
     return sorted(order[: settings.keep].tolist())
 
 
-def selection_record(perplexities: torch.Tensor, kept: list[int]) -> dict[str, Any]:
-    """What the validation artefact says about the choice."""
+def selection_record(perplexities: torch.Tensor | None, kept: list[int]) -> dict[str, Any]:
+    """What the validation artefact says about the choice.
+
+    Args:
+        perplexities: allocations x n; None where every window is kept, so that none was scored.
+        kept: their indices.
+    """
+    if perplexities is None:
+        return {"windows": kept, "scored": False, "variance": None, "mean_perplexity": None, "allocations": 0}
     return {
         "windows": kept,
+        "scored": True,
         "variance": perplexities.var(dim=0).tolist(),
         "mean_perplexity": perplexities.mean(dim=0).tolist(),
         "allocations": perplexities.shape[0],

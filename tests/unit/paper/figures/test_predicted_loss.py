@@ -96,7 +96,10 @@ def test_types_look_alike_in_all_panels_and_the_legend_names_each_once() -> None
     legend = samples.legend(figure)
     assert legend == [EQUAL, "q", "k", "v", "o", "gate", "up", "down"]
     (box,) = figure.legends
-    assert box.get_title().get_text() == "hollow marks: at or beyond the end of an axis"
+    assert box.get_title().get_text().split("\n") == [
+        "predicted: second order, on the calibration text; measured: on other text",
+        "hollow marks: at or beyond the end of an axis",
+    ]
     first, second = (samples.looks(axes) for axes in figure.axes)
     shared = set(legend[1:])
     assert {name: first[name] for name in shared} == {name: second[name] for name in shared}

@@ -106,6 +106,32 @@ def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:
     assert not any(best[3]), "one row alone is not the best of anything"
 
 
+@pytest.mark.parametrize(("removed", "competes"), [(19.5, True), (19.0, True), (18.9, False), (9.0, False)])
+def test_a_row_that_keeps_much_more_than_its_target_does_not_compete(removed: float, competes: bool) -> None:
+    rows = [
+        row_results(0.9, removed, method="svd", tolerance=20),
+        row_results(0.5, method="lord", label="LoRD"),
+        row_results(0.4, 23, method="afm", tolerance=20),
+    ]
+    table = build("accuracy", rows)
+    best = [[cell.best for cell in line.cells[3:]] for line in table.lines]
+    assert all(best[0 if competes else 1])
+    assert not any(best[1 if competes else 0] + best[2])
+    told = "No value in bold for rows that keep more than a point above the target: svd at 20 %."
+    assert (told in table.notes) == (not competes)
+
+
+def test_where_one_row_is_left_to_compare_it_is_not_the_best_of_anything() -> None:
+    rows = [
+        row_results(0.9, 9, method="svd", tolerance=20, model="other"),
+        row_results(0.5, model="other"),
+        dense_results(),
+    ]
+    table = build("accuracy", rows)
+    assert not any(cell.best for line in table.lines for cell in line.cells)
+    assert [note for note in table.notes if note.endswith("above the target: svd at 20 % (other).")]
+
+
 def test_seeds_are_averaged_and_their_spread_is_kept_apart() -> None:
     (record,) = build("accuracy", [row_results(0.5, seeds=3)]).frame.to_dict(orient="records")
     values = [50.0, 51.0, 52.0]

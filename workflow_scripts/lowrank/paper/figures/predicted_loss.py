@@ -15,6 +15,7 @@ from lowrank.paper.figures.axes import TICKS_ALONG, TICKS_UP, readable_ticks
 from lowrank.paper.figures.panels import label_axes, legend_below, legend_entries, panel_grid, write_title
 from lowrank.paper.figures.style import DENSE_COLOUR, DENSE_DASHES, series_style, style
 from lowrank.paper.tables.data import Json
+from lowrank.ranks.predicted_loss import MEANING
 
 PANEL_HEIGHT = 2.9  # inches
 DECADES = 4.5  # of each axis at most; what is smaller stands at its lower end
@@ -72,7 +73,8 @@ def draw_predicted_loss(frame: pd.DataFrame, title: str, smoke: bool = False) ->
         write_title(figure, title, smoke)
         found = legend_entries(panels)
         hollow = bool((np.minimum(frame["predicted"], frame["measured"]) <= low * MARGIN).any())
-        notes = ["hollow marks: at or beyond the end of an axis"] if hollow else []
+        notes = [f"predicted: {MEANING}; measured: on other text"]
+        notes += ["hollow marks: at or beyond the end of an axis"] if hollow else []
         legend_below(figure, {name: found[name] for name in [EQUAL, *order]}, notes)
     return figure
 

@@ -22,6 +22,8 @@ from lowrank.paper.tables.measures import (
     match_corpora,
     measures_of,
 )
+from lowrank.paper.tables.predictions import NOTE as PREDICTION_NOTE
+from lowrank.paper.tables.predictions import loss_rises
 from lowrank.paper.tables.rows import Estimate
 
 BLIND = "†"
@@ -30,6 +32,8 @@ BLIND_NOTE = (
     "reading; the CSV has its accuracy (…_blind) and, whatever the preference for one answer, the area under the ROC "
     "curve (…_auc, 50 for a guess)."
 )
+LEEWAY = 1.0
+"""Points above the target up to which a row that keeps more competes for the best value: coarse ranks leave some."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     beside = _beside(rows, measures, context)
     estimates = [{measure.key: _estimate(measure, results) for measure in measures} for results in rows]
     kept = [shared.kept_percent(results) for results in rows]
-    best = _best(rows, measures, estimates)
+    rises = loss_rises(rows, measures)
+    ample = [i for i, found in enumerate(kept) if found.value > 100 - rows[i].row.ratio + LEEWAY]
+    best = _best(rows, measures, estimates, ample)
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
@@ -76,7 +82,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
         missing = [Cell(MISSING)] * len(beside.alone)
         lines.append(Line((*map(Cell, texts), *cells, *missing), starts_block=starts_block))
         start = shared.record_start(results, index)
-        records.append(start | _record(results, kept[index], measures, estimates[index]))
+        records.append(start | _record(results, kept[index], measures, estimates[index], rises[index]))
         if index in beside.rows:
             lines.append(_published_line(rows, index, measures, beside))
             start = shared.published_record(beside.rows[index], index)
@@ -85,7 +91,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     leading = shared.leading_columns(rows)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside, _blind_notes(rows, measures, blind)),
+        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind), any(rises)),
         frame=shared.frame_of(records),
         columns=(
             *leading,
@@ -148,12 +154,19 @@ def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool
 
 
 def _best(
-    rows: Sequence[RowResults], measures: Sequence[Measure], estimates: Sequence[dict[str, Estimate]]
+    rows: Sequence[RowResults],
+    measures: Sequence[Measure],
+    estimates: Sequence[dict[str, Estimate]],
+    ample: Sequence[int],
 ) -> set[tuple[int, str]]:
-    """(row, column) of the best value among the compressed rows of one model and ratio, if there is a choice."""
+    """(row, column) of the best value among the compressed rows of one model and ratio, if there is a choice.
+
+    Rows that keep too much (`ample`) win by what they keep, not by their method, so they are no candidates.
+    """
     best = set()
+    comparable = [i for i in range(len(rows)) if i not in ample]
     for block in {(results.row.model, results.row.ratio) for results in rows}:
-        members = [i for i, results in enumerate(rows) if (results.row.model, results.row.ratio) == block]
+        members = [i for i in comparable if (rows[i].row.model, rows[i].row.ratio) == block]
         if block[1] == 0 or len(members) < 2:
             continue
         for measure in measures:
@@ -164,9 +177,13 @@ def _best(
 
 
 def _record(
-    results: RowResults, kept: Estimate, measures: Sequence[Measure], estimates: dict[str, Estimate]
+    results: RowResults,
+    kept: Estimate,
+    measures: Sequence[Measure],
+    estimates: dict[str, Estimate],
+    rises: dict[str, float | None],
 ) -> dict[str, Any]:
-    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are."""
+    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are, then `rises`."""
     record: dict[str, Any] = {"kept_percent": kept.value}
     for measure in measures:
         estimate = estimates[measure.key]
@@ -180,27 +197,46 @@ def _record(
         }
         record |= {f"{measure.key}_{suffix}": value for suffix, value in (details[0] | means).items()}
     record["seeds"] = max(len(found) for found in results.evaluations.values())
-    return record | shared.evidence_record(results)
+    return record | rises | shared.evidence_record(results)
 
 
 def _published_text(value: float | None, digits: int) -> str:
     return MISSING if value is None else shared.number_text(value, digits)
 
 
-def _notes(rows: Sequence[RowResults], context: Context, beside: Beside, blind_notes: Sequence[str]) -> tuple[str, ...]:
+def _notes(
+    rows: Sequence[RowResults],
+    context: Context,
+    beside: Beside,
+    ample_notes: Sequence[str],
+    blind_notes: Sequence[str],
+    predicts: bool,
+) -> tuple[str, ...]:
     zero_shot = {name: s for name, s in context.suites.items() if isinstance(s, ZeroShotSuite)}
     return (
         *shared.model_note(rows),
         "Removed: target, in percent of the decoder's linear weights; kept: what the checkpoint holds of them. "
         "Best compressed value of each model and ratio in bold; ± is the standard error from the finite test set.",
+        *ample_notes,
         *(_metric_note(suite) for suite in zero_shot.values()),
         *blind_notes,
         *(_protocol_note(suite) for suite in context.suites.values() if isinstance(suite, PerplexitySuite)),
+        *([PREDICTION_NOTE] if predicts else []),
         *shared.seeds_note(rows),
         *(["The columns …_sd_over_seeds of the CSV hold the spread between seeds."] * (shared.most_seeds(rows) > 1)),
         *shared.published_notes(rows, context),
         *_corpus_notes(beside),
     )
+
+
+def _ample_notes(rows: Sequence[RowResults], ample: Sequence[int]) -> list[str]:
+    """Which rows are not compared with their neighbours, and why."""
+    several = shared.several_models(rows)
+    named = [
+        f"{shared.method_title(rows[i])} at {rows[i].row.ratio} %" + f" ({rows[i].row.model})" * several for i in ample
+    ]
+    told = f"No value in bold for rows that keep more than a point above the target: {', '.join(named)}."
+    return [told] * bool(named)
 
 
 def _blind_notes(rows: Sequence[RowResults], measures: Sequence[Measure], blind: set[tuple[int, str]]) -> list[str]:

@@ -1,0 +1,58 @@
+"""Compression as its rule runs it: the manifest has what the method says of its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.unit.methods import rankwise_samples as samples
+from tests.unit.search.test_search_stage import Named
+
+STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/compress_model.py"
+KIND = "llama-gqa"
+
+
+@pytest.fixture(autouse=True)
+def environment_of_the_tests() -> Iterator[None]:
+    """The stage sets variables for a process of its own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
+    """Run the stage on a tiny model; returns the manifest."""
+    tiny.model(KIND).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
+    subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
+    settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject}
+    job = Named(
+        **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
+        input=Named(model=str(folder / "model"), **inputs),
+        wildcards=Named(model="tiny", method="m", ratio="30", seed="0"),
+        params=Named(settings=settings),
+    )
+    runpy.run_path(str(STAGE), init_globals={"snakemake": job})
+    manifest: dict[str, Any] = json.loads(Path(output.manifest).read_text())
+    return manifest
+
+
+def test_the_manifest_has_the_predicted_rise_of_the_loss_and_what_it_is(tmp_path: Path) -> None:
+    bases = str(samples.fisher_bases(KIND).files[0].parent)
+    found = run(tmp_path, {"kind": "rankwise", "calibration": "c", "covariance": "c"}, bases=bases)
+    assert found["predicted_loss_rise"]["nats_per_token"] > 0
+    assert found["predicted_loss_rise"]["meaning"] == "second order, on the calibration text"
+    assert found["kept"]["linears"] <= 0.7
+
+
+def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:
+    assert "predicted_loss_rise" not in run(tmp_path, {"kind": "svd"})

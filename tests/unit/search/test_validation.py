@@ -1,0 +1,100 @@
+"""The choice of validation windows as its rule runs it: scored and the extremes kept, or all of them kept unscored."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank.calibration.corpora import sample_windows
+from lowrank.config.presets import Validation
+from lowrank.files import load_tensors, sha256_file
+from lowrank.search.validation import select_windows
+from tests import tiny
+from tests.unit.search.test_search import tiny_bases
+from tests.unit.search.test_search_stage import Named
+
+STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/select_validation.py"
+WINDOWS, LENGTH = 6, 20
+SCORED = {"allocations": 3, "groups": 2, "calibration": "c", "covariance": "c", "keep": 2}
+
+
+@pytest.fixture(autouse=True)
+def environment_of_the_tests() -> Iterator[None]:
+    """The stage sets variables for a process of its own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its bases, and a corpus."""
+    made = tmp_path_factory.mktemp("inputs")
+    tiny.model("llama-gqa").save_pretrained(made / "model")
+    tiny.tokenizer().save_pretrained(made / "model")
+    tiny_bases("llama-gqa", made)
+    (made / "data").mkdir()
+    data = made / "data/text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+    record = {"kind": "text", "file": "text.jsonl", "sha256": sha256_file(data)}
+    (made / "text.json").write_text(json.dumps(record))
+    return made
+
+
+def documents() -> list[str]:
+    return [" ".join(tiny.WORDS[(start + step) % len(tiny.WORDS)] for step in range(60)) for start in range(20)]
+
+
+def run(folder: Path, out: Path, select: dict[str, Any], **inputs: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Run the stage; returns the tokens and the record."""
+    validation = Validation.model_validate(
+        {"corpora": ["text"], "windows": WINDOWS, "length": LENGTH, "seed": 4, "select": select}
+    )
+    settings = {"model": "tiny", "dtype": "float32", "shape": tiny.shape("llama-gqa"), "validation": validation.plain()}
+    if not validation.select.scores:
+        settings = {name: settings[name] for name in ("model", "validation")}
+    output = Named(tokens=str(out / "tokens.safetensors"), record=str(out / "record.json"))
+    job = Named(
+        **{"rule": "select_validation", "threads": 1, "log": [], "resources": {}, "output": output},
+        input=Named(model=str(folder / "model"), corpora=[str(folder / "text.json")], **inputs),
+        wildcards=Named(model="tiny"),
+        params=Named(settings=settings),
+    )
+    runpy.run_path(str(STAGE), init_globals={"snakemake": job})
+    return load_tensors(output.tokens)["tokens"], json.loads(Path(output.record).read_text())
+
+
+def test_all_windows_are_kept_without_a_model_or_bases(folder: Path, tmp_path: Path) -> None:
+    tokens, record = run(folder, tmp_path, {"strategy": "all"})
+    assert torch.equal(tokens, sample_windows(documents(), tiny.tokenizer(), WINDOWS, LENGTH, 4))
+    assert record["scored"] is False
+    assert (record["windows"], record["allocations"]) == (list(range(WINDOWS)), 0)
+    assert record["variance"] is record["mean_perplexity"] is None
+    assert record["environment"]["device"] == "cpu"
+
+
+def test_scored_windows_are_those_whose_perplexity_varies_most_or_least(folder: Path, tmp_path: Path) -> None:
+    every = sample_windows(documents(), tiny.tokenizer(), WINDOWS, LENGTH, 4)
+    for strategy in ("top", "bottom"):
+        (tmp_path / strategy).mkdir()
+        select = SCORED | {"strategy": strategy}
+        tokens, record = run(folder, tmp_path / strategy, select, bases=str(folder / "bases"))
+        variance = record["variance"]
+        extremes = sorted(range(WINDOWS), key=lambda window: variance[window], reverse=strategy == "top")[:2]
+        assert record["windows"] == sorted(extremes)
+        assert torch.equal(tokens, every[sorted(extremes)])
+        assert (record["scored"], record["allocations"], len(record["mean_perplexity"])) == (True, 3, WINDOWS)
+
+
+def test_equal_windows_are_kept_in_their_order() -> None:
+    settings = Validation.model_validate({"corpora": ["text"], "windows": 4, "length": LENGTH, "select": SCORED}).select
+    assert select_windows(torch.tensor([[1.0, 5, 1, 5], [1, 9, 1, 9]]), settings) == [1, 3]
+    assert select_windows(torch.ones(3, 4), settings) == [0, 1]
