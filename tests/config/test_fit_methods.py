@@ -223,6 +223,28 @@ def test_a_model_too_small_to_be_pruned_or_sliced_so_far() -> None:
     assert message.endswith(f"remove less (`methods.other`, {SHAPE})")
 
 
+@pytest.mark.parametrize(
+    ("method", "estimator", "ratio", "fits"),
+    [
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "naive", 73, True),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "naive", 74, False),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "uncentred", 74, True),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "uncentred", 76, False),
+        ({"kind": "svd"}, "naive", 74, True),
+        ({"kind": "svd", "identity_block": True}, "naive", 76, True),  # rank 8 then holds 56 weights less
+    ],
+)
+def test_reach_is_judged_with_the_form_of_the_pairs(
+    method: dict[str, Any], estimator: str, ratio: int, fits: bool
+) -> None:
+    """All matrices are 64 x 64 here: rank 8 holds a quarter of one, and its bias a sixty-fourth."""
+    shape = {"hidden": 64, "intermediate": 64, "heads": 1, "kv_heads": 1}
+    small = {**BASE["models"]["smollm2-135m"]["shape"], **shape}
+    changes = [(("models", "smollm2-135m", "shape"), small), (("covariance", "naive", "estimator"), estimator)]
+    messages = study(method, ratio, *changes)
+    assert [message.split(": ")[1] for message in messages] == ([] if fits else [f"removing {ratio} % is out of reach"])
+
+
 def test_a_magnitude_needs_no_windows() -> None:
     assert study({**PRUNED, "importance": "l1", "sequences": 99}, 20) == []
     assert study({**PRUNED, "importance": "param_mix", "sequences": 99}, 20) != []

@@ -1,5 +1,7 @@
 """Parameter accounting, against numbers published for real models and against counting by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
 from lowrank.search.allocation import lord_ranks, uniform_ranks
+from tests import tiny
 
 LLAMA_7B = ModelShape(
     family="llama",
@@ -75,6 +78,18 @@ def test_biases_that_compression_adds_are_counted(family: str) -> None:
         added = budget.cost(module, 8) - 8 * (module.out_features + module.in_features)
         native = family == "opt" or (family == "qwen2" and module.type.name in "qkv")
         assert added == (0 if native else module.out_features)
+
+
+def test_biases_that_are_not_there_buy_rank() -> None:
+    """SmolLM2-135M: those of all layers are as many parameters as half a rank in all of them."""
+    counted = Budget.of(ModelShape(**tiny.SMOLLM))
+    without = replace(counted, adds_bias=False)
+    all_8 = {module.name: 8 for module in counted.modules}
+    assert counted.parameters(all_8) - without.parameters(all_8) == 155_520
+    for ratio in (10, 20, 30, 40):
+        assert without.kept(uniform_ranks(without, ratio, ())) <= 1 - ratio / 100
+        more, less = (sum(rank or 0 for rank in uniform_ranks(b, ratio, ()).values()) for b in (without, counted))
+        assert more >= less
 
 
 def test_uniform_ranks_meet_the_budget() -> None:

@@ -6,10 +6,11 @@ A preset that nothing uses is not checked against any model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
-from lowrank.config.presets import ScaledSubspaceTuning, Search
+from lowrank.config.presets import Covariance, MethodSettings, ScaledSubspaceTuning, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
@@ -50,18 +51,17 @@ def problems_of_fit(study: Study) -> Iterator[str]:
 
 
 def why_out_of_reach(
-    shape: ModelShape, ratio: int, uncompressed: Sequence[str], lower: float, search: Search | None = None
+    budget: Budget, ratio: int, uncompressed: Sequence[str], lower: float, search: Search | None = None
 ) -> str | None:
     """Why no allocation removes this share, or None if there is one.
 
     Args:
-        shape: of the model.
+        budget: of the model, with the form of the pairs.
         ratio: percent of the decoder's linear weights to remove.
         uncompressed: types that stay dense.
         lower: smallest kept ratio of a compressed matrix.
         search: whose other bounds hold as well.
     """
-    budget = Budget.of(shape.model_copy(update={"layers": 1}))
     if search is None:
         return reach.why_out_of_reach(budget, ratio, uncompressed, lower)
     return reach.why_out_of_reach(budget, ratio, uncompressed, lower, search.upper, search.bounds, search.band)
@@ -96,10 +96,10 @@ def _asked_for(study: Study) -> Iterator[Use]:
 
 def _method_problems(study: Study, use: Use) -> Iterator[str]:
     method, shape = study.method(use.method), study.models[use.model].shape
-    place = f"methods.{use.method}"
+    place, budget = f"methods.{use.method}", _budget(shape, method, study.covariance.get(method.covariance or ""))
     if use.ratio:
         calibration = study.calibration.get(method.calibration or "")
-        for key, reason in method.misfits(Budget.of(shape), use.ratio, calibration):
+        for key, reason in method.misfits(budget, use.ratio, calibration):
             about = f"model '{use.model}'"
             yield f"{place}.{key}: {reason} ({about})" if key else f"{use.place}: {reason} (`{place}`, {about})"
     uncompressed: Sequence[str] | None = getattr(method, "uncompressed", None)
@@ -118,10 +118,16 @@ def _method_problems(study: Study, use: Use) -> Iterator[str]:
         yield from _transfer_problems(study, use, shape, uncompressed)
     if use.ratio:
         bounded = search if search and search.variables == "kept-ratios" else None
-        why = why_out_of_reach(shape, use.ratio, uncompressed, bounded.lower if bounded else 0.0, bounded)
+        why = why_out_of_reach(budget, use.ratio, uncompressed, bounded.lower if bounded else 0.0, bounded)
         if why:
             by = f", `search.{method.search}`" if bounded else ""
             yield f"{use.place}: {why} (`{place}`{by}, model '{use.model}')"
+
+
+def _budget(shape: ModelShape, method: MethodSettings, covariance: Covariance | None) -> Budget:
+    """A model's budget as a method's stages have it."""
+    budget = Budget.of(shape)
+    return method.budget_of_pairs(budget, covariance) if isinstance(method, LowRankSettings) else budget
 
 
 def _unsearched_types(
@@ -192,7 +198,9 @@ def _validation_problems(study: Study, use: Use) -> Iterator[str]:
     yield from _groups_and_types(place, use.model, shape, select.groups, select.uncompressed)
     if _unknown_types(shape, select.uncompressed):
         return
-    if why := why_out_of_reach(shape, select.ratio, select.uncompressed, select.lower):
+    covariance = study.covariance.get(select.covariance)
+    budget = replace(Budget.of(shape), adds_bias=covariance is None or covariance.centred)
+    if why := why_out_of_reach(budget, select.ratio, select.uncompressed, select.lower):
         yield f"{place}.ratio: {why} (model '{use.model}')"
 
 

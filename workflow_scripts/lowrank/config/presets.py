@@ -56,7 +56,10 @@ class Calibration(Section):
 class Covariance(Section):
     """An estimate of the covariance of a layer's outputs (paper, Section 3.1)."""
 
-    estimator: Literal["pooled", "naive", "uncentred"]
+    estimator: Literal["pooled", "naive", "uncentred"] = Field(
+        description="pooled: within groups of windows; naive: of all tokens; uncentred: the second moment, no mean is "
+        "subtracted, so that pairs add no bias"
+    )
     groups: Positive | None = Field(default=None, description="pooled only: number of groups of windows")
     gradients: Literal["none", "predict", "weigh"] = Field(
         default="none",
@@ -74,6 +77,11 @@ class Covariance(Section):
         if (self.estimator == "pooled") != (self.groups is not None):
             raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
         return self
+
+    @property
+    def centred(self) -> bool:
+        """Whether a mean is subtracted, which pairs need a bias to put back."""
+        return self.estimator != "uncentred"
 
     @property
     def holds_all_directions(self) -> bool:

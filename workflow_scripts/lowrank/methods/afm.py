@@ -1,7 +1,8 @@
 """AFM (atomic feature mimicking): principal bases of the outputs with a bias, at one kept ratio for all layers.
 
 The paper's starting point (Section 3.1): the covariance is the plain one over all tokens, so a preset names one with
-`estimator: naive`; every linear layer is compressed, v too. The biases count towards the budget.
+`estimator: naive`; every linear layer is compressed, v too. The biases count towards the budget (with `estimator:
+uncentred` there are none).
 """
 
 from __future__ import annotations

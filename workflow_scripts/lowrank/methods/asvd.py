@@ -11,7 +11,6 @@ budget is that of the decoder's linear layers, so the head, which they also fact
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -71,7 +70,7 @@ class Settings(LowRankSettings):
         known = {linear.name for linear in FAMILIES[budget.dimensions.family].types}
         if self.allocation == "uniform" or not known.issuperset(self.uncompressed):
             return
-        budget = replace(budget, adds_bias=False, identity_block=self.identity_block)
+        budget = self.budget_of_pairs(budget, None)
         smallest = {name: ranks[0] for name, ranks in candidate_ranks(budget, self.kept, self.uncompressed).items()}
         if (least := budget.parameters(smallest)) > budget.allowed(ratio):
             yield (
@@ -93,12 +92,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     if not task.ratio:
         return {}
     device = pick_device()
-    budget = replace(task.budget, adds_bias=False)
     factorise = _factoriser(task, device)
     if task.settings.allocation == "uniform":
-        layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+        layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
     else:
-        layers = layers_with_ranks(budget, _search_ranks(task, budget, factorise, device))
+        layers = layers_with_ranks(task.budget, _search_ranks(task, factorise, device))
     return {module.name: factorise(module)(rank) for module, rank in layers}
 
 
@@ -124,7 +122,6 @@ def _factoriser(
 
 def _search_ranks(
     task: CompressionTask,
-    budget: Budget,
     factorise: Callable[[LinearModule], Callable[[int], LowRankFactors]],
     device: torch.device,
 ) -> dict[str, int | None]:
@@ -134,7 +131,7 @@ def _search_ranks(
     from lowrank.model.partial_forward import on_device
     from lowrank.ranks.reach import candidate_ranks
 
-    settings = task.settings
+    settings, budget = task.settings, task.budget
     windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
     candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
     with on_device(task.model, device):

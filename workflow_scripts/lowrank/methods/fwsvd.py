@@ -7,7 +7,6 @@ square root of the row's share of the diagonal of the empirical Fisher informati
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -46,7 +45,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
-    layers = uniform_layers(replace(task.budget, adds_bias=False), task.ratio, task.settings.uncompressed)
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
     if not layers:
         return {}
     device = pick_device()

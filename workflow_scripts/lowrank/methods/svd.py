@@ -6,7 +6,6 @@ approximation of W x. It stands in the tables to show what the feature-based met
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lowrank.config.low_rank import LowRankSettings
@@ -35,10 +34,9 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.model.runtime import pick_device
     from lowrank.search.allocation import uniform_ranks
 
-    budget = replace(task.budget, adds_bias=False)
     device = pick_device()
     factors: dict[str, LowRankFactors] = {}
-    for name, rank in uniform_ranks(budget, task.ratio, task.settings.uncompressed).items():
+    for name, rank in uniform_ranks(task.budget, task.ratio, task.settings.uncompressed).items():
         if rank is None:
             continue
         layer = task.model.get_submodule(name)

@@ -12,7 +12,6 @@ inputs that its own earlier layers do not change yet; here they do.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -65,8 +64,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
-    budget = replace(task.budget, adds_bias=False)
-    layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
     if not layers:
         return {}
     device = pick_device()
@@ -80,7 +78,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         return factors
     windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
     with on_device(task.model, device):
-        return refit_up_factors(task.model, windows, budget, factors, device, task.settings.target)
+        return refit_up_factors(task.model, windows, task.budget, factors, device, task.settings.target)
 
 
 class _Roots:
