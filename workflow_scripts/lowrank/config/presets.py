@@ -25,6 +25,7 @@ from lowrank.config.base import (
     Text,
     wrong,
 )
+from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
     from lowrank.ranks.budget import Budget
@@ -175,9 +176,10 @@ class Search(Section):
         default=None,
         description="by how much the kept share may fall short of the budget, sampled by rejection; null: not at all",
     )
-    rounding: Literal["give-back", "down"] = Field(
+    rounding: Rounding = Field(
         default="give-back",
-        description="whether what rounding ranks down to multiples of 8 frees is given back",
+        description="to multiples of 8; give-back: down, and what that frees is given back; down: as the paper's "
+        "authors have it, and smaller where that exceeds the budget",
     )
     response: Literal["log", "raw"] = Field(default="log", description="scale on which the objective is modelled")
     acquisition: Literal["log-ei", "ei", "noisy-log-ei"] = "log-ei"

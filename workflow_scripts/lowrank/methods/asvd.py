@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.low_rank import UniformSettings
 from lowrank.config.presets import Calibration
+from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _LEAST_SCALE = 1e-6
 
 
-class Settings(LowRankSettings):
+class Settings(UniformSettings):
     """ASVD reads the mean size of all inputs, and calibration windows for its search."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
@@ -52,15 +53,20 @@ class Settings(LowRankSettings):
     )
     windows: Positive | None = Field(default=32, description="strs: at most so many calibration windows; null: all")
     length: AtLeastTwo | None = Field(default=None, description="strs: at most so many tokens of each; null: all")
-    rounding: Literal["budget", "down"] = Field(
-        default="budget", description="strs: whether what the cut leaves of the budget is spent in steps of 8"
+    rounding: Rounding = Field(
+        default="give-back",
+        description="strs: whether what the cut leaves of the budget is given back, in steps of 8; uniform: as of svd",
     )
-    uncompressed: tuple[str, ...] = ()
 
     @property
     def is_random(self) -> bool:
         """The randomised decomposition begins with random directions."""
         return super().is_random or self.decomposition == "randomised"
+
+    @property
+    def rounds_down(self) -> bool:
+        """Not the ranks that the search tries."""
+        return super().rounds_down and self.allocation == "uniform"
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """The smallest ranks that the search tries may be too large."""
@@ -94,7 +100,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     device = pick_device()
     factorise = _factoriser(task, device)
     if task.settings.allocation == "uniform":
-        layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed)
+        layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     else:
         layers = layers_with_ranks(task.budget, _search_ranks(task, factorise, device))
     return {module.name: factorise(module)(rank) for module, rank in layers}
@@ -137,4 +143,4 @@ def _search_ranks(
     with on_device(task.model, device):
         trials = measure_layers(task.model, windows, budget, candidates, factorise, device)
     ranks = cut_trials(trials, budget, task.ratio)
-    return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "budget" else ranks
+    return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "give-back" else ranks

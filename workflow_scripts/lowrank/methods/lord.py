@@ -9,41 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
-
-from lowrank.config.base import Name, wrong
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.base import Name
+from lowrank.config.low_rank import RoundedSettings
 from lowrank.config.presets import Calibration
+from lowrank.errors import RankwiseError
+from lowrank.ranks.budget import Budget, lord_kept
 
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.factors import LowRankFactors
-    from lowrank.ranks.budget import Budget
 
 
-class Settings(LowRankSettings):
+class Settings(RoundedSettings):
     """LoRD reads the bases of one covariance."""
 
     kind: Literal["lord"]
     calibration: Name
     covariance: Name
-    rounding: Literal["budget", "down"] = Field(
-        default="budget", description="down: the published ranks; budget: meets the ratio as the other methods do"
-    )
 
-    @model_validator(mode="after")
-    def _published_ranks_are_of_plain_pairs(self) -> Settings:
-        if self.rounding == "down" and self.identity_block:
-            raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
-        return self
+    def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
+        """v dense, and q and k pay for it."""
+        return lord_kept(budget, ratio)
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """q and k may be too small to pay for v."""
-        from lowrank.errors import RankwiseError
-        from lowrank.ranks.budget import lord_kept
-
         try:
-            lord_kept(budget, ratio)
+            self.kept_ratios(budget, ratio)
         except RankwiseError as error:
             yield "", str(error)
 
