@@ -86,6 +86,16 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
         "models.smollm2-135m.dtype: 'bf16' is not one of float32, bfloat16, float16 - did you mean 'bfloat16'?",
     ),
     (
+        ("methods", "lord", "rounding"),
+        "budget",
+        "methods.lord.rounding: 'budget' is not one of give-back, down",
+    ),
+    (
+        ("methods", "svd", "rounding"),
+        "giveback",
+        "methods.svd.rounding: 'giveback' is not one of give-back, down - did you mean 'give-back'?",
+    ),
+    (
         ("covariance", "naive", "estimator"),
         "naiv",
         "covariance.naive.estimator: 'naiv' is not one of pooled, naive, uncentred - did you mean 'naive'?",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,17 +39,20 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     st.lists(st.sampled_from("qkvo"), unique=True),
     st.floats(0.001, 0.99),
     st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
 )
 def test_the_check_refuses_what_the_search_space_refuses(
-    shape: ModelShape, ratio: int, uncompressed: list[str], lower: float, groups: int
+    shape: ModelShape, ratio: int, uncompressed: list[str], lower: float, groups: int, adds_bias: bool, block: bool
 ) -> None:
+    budget = replace(Budget.of(shape), adds_bias=adds_bias, identity_block=block)
     try:
-        space = SearchSpace(Budget.of(shape), ratio, min(groups, shape.layers), uncompressed, lower)
+        space = SearchSpace(budget, ratio, min(groups, shape.layers), uncompressed, lower)
         space.ranks(space.uniform())
         possible = True
     except RankwiseError:
         possible = False
-    why = why_out_of_reach(shape, ratio, uncompressed, lower)
+    why = why_out_of_reach(budget, ratio, uncompressed, lower)
     assert (why is None) == possible
 
 
@@ -64,7 +69,7 @@ def test_it_says_what_limits(hidden: int, ratio: int, says: str) -> None:
         vocabulary=9,
         tied_embeddings=True,
     )
-    assert says in str(why_out_of_reach(shape, ratio, ["v"], 0.2))
+    assert says in str(why_out_of_reach(Budget.of(shape), ratio, ["v"], 0.2))
 
 
 def test_lord_cannot_remove_more_than_q_and_k_pay_for() -> None:

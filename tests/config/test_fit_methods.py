@@ -223,6 +223,70 @@ def test_a_model_too_small_to_be_pruned_or_sliced_so_far() -> None:
     assert message.endswith(f"remove less (`methods.other`, {SHAPE})")
 
 
+@pytest.mark.parametrize(
+    ("method", "estimator", "ratio", "fits"),
+    [
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "naive", 73, True),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "naive", 74, False),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "uncentred", 74, True),
+        ({"kind": "afm", "calibration": "c4-32", "covariance": "naive"}, "uncentred", 76, False),
+        ({"kind": "svd"}, "naive", 74, True),
+        ({"kind": "svd", "identity_block": True}, "naive", 76, True),  # rank 8 then holds 56 weights less
+    ],
+)
+def test_reach_is_judged_with_the_form_of_the_pairs(
+    method: dict[str, Any], estimator: str, ratio: int, fits: bool
+) -> None:
+    """All matrices are 64 x 64 here: rank 8 holds a quarter of one, and its bias a sixty-fourth."""
+    shape = {"hidden": 64, "intermediate": 64, "heads": 1, "kv_heads": 1}
+    small = {**BASE["models"]["smollm2-135m"]["shape"], **shape}
+    changes = [(("models", "smollm2-135m", "shape"), small), (("covariance", "naive", "estimator"), estimator)]
+    messages = study(method, ratio, *changes)
+    assert [message.split(": ")[1] for message in messages] == ([] if fits else [f"removing {ratio} % is out of reach"])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "keys", "says"),
+    [
+        (20, {}, None),  # 79.6 % stay
+        (20, {"uncompressed": ["gate", "up", "down"]}, None),
+        (
+            *(30, {"uncompressed": ["gate", "up", "down"]}),
+            "with gate, up, down dense nothing would be left of the others; compress more types, or remove less",
+        ),
+        (30, {"uncompressed": ["gate", "up", "down"], "rounding": "give-back"}, "75.0 % stays"),
+        (90, {}, "rounded down, the ranks keep 9.1 %, and the row's `tolerance` is 0.5 points"),
+        (90, {"uncompressed": ["v"]}, "rounded down, the ranks keep 8.6 %"),
+    ],
+)
+def test_reach_is_judged_with_the_rounding_in_force(ratio: int, keys: dict[str, Any], says: str | None) -> None:
+    messages = study({"kind": "svd", "rounding": "down", **keys}, ratio)
+    assert len(messages) == (says is not None)
+    assert says is None or f"removing {ratio} % is out of reach: " in messages[0]
+    assert says is None or says in messages[0]
+
+
+@pytest.mark.parametrize("kind", ["svd", "asvd", "lord"])
+def test_a_row_whose_ranks_miss_its_ratio_is_refused_before_anything_runs(kind: str) -> None:
+    """Where 8 of 32 are a quarter, ranks that are rounded down keep 25 or 50 or 75 %."""
+    small = {"hidden": 64, "intermediate": 64, "heads": 1, "kv_heads": 1}
+    change = (("models", "smollm2-135m", "shape"), {**BASE["models"]["smollm2-135m"]["shape"], **small})
+    method = {
+        "svd": {"kind": "svd"},
+        "asvd": {"kind": "asvd", "calibration": "c4-32", "allocation": "uniform"},
+        "lord": {"kind": "lord", "calibration": "c4-32", "covariance": "naive"},
+    }[kind]
+    kept = "51.3 %" if kind == "lord" else "50.0 %"  # LoRD's v is dense, and biases count
+    (message,) = study({**method, "rounding": "down"}, 40, change)
+    assert message == (
+        f"{ROW}: removing 40 % is out of reach: rounded down, the ranks keep {kept}, and the row's `tolerance` is 0.5 "
+        f"points; write `rounding: give-back`, or tolerate more (`methods.other`, {SHAPE})"
+    )
+    tolerant = (("tables", "table_7", "rows", 0, "tolerance"), 11)
+    assert study({**method, "rounding": "down"}, 40, change, tolerant) == []
+    assert study({**method, "rounding": "give-back"}, 40, change) == []
+
+
 def test_a_magnitude_needs_no_windows() -> None:
     assert study({**PRUNED, "importance": "l1", "sequences": 99}, 20) == []
     assert study({**PRUNED, "importance": "param_mix", "sequences": 99}, 20) != []

@@ -146,4 +146,4 @@ def test_the_check_refuses_what_the_search_space_refuses(
         assert space.least - 1e-9 <= space.uniform() @ space.weights <= space.most + 1e-9
     except RankwiseError:
         possible = False
-    assert (why_out_of_reach(shape, ratio, uncompressed, lower, search) is None) == possible
+    assert (why_out_of_reach(budget, ratio, uncompressed, lower, search) is None) == possible

@@ -108,5 +108,11 @@ def test_identity_blocks_need_all_directions() -> None:
     down = (("methods", "lord", "rounding"), "down")
     (message,) = errors_of(changed(block, down, (("covariance", "naive", "directions"), "all")))
     assert message == "methods.lord.identity_block: the published ranks (`rounding: down`) are those of plain pairs"
+    (message,) = errors_of(changed((("methods", "svd"), {"kind": "svd", "identity_block": True, "rounding": "down"})))
+    assert message == "methods.svd.identity_block: the published ranks (`rounding: down`) are those of plain pairs"
+    searched = {"kind": "asvd", "calibration": "c4-32", "identity_block": True, "rounding": "down"}
+    assert errors_of(changed((("methods", "svd"), searched))) == []  # the ranks that its search tries
+    (message,) = errors_of(changed((("methods", "svd"), searched | {"allocation": "uniform"})))
+    assert message.startswith("methods.svd.identity_block: the published ranks")
     (message,) = errors_of(changed((("methods", "dense", "identity_block"), True)))
     assert message.startswith("methods.dense.identity_block: unknown key")

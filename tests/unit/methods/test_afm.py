@@ -41,6 +41,12 @@ def test_the_budget_holds_with_the_biases(kind: str, ratio: int) -> None:
     samples.check_budget("afm", kind, ratio, adds_bias=True)
 
 
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(list(tiny.SHAPES)), ratio=st.integers(5, 70))
+def test_uncentred_bases_leave_all_of_the_budget_to_ranks(kind: str, ratio: int) -> None:
+    samples.check_budget("afm", kind, ratio, adds_bias=False, estimator="uncentred")
+
+
 @pytest.mark.parametrize("kind", tiny.SHAPES)
 def test_a_checkpoint_is_the_model(kind: str, tmp_path: Path) -> None:
     model, _ = samples.compressed("afm", kind, 25)

@@ -16,6 +16,7 @@ from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.search.allocation import lord_ranks, uniform_ranks
 from tests import tiny
+from tests.unit.model import factor_samples
 from tests.unit.search.test_search import tiny_bases
 
 NAMES = {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}
@@ -59,11 +60,23 @@ def test_plain_svd_spends_its_budget_on_ranks_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd-llm", "afm"])
+def test_methods_of_one_ratio_round_as_they_are_told(method: str, kind: str) -> None:
+    options = {"allocation": "uniform"} if method == "asvd" else {}
+    budget = replace(Budget.of(ModelShape(**tiny.shape(kind))), adds_bias=method == "afm")
+    for rounding in ("down", "give-back"):
+        _, ranks = factor_samples.compressed(method, kind, 25, rounding=rounding, **options)
+        assert ranks == uniform_ranks(budget, 25, (), rounding)
+    _, ranks = factor_samples.compressed(method, kind, 25, rounding="down", uncompressed=["o"], **options)
+    assert ranks == uniform_ranks(budget, 25, ("o",), "down")
+
+
+@pytest.mark.parametrize("kind", tiny.SHAPES)
 def test_lord_and_bolaco_slice_the_same_bases_at_their_own_ranks(kind: str, tmp_path: Path) -> None:
     bases = tiny_bases(kind, tmp_path)
     budget = Budget.of(ModelShape(**tiny.shape(kind)))
     _, lord = compressed("lord", kind, bases, calibration="c", covariance="v")
-    assert lord == lord_ranks(budget, 25, "budget")
+    assert lord == lord_ranks(budget, 25, "give-back")
     assert budget.kept(lord) <= 0.75
     model, bolaco = compressed("bolaco", kind, bases, lord, **NAMES)
     assert bolaco == lord

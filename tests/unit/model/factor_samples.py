@@ -69,6 +69,7 @@ def compressed(
     seed: int = 0,
     estimator: str = "naive",
     moments: Statistics | None = None,
+    given_bases: Bases | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Ranks]:
     """A tiny model after a method, and its ranks."""
@@ -81,7 +82,9 @@ def compressed(
         "statistics": moments or statistics(kind),
         "tokens": tokens,
     }
-    if method == "afm":
+    if given_bases is not None:
+        given["bases"] = given_bases
+    elif method == "afm":
         given["bases"] = bases(kind, estimator)
         settings["covariance"] = estimator
     named = {} if method == "svd" else {"calibration": "c"}

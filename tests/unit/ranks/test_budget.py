@@ -1,5 +1,7 @@
 """Parameter accounting, against numbers published for real models and against counting by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
 from lowrank.search.allocation import lord_ranks, uniform_ranks
+from tests import tiny
 
 LLAMA_7B = ModelShape(
     family="llama",
@@ -50,6 +53,35 @@ def test_lord_rounded_down_has_the_ranks_of_the_papers_comparison(
     assert {module.type.name: ranks[module.name] for module in budget.modules} == expected
 
 
+@pytest.mark.parametrize("adds_bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "ratio", "square", "mlp"),
+    [(LLAMA_7B, 20, 1632, 2384), (LLAMA_7B, 30, 1432, 2088), (LLAMA_13B, 20, 2048, 2984), (LLAMA_13B, 30, 1792, 2616)],
+)
+def test_one_ratio_rounded_down_has_the_papers_ranks(
+    shape: ModelShape, ratio: int, square: int, mlp: int, adds_bias: bool
+) -> None:
+    """What its comparison prints for o, gate, up and down; biases, which its authors do not count, change nothing."""
+    budget = replace(Budget.of(shape), adds_bias=adds_bias)
+    ranks = uniform_ranks(budget, ratio, (), "down")
+    assert {ranks[m.name] for m in budget.modules if m.type.name in ("q", "k", "v", "o")} == {square}
+    assert {ranks[m.name] for m in budget.modules if m.type.name in ("gate", "up", "down")} == {mlp}
+
+
+def test_types_that_stay_dense_are_paid_for_before_rounding_down() -> None:
+    budget = replace(Budget.of(ModelShape(**tiny.SMOLLM)), adds_bias=False)
+    ranks = uniform_ranks(budget, 20, ("gate", "up"), "down")
+    # 2 x 884,736 of 3,538,944 weights of a block are dense, so the others keep 60 %: 172.8, 86.4 and 251.3
+    kept = {m.type.name: ranks[m.name] for m in budget.modules}
+    assert kept == {"q": 168, "k": 80, "v": 80, "o": 168, "gate": None, "up": None, "down": 248}
+
+
+@pytest.mark.parametrize("ratio", [50, 60])
+def test_dense_types_can_leave_nothing_to_the_others(ratio: int) -> None:
+    with pytest.raises(RankwiseError, match=f"removing {ratio} % is out of reach: with gate, up dense nothing would"):
+        uniform_ranks(Budget.of(ModelShape(**tiny.SMOLLM)), ratio, ("gate", "up"), "down")
+
+
 @given(m=st.integers(1, 5000), n=st.integers(1, 5000))
 def test_the_largest_rank_saves_and_the_next_does_not(m: int, n: int) -> None:
     rank = largest_rank(m, n)
@@ -75,6 +107,18 @@ def test_biases_that_compression_adds_are_counted(family: str) -> None:
         added = budget.cost(module, 8) - 8 * (module.out_features + module.in_features)
         native = family == "opt" or (family == "qwen2" and module.type.name in "qkv")
         assert added == (0 if native else module.out_features)
+
+
+def test_biases_that_are_not_there_buy_rank() -> None:
+    """SmolLM2-135M: those of all layers are as many parameters as half a rank in all of them."""
+    counted = Budget.of(ModelShape(**tiny.SMOLLM))
+    without = replace(counted, adds_bias=False)
+    all_8 = {module.name: 8 for module in counted.modules}
+    assert counted.parameters(all_8) - without.parameters(all_8) == 155_520
+    for ratio in (10, 20, 30, 40):
+        assert without.kept(uniform_ranks(without, ratio, ())) <= 1 - ratio / 100
+        more, less = (sum(rank or 0 for rank in uniform_ranks(b, ratio, ()).values()) for b in (without, counted))
+        assert more >= less
 
 
 def test_uniform_ranks_meet_the_budget() -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from lowrank.bases.principal import principal_basis
 from lowrank.config.sources import ModelShape
+from lowrank.methods.lord import Settings
 from lowrank.model.factors import LowRankFactors
-from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank, rank_for
+from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank, lord_kept, rank_for
 from lowrank.search.allocation import lord_ranks
+from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, LLAMA_13B, OTHER_7B, OTHER_13B
 
 PUBLISHED = Path(__file__).parents[3] / "config" / "published" / "table_8.csv"
@@ -45,6 +47,24 @@ def test_lord_has_the_sizes_of_the_papers_comparison(
     kept = weights(budget, lord_ranks(budget, ratio, "down"))
     assert kept / budget.dense_parameters == pytest.approx(share, abs=1e-5)
     assert kept + other == total
+
+
+def test_lord_rounded_down_can_keep_more_than_asked_for() -> None:
+    """Worked out by hand for SmolLM2-135M; the share is what the pages say that users read."""
+    budget = Budget.of(ModelShape(**tiny.SMOLLM))
+    ranks = lord_ranks(budget, 20, "down")
+    kept = lord_kept(budget, 20)
+    assert (kept["q"], kept["k"]) == (pytest.approx(0.75), pytest.approx(0.75))  # 0.2 (1 + 110592 / 442368) go
+    assert lord_kept(Budget.of(LLAMA_7B), 20)["q"] == pytest.approx(0.70)  # 0.2 (1 + 1 / 2) go
+    by_type = {module.type.name: ranks[module.name] for module in budget.modules}
+    assert by_type == {"q": 216, "k": 104, "v": None, "o": 224, "gate": 336, "up": 336, "down": 336}
+    assert weights(budget, ranks) == 30 * 2_826_240  # 79.861 %
+    assert budget.parameters(ranks) == 30 * 2_831_232 > budget.allowed(20) == pytest.approx(84_934_656)
+    share = f"{100 * budget.kept(ranks):.3f} %"
+    assert share == "80.002 %"
+    page = PUBLISHED.parents[2] / "docs/config.md"
+    for text in (lord_ranks.__doc__, Settings.model_fields["rounding"].description, page.read_text(encoding="utf-8")):
+        assert share in " ".join((text or "").split())
 
 
 def published_ranks(budget: Budget, model: str, method: str, ratio: int) -> Ranks:

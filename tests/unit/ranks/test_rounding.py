@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, rank_for
 from lowrank.ranks.reach import largest_rank_worth_it, smallest_choice
 from lowrank.ranks.rounding import Rounder, Unit
+from lowrank.search.allocation import uniform_ranks
 from lowrank.search.kept_ratios import SearchSpace
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B
@@ -195,6 +197,18 @@ def test_what_is_given_back_stays_below_the_upper_bound() -> None:
     up = next(module.name for module in free.budget.modules if module.type.name == "up")
     assert free.ranks(x)[up] == 360
     assert capped.ranks(x)[up] == 352
+
+
+def test_a_step_that_fits_once_goes_to_the_first_of_equal_shapes() -> None:
+    """What docs/paper.md says of q and o, which one ratio cuts equally: another step for o would exceed the budget."""
+    budget = replace(Budget.of(SMOLLM), adds_bias=False)
+    ranks = uniform_ranks(budget, 20, ())
+    kept = {module.type.name: rank for module in budget.modules if (rank := ranks[module.name])}
+    assert (kept["q"], kept["o"]) == (232, 224)
+    left = budget.allowed(20) - budget.parameters(ranks)
+    assert 0 <= left < SMOLLM.layers * 8 * (576 + 576)
+    page = (Path(__file__).parents[3] / "docs/paper.md").read_text(encoding="utf-8")
+    assert f"at 20 % has rank {kept['q']} for q and {kept['o']} for o" in page
 
 
 def test_down_gives_nothing_back() -> None:

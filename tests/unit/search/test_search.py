@@ -30,7 +30,10 @@ CPU = torch.device("cpu")
 SMOLLM = ModelShape(**tiny.SMOLLM)
 
 
-def tiny_bases(kind: str, folder: Path) -> Bases:
+POOLED = Covariance(estimator="pooled", groups=3)
+
+
+def tiny_bases(kind: str, folder: Path, covariance: Covariance = POOLED) -> Bases:
     model = tiny.model(kind)
     family = family_of(model)
     tokens = torch.randint(2, 400, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -41,14 +44,15 @@ def tiny_bases(kind: str, folder: Path) -> Bases:
             t.name: (t.site, block.get_submodule(t.path).weight, block.get_submodule(t.path).bias) for t in family.types
         }
         moments = load_moments(file, family.sites)
-        stored = bases_of_block(linears, moments, Covariance(estimator="pooled", groups=3), CPU, "block")
+        stored = bases_of_block(linears, moments, covariance, CPU, "block")
         save_tensors(folder / "bases" / layer_name(layer), stored)
     return Bases(folder / "bases", tiny.LAYERS)
 
 
+@pytest.mark.parametrize("covariance", [POOLED, Covariance(estimator="uncentred")], ids=["pooled", "uncentred"])
 @pytest.mark.parametrize("kind", tiny.SHAPES)
-def test_slices_score_as_a_rebuilt_model_does(kind: str, tmp_path: Path) -> None:
-    bases = tiny_bases(kind, tmp_path)
+def test_slices_score_as_a_rebuilt_model_does(kind: str, covariance: Covariance, tmp_path: Path) -> None:
+    bases = tiny_bases(kind, tmp_path, covariance)
     budget = Budget.of(ModelShape(**tiny.shape(kind)))
     space = SearchSpace(budget, 25, 2, ("v",), lower=0.1)
     ranks = space.ranks(space.sample(1, 0)[0])

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.config.presets import Search
+from lowrank.config.presets import Covariance, Search
 from lowrank.config.sources import ModelShape
 from lowrank.files import save_tensors
 from lowrank.model.parameters import count_parameters
@@ -110,6 +111,13 @@ def test_the_allocation_records_where_it_comes_from_and_what_it_keeps(inputs: di
     kept = dense["total"] - dense["decoder_linears_dense"] + budget.parameters(found["ranks"])
     assert found["kept_of_model"] == pytest.approx(kept / dense["total"], rel=1e-12)
     assert not list((tmp_path / "state").iterdir()), "nothing is left to resume"
+
+
+def test_what_uncentred_bases_keep_is_counted_without_biases(inputs: dict[str, str], tmp_path: Path) -> None:
+    tiny_bases("llama-gqa", tmp_path, Covariance(estimator="uncentred"))
+    found = run(inputs | {"bases": str(tmp_path / "bases")}, tmp_path, Search(evaluations=2, initial=2, kl_weight=0))
+    budget = replace(Budget.of(ModelShape(**tiny.shape("llama-gqa"))), adds_bias=False)
+    assert found["kept"] == budget.kept(found["ranks"])
 
 
 def test_an_allocation_is_transferred_as_it_is_or_as_a_warm_start(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def bases_of_block(
     return stored
 
 
-def _estimate(moments: Moments, settings: Covariance, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _estimate(moments: Moments, settings: Covariance, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The covariance and the mean; None in place of a mean that is not subtracted."""
     try:
-        return moments.estimate(settings)
+        covariance, mean = moments.estimate(settings)
     except RankwiseError as error:
         raise RankwiseError(f"{where}: {error}") from error
+    return covariance, mean if settings.centred else None

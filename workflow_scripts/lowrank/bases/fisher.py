@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from lowrank.bases.principal import PrincipalBasis, output_directions, require_finite
+from lowrank.bases.principal import PrincipalBasis, means_of, output_directions, require_finite
 from lowrank.errors import RankwiseError
 
 
@@ -27,7 +27,7 @@ def fisher_basis(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     covariance: torch.Tensor,
-    mean: torch.Tensor,
+    mean: torch.Tensor | None,
     gradient: torch.Tensor,
     damping: float,
     where: str,
@@ -38,7 +38,7 @@ def fisher_basis(
         weight: W, m x n.
         bias: b, m, or None.
         covariance: Cov(x), n x n.
-        mean: mu_x, n.
+        mean: mu_x, n; None for an uncentred estimate, whose pairs need no bias.
         gradient: G, m x m.
         damping: eps.
         where: the layer's name, for errors.
@@ -47,7 +47,7 @@ def fisher_basis(
         RankwiseError: no gradient at all, a decomposition that fails or is not finite; the layer is named.
     """
     w = weight.double()
-    cov, mu_x, g = (tensor.double().to(w.device) for tensor in (covariance, mean, gradient))
+    cov, g = (tensor.double().to(w.device) for tensor in (covariance, gradient))
     scale = float(torch.trace(g)) / len(g)
     if not scale > 0:
         raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep")
@@ -60,11 +60,12 @@ def fisher_basis(
         raise RankwiseError(f"{where}: a decomposition of its covariance or gradient failed: {error}") from error
     eigenvalues = eigenvalues.clamp(min=0)[:k]
     projection = v[:, :k].T @ root @ w
+    mean_output, projected_mean = means_of(w, bias, mean, projection)
     basis = PrincipalBasis(
         directions=directions,
         projection=projection,
-        mean=w @ mu_x + (bias.double() if bias is not None else 0.0),
-        projected_mean=projection @ mu_x,
+        mean=mean_output,
+        projected_mean=projected_mean,
         eigenvalues=eigenvalues,
         losses=eigenvalues * (scale / 2),
     )

@@ -5,7 +5,7 @@ for y = W x + b with mean mu and top eigenvectors U_r of Cov(y),
 
     A = U_r' W,   B = U_r,   bias = mu - U_r (U_r' W mu_x),
 
-which maps x to mu + U_r U_r' (y - mu).
+which maps x to mu + U_r U_r' (y - mu). Without a mean to subtract, the bias is the layer's own, or none.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class PrincipalBasis:
         directions: U, m x k, orthonormal columns by decreasing variance (of a Fisher basis: M^-1 V, see
             `fisher_bases`; then read V' M for U').
         projection: U' W, k x n.
-        mean: mu, m: the mean output (for an uncentred estimate: the layer's own bias).
-        projected_mean: U' W mu_x, k (zero for an uncentred estimate).
+        mean: mu, m: the mean output; for an uncentred estimate the layer's own bias, None if it has none.
+        projected_mean: U' W mu_x, k; None for an uncentred estimate.
         eigenvalues: all min(m, n) variances, decreasing.
         losses: k, by how much the mean loss per token is predicted to rise when a direction is left out; None if no
             gradients were collected.
@@ -38,8 +38,8 @@ class PrincipalBasis:
 
     directions: torch.Tensor
     projection: torch.Tensor
-    mean: torch.Tensor
-    projected_mean: torch.Tensor
+    mean: torch.Tensor | None
+    projected_mean: torch.Tensor | None
     eigenvalues: torch.Tensor
     losses: torch.Tensor | None = None
 
@@ -52,25 +52,43 @@ class PrincipalBasis:
         if not 1 <= rank <= self.directions.shape[1]:
             raise RankwiseError(f"rank {rank} is not within 1 to {self.directions.shape[1]}, what the basis holds")
         up = self.directions[:, :rank]
-        return LowRankFactors(self.projection[:rank], up, self.mean - up @ self.projected_mean[:rank])
+        return LowRankFactors(self.projection[:rank], up, bias_of(self.mean, self.projected_mean, up))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """As stored, in float32."""
-        losses = {} if self.losses is None else {f"{name}.losses": self.losses.float()}
-        return losses | {
-            f"{name}.directions": self.directions.float(),
-            f"{name}.projection": self.projection.float(),
-            f"{name}.mean": self.mean.float(),
-            f"{name}.projected_mean": self.projected_mean.float(),
-            f"{name}.eigenvalues": self.eigenvalues.float(),
-        }
+        there = {field: tensor for field in (*FIELDS, *OPTIONAL) if (tensor := getattr(self, field)) is not None}
+        return {f"{name}.{field}": tensor.float() for field, tensor in there.items()}
+
+
+def bias_of(mean: torch.Tensor | None, projected_mean: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor | None:
+    """The bias of a pair, from the two means of its basis and its directions U_r, m x r."""
+    if mean is None or projected_mean is None:
+        return mean
+    return mean - up @ projected_mean[: up.shape[1]]
+
+
+def means_of(
+    w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None, projection: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`mean` and `projected_mean` of a basis.
+
+    Args:
+        w: W, m x n, in float64.
+        bias: b, m, or None.
+        mean: mu_x, n, or None for an uncentred estimate.
+        projection: U' W, k x n.
+    """
+    if mean is None:
+        return None if bias is None else bias.double(), None
+    mu_x = mean.double().to(w.device)
+    return w @ mu_x + (bias.double() if bias is not None else 0.0), projection @ mu_x
 
 
 def principal_basis(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     covariance: torch.Tensor,
-    mean: torch.Tensor,
+    mean: torch.Tensor | None,
     where: str,
     all_directions: bool = False,
 ) -> PrincipalBasis:
@@ -80,7 +98,7 @@ def principal_basis(
         weight: W, m x n.
         bias: b, m, or None.
         covariance: Cov(x), n x n.
-        mean: mu_x, n.
+        mean: mu_x, n; None for an uncentred estimate, whose pairs need no bias.
         where: the layer's name, for errors.
         all_directions: hold min(m, n) directions, for pairs that save parameters beyond the break-even rank.
 
@@ -89,7 +107,7 @@ def principal_basis(
     """
     w = weight.double()
     m, n = w.shape
-    cov, mu_x = covariance.double().to(w.device), mean.double().to(w.device)
+    cov = covariance.double().to(w.device)
     try:
         u, eigenvalues = output_directions(w, cov)
     except RuntimeError as error:
@@ -97,11 +115,12 @@ def principal_basis(
     k = min(m, n) if all_directions else largest_rank(m, n)
     u = u[:, :k]
     projection = u.T @ w
+    mean_output, projected_mean = means_of(w, bias, mean, projection)
     basis = PrincipalBasis(
         directions=u,
         projection=projection,
-        mean=w @ mu_x + (bias.double() if bias is not None else 0.0),
-        projected_mean=projection @ mu_x,
+        mean=mean_output,
+        projected_mean=projected_mean,
         eigenvalues=eigenvalues.clamp(min=0)[: min(m, n)],
     )
     return require_finite(basis, where)
@@ -159,13 +178,18 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-FIELDS = ("directions", "projection", "mean", "projected_mean", "eigenvalues")
+FIELDS = ("directions", "projection", "eigenvalues")
+OPTIONAL = ("mean", "projected_mean", "losses")
+"""Fields of a basis that its file may lack."""
 
 
 def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
     """The basis of one type from a block's tensors."""
     return PrincipalBasis(
-        **{field: tensors[f"{name}.{field}"] for field in FIELDS}, losses=tensors.get(f"{name}.losses")
+        **{field: tensors[f"{name}.{field}"] for field in FIELDS},
+        mean=tensors.get(f"{name}.mean"),
+        projected_mean=tensors.get(f"{name}.projected_mean"),
+        losses=tensors.get(f"{name}.losses"),
     )
 
 
@@ -186,12 +210,20 @@ class Bases:
         Raises:
             RankwiseError: the block's file is damaged, or was made for something else.
         """
-        if self._loaded is None or self._loaded[0] != layer:
-            self._loaded = layer, load_layer(self.files[layer])
-        tensors = self._loaded[1]
+        tensors = self._block(layer)
         if any(f"{type_name}.{field}" not in tensors for field in FIELDS):
             raise RankwiseError(
                 f"{self.files[layer]}: holds no basis of '{type_name}', so it was made for something else. Delete "
                 f"{self.files[layer].parent} and run the workflow again."
             )
         return load_basis(tensors, type_name)
+
+    @property
+    def centred(self) -> bool:
+        """Whether a mean was subtracted, so that the pair of every layer has a bias."""
+        return any(name.endswith(".projected_mean") for name in self._block(0))
+
+    def _block(self, layer: int) -> dict[str, torch.Tensor]:
+        if self._loaded is None or self._loaded[0] != layer:
+            self._loaded = layer, load_layer(self.files[layer])
+        return self._loaded[1]

@@ -28,7 +28,7 @@ class CompressionTask:
     Attributes:
         settings: its preset, an instance of its own `Settings`.
         model: the dense model; not to be changed.
-        budget: its linear layers and their accounting.
+        budget: its linear layers and their accounting; of a method of low-rank pairs, in the form of its pairs.
         ratio: percent of the linear layers' parameters to remove.
         seed: for whatever is random in the method.
         bases: principal bases, if the preset names a covariance.
@@ -83,7 +83,9 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     typed: MethodSettings = module.Settings.model_validate(settings)
     task = CompressionTask(settings=typed, **task_without_settings)
     identity_block = isinstance(typed, LowRankSettings) and typed.identity_block
-    task = replace(task, budget=replace(task.budget, identity_block=identity_block))
+    if isinstance(typed, LowRankSettings):
+        adds_bias = task.bases is not None and task.bases.centred
+        task = replace(task, budget=replace(task.budget, identity_block=identity_block, adds_bias=adds_bias))
     replacements: Replacements = module.compress(task)
     if identity_block:
         replacements = with_identity_blocks(replacements)

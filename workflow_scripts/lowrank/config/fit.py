@@ -6,16 +6,18 @@ A preset that nothing uses is not checked against any model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lowrank.config.low_rank import LowRankSettings, RoundedSettings, UniformSettings
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
-from lowrank.config.presets import ScaledSubspaceTuning, Search
+from lowrank.config.presets import Covariance, MethodSettings, ScaledSubspaceTuning, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
+from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from lowrank.ranks import reach
-from lowrank.ranks.budget import Budget
+from lowrank.ranks.budget import Budget, authors_ranks
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Use:
         place: YAML path of its ratio.
         tuning: name of the post-training preset, or `none`.
         suites: names of the suites that judge it.
+        tolerance: percentage points by which what is removed may miss the ratio, where something looks at that.
     """
 
     place: str
@@ -34,6 +37,7 @@ class Use:
     ratio: int
     tuning: str
     suites: tuple[str, ...]
+    tolerance: float | None = None
 
 
 def problems_of_fit(study: Study) -> Iterator[str]:
@@ -47,21 +51,21 @@ def problems_of_fit(study: Study) -> Iterator[str]:
     for use in first.values():
         found |= dict.fromkeys([*_method_problems(study, use), *_validation_problems(study, use)])
     yield from found
+    yield from _missed_ratios(study)
 
 
 def why_out_of_reach(
-    shape: ModelShape, ratio: int, uncompressed: Sequence[str], lower: float, search: Search | None = None
+    budget: Budget, ratio: int, uncompressed: Sequence[str], lower: float, search: Search | None = None
 ) -> str | None:
     """Why no allocation removes this share, or None if there is one.
 
     Args:
-        shape: of the model.
+        budget: of the model, with the form of the pairs.
         ratio: percent of the decoder's linear weights to remove.
         uncompressed: types that stay dense.
         lower: smallest kept ratio of a compressed matrix.
         search: whose other bounds hold as well.
     """
-    budget = Budget.of(shape.model_copy(update={"layers": 1}))
     if search is None:
         return reach.why_out_of_reach(budget, ratio, uncompressed, lower)
     return reach.why_out_of_reach(budget, ratio, uncompressed, lower, search.upper, search.bounds, search.band)
@@ -80,7 +84,7 @@ def _asked_for(study: Study) -> Iterator[Use]:
     for name, table in study.tables.items():
         for index, row in enumerate(table.rows):
             place = f"tables.{name}.rows[{index}].ratio"
-            yield Use(place, row.model, row.method, row.ratio, row.tuning, tuple(table.suites))
+            yield Use(place, row.model, row.method, row.ratio, row.tuning, tuple(table.suites), row.tolerance)
     for name, figure in study.figures.items():
         if isinstance(figure, ComparisonFigure):
             for index, row in enumerate(figure.rows):
@@ -96,10 +100,10 @@ def _asked_for(study: Study) -> Iterator[Use]:
 
 def _method_problems(study: Study, use: Use) -> Iterator[str]:
     method, shape = study.method(use.method), study.models[use.model].shape
-    place = f"methods.{use.method}"
+    place, budget = f"methods.{use.method}", _budget(shape, method, study.covariance.get(method.covariance or ""))
     if use.ratio:
         calibration = study.calibration.get(method.calibration or "")
-        for key, reason in method.misfits(Budget.of(shape), use.ratio, calibration):
+        for key, reason in method.misfits(budget, use.ratio, calibration):
             about = f"model '{use.model}'"
             yield f"{place}.{key}: {reason} ({about})" if key else f"{use.place}: {reason} (`{place}`, {about})"
     uncompressed: Sequence[str] | None = getattr(method, "uncompressed", None)
@@ -116,12 +120,47 @@ def _method_problems(study: Study, use: Use) -> Iterator[str]:
             return
     if method.transfer:
         yield from _transfer_problems(study, use, shape, uncompressed)
-    if use.ratio:
+    if use.ratio and isinstance(method, UniformSettings) and method.rounds_down:
+        try:
+            method.kept_ratios(budget, use.ratio)
+        except RankwiseError as error:
+            yield f"{use.place}: {error} (`{place}`, model '{use.model}')"
+    elif use.ratio:
         bounded = search if search and search.variables == "kept-ratios" else None
-        why = why_out_of_reach(shape, use.ratio, uncompressed, bounded.lower if bounded else 0.0, bounded)
+        why = why_out_of_reach(budget, use.ratio, uncompressed, bounded.lower if bounded else 0.0, bounded)
         if why:
             by = f", `search.{method.search}`" if bounded else ""
             yield f"{use.place}: {why} (`{place}`{by}, model '{use.model}')"
+
+
+def _missed_ratios(study: Study) -> Iterator[str]:
+    """Rows that no table would show, as their ranks, rounded down, miss the ratio by more than the row allows."""
+    seen: set[tuple[str, str, int, float]] = set()
+    for use in _uses(study):
+        method = study.methods.get(use.method)
+        if not isinstance(method, RoundedSettings) or not method.rounds_down or use.model not in study.models:
+            continue
+        case = (use.model, use.method, use.ratio, use.tolerance or 0.0)
+        if use.tolerance is None or not use.ratio or case in seen:
+            continue
+        seen.add(case)
+        budget = _budget(study.models[use.model].shape, method, study.covariance.get(method.covariance or ""))
+        try:
+            kept = 100 * budget.kept(authors_ranks(budget, method.kept_ratios(budget, use.ratio)))
+        except RankwiseError:  # which is reported elsewhere
+            continue
+        if abs(100 - kept - use.ratio) > use.tolerance:
+            yield (
+                f"{use.place}: removing {use.ratio} % is out of reach: rounded down, the ranks keep {kept:.1f} %, and "
+                f"the row's `tolerance` is {use.tolerance:g} points; write `rounding: give-back`, or tolerate more "
+                f"(`methods.{use.method}`, model '{use.model}')"
+            )
+
+
+def _budget(shape: ModelShape, method: MethodSettings, covariance: Covariance | None) -> Budget:
+    """A model's budget as a method's stages have it."""
+    budget = Budget.of(shape)
+    return method.budget_of_pairs(budget, covariance) if isinstance(method, LowRankSettings) else budget
 
 
 def _unsearched_types(
@@ -194,7 +233,9 @@ def _validation_problems(study: Study, use: Use) -> Iterator[str]:
     yield from _groups_and_types(place, use.model, shape, select.groups, select.uncompressed)
     if _unknown_types(shape, select.uncompressed):
         return
-    if why := why_out_of_reach(shape, select.ratio, select.uncompressed, select.lower):
+    covariance = study.covariance.get(select.covariance)
+    budget = replace(Budget.of(shape), adds_bias=covariance is None or covariance.centred)
+    if why := why_out_of_reach(budget, select.ratio, select.uncompressed, select.lower):
         yield f"{place}.ratio: {why} (model '{use.model}')"
 
 

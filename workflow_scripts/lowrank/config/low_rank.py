@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from dataclasses import replace
 
-from lowrank.config.presets import MethodSettings
+from pydantic import Field, model_validator
+
+from lowrank.config.base import wrong
+from lowrank.config.presets import Covariance, MethodSettings
+from lowrank.ranks.budget import Budget, uniform_kept
+from lowrank.ranks.rounding import Rounding
 
 
 class LowRankSettings(MethodSettings):
@@ -18,3 +23,52 @@ class LowRankSettings(MethodSettings):
     identity_block: bool = Field(
         default=False, description="store pairs with an identity block: the same map, and more rank a parameter"
     )
+
+    def budget_of_pairs(self, budget: Budget, covariance: Covariance | None) -> Budget:
+        """A model's budget with the form of this preset's pairs, as `compression.compress_model` has it of the bases.
+
+        Args:
+            budget: of the model.
+            covariance: of its bases; without any, a dense layer's own bias stays and none is added.
+        """
+        adds_bias = covariance is not None and covariance.centred
+        return replace(budget, identity_block=self.identity_block, adds_bias=adds_bias)
+
+
+class RoundedSettings(LowRankSettings):
+    """A method whose kept ratios need no search and no data; what is left to choose is how they become ranks."""
+
+    rounding: Rounding = Field(
+        default="give-back",
+        description="to multiples of 8; give-back: down, and what that frees is given back as far as the ratio allows; "
+        "down: 8 floor(ceil(rank) / 8), at least 8, as the paper's authors have it, whatever the ranks add up to",
+    )
+
+    @property
+    def rounds_down(self) -> bool:
+        """Whether ranks are those that the authors' rule makes of `kept_ratios`, whatever they add up to."""
+        return self.rounding == "down"
+
+    def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
+        """Type of matrix -> the ratio that it keeps before rounding.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _authors_ranks_are_of_plain_pairs(self) -> RoundedSettings:
+        if self.rounds_down and self.identity_block:
+            raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
+        return self
+
+
+class UniformSettings(RoundedSettings):
+    """A method with one kept ratio for all matrices that it compresses, or (ASVD) one that may have it."""
+
+    uncompressed: tuple[str, ...] = Field(default=(), description="types that stay dense")
+
+    def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
+        """One for all types but those that stay dense."""
+        return uniform_kept(budget, ratio, self.uncompressed)

@@ -25,6 +25,7 @@ from lowrank.config.base import (
     Text,
     wrong,
 )
+from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
     from lowrank.ranks.budget import Budget
@@ -56,7 +57,10 @@ class Calibration(Section):
 class Covariance(Section):
     """An estimate of the covariance of a layer's outputs (paper, Section 3.1)."""
 
-    estimator: Literal["pooled", "naive", "uncentred"]
+    estimator: Literal["pooled", "naive", "uncentred"] = Field(
+        description="pooled: within groups of windows; naive: of all tokens; uncentred: the second moment, no mean is "
+        "subtracted, so that pairs add no bias"
+    )
     groups: Positive | None = Field(default=None, description="pooled only: number of groups of windows")
     gradients: Literal["none", "predict", "weigh"] = Field(
         default="none",
@@ -74,6 +78,11 @@ class Covariance(Section):
         if (self.estimator == "pooled") != (self.groups is not None):
             raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
         return self
+
+    @property
+    def centred(self) -> bool:
+        """Whether a mean is subtracted, which pairs need a bias to put back."""
+        return self.estimator != "uncentred"
 
     @property
     def holds_all_directions(self) -> bool:
@@ -186,9 +195,10 @@ class Search(Section):
         default=None,
         description="by how much the kept share may fall short of the budget, sampled by rejection; null: not at all",
     )
-    rounding: Literal["give-back", "down"] = Field(
+    rounding: Rounding = Field(
         default="give-back",
-        description="whether what rounding ranks down to multiples of 8 frees is given back",
+        description="to multiples of 8; give-back: down, and what that frees is given back; down: as the paper's "
+        "authors have it, and smaller where that exceeds the budget",
     )
     response: Literal["log", "raw"] = Field(default="log", description="scale on which the objective is modelled")
     acquisition: Literal["log-ei", "ei", "noisy-log-ei"] = "log-ei"

@@ -11,15 +11,15 @@ budget is that of the decoder's linear layers, so the head, which they also fact
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.low_rank import UniformSettings
 from lowrank.config.presets import Calibration
+from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LEAST_SCALE = 1e-6
 
 
-class Settings(LowRankSettings):
+class Settings(UniformSettings):
     """ASVD reads the mean size of all inputs, and calibration windows for its search."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
@@ -53,15 +53,20 @@ class Settings(LowRankSettings):
     )
     windows: Positive | None = Field(default=32, description="strs: at most so many calibration windows; null: all")
     length: AtLeastTwo | None = Field(default=None, description="strs: at most so many tokens of each; null: all")
-    rounding: Literal["budget", "down"] = Field(
-        default="budget", description="strs: whether what the cut leaves of the budget is spent in steps of 8"
+    rounding: Rounding = Field(
+        default="give-back",
+        description="strs: whether what the cut leaves of the budget is given back, in steps of 8; uniform: as of svd",
     )
-    uncompressed: tuple[str, ...] = ()
 
     @property
     def is_random(self) -> bool:
         """The randomised decomposition begins with random directions."""
         return super().is_random or self.decomposition == "randomised"
+
+    @property
+    def rounds_down(self) -> bool:
+        """Not the ranks that the search tries."""
+        return super().rounds_down and self.allocation == "uniform"
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """The smallest ranks that the search tries may be too large."""
@@ -71,7 +76,7 @@ class Settings(LowRankSettings):
         known = {linear.name for linear in FAMILIES[budget.dimensions.family].types}
         if self.allocation == "uniform" or not known.issuperset(self.uncompressed):
             return
-        budget = replace(budget, adds_bias=False, identity_block=self.identity_block)
+        budget = self.budget_of_pairs(budget, None)
         smallest = {name: ranks[0] for name, ranks in candidate_ranks(budget, self.kept, self.uncompressed).items()}
         if (least := budget.parameters(smallest)) > budget.allowed(ratio):
             yield (
@@ -93,12 +98,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     if not task.ratio:
         return {}
     device = pick_device()
-    budget = replace(task.budget, adds_bias=False)
     factorise = _factoriser(task, device)
     if task.settings.allocation == "uniform":
-        layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+        layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     else:
-        layers = layers_with_ranks(budget, _search_ranks(task, budget, factorise, device))
+        layers = layers_with_ranks(task.budget, _search_ranks(task, factorise, device))
     return {module.name: factorise(module)(rank) for module, rank in layers}
 
 
@@ -124,7 +128,6 @@ def _factoriser(
 
 def _search_ranks(
     task: CompressionTask,
-    budget: Budget,
     factorise: Callable[[LinearModule], Callable[[int], LowRankFactors]],
     device: torch.device,
 ) -> dict[str, int | None]:
@@ -134,10 +137,10 @@ def _search_ranks(
     from lowrank.model.partial_forward import on_device
     from lowrank.ranks.reach import candidate_ranks
 
-    settings = task.settings
+    settings, budget = task.settings, task.budget
     windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
     candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
     with on_device(task.model, device):
         trials = measure_layers(task.model, windows, budget, candidates, factorise, device)
     ranks = cut_trials(trials, budget, task.ratio)
-    return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "budget" else ranks
+    return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "give-back" else ranks

@@ -7,20 +7,19 @@ square root of the row's share of the diagonal of the empirical Fisher informati
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import Name, Positive
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.low_rank import UniformSettings
 
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.factors import LowRankFactors
 
 
-class Settings(LowRankSettings):
+class Settings(UniformSettings):
     """FWSVD reads calibration windows, for gradients."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
@@ -30,7 +29,6 @@ class Settings(LowRankSettings):
     sequences: Positive | None = Field(
         default=None, description="calibration windows to take gradients on, the first ones; null: all"
     )
-    uncompressed: tuple[str, ...] = ()
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
@@ -46,7 +44,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
-    layers = uniform_layers(replace(task.budget, adds_bias=False), task.ratio, task.settings.uncompressed)
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     if not layers:
         return {}
     device = pick_device()

@@ -6,21 +6,19 @@ approximation of W x. It stands in the tables to show what the feature-based met
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.low_rank import UniformSettings
 
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.factors import LowRankFactors
 
 
-class Settings(LowRankSettings):
+class Settings(UniformSettings):
     """Plain SVD needs no data."""
 
     kind: Literal["svd"]
-    uncompressed: tuple[str, ...] = ()
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
@@ -33,14 +31,12 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.errors import RankwiseError
     from lowrank.model.factors import LowRankFactors
     from lowrank.model.runtime import pick_device
-    from lowrank.search.allocation import uniform_ranks
+    from lowrank.search.uniform import uniform_layers
 
-    budget = replace(task.budget, adds_bias=False)
     device = pick_device()
     factors: dict[str, LowRankFactors] = {}
-    for name, rank in uniform_ranks(budget, task.ratio, task.settings.uncompressed).items():
-        if rank is None:
-            continue
+    for module, rank in uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding):
+        name = module.name
         layer = task.model.get_submodule(name)
         weight = layer.weight.to(device).double()
         try:

@@ -12,14 +12,13 @@ inputs that its own earlier layers do not change yet; here they do.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lowrank.config.base import Name, Positive, wrong
-from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.low_rank import UniformSettings
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from lowrank.model.factors import LowRankFactors
 
 
-class Settings(LowRankSettings):
+class Settings(UniformSettings):
     """SVD-LLM reads second moments, and calibration windows for its update."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
@@ -43,7 +42,6 @@ class Settings(LowRankSettings):
     windows: Positive | None = Field(
         default=None, description="update: calibration windows to refit on, the first ones; null: all"
     )
-    uncompressed: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _windows_are_for_the_update(self) -> Settings:
@@ -65,8 +63,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
-    budget = replace(task.budget, adds_bias=False)
-    layers = uniform_layers(budget, task.ratio, task.settings.uncompressed)
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     if not layers:
         return {}
     device = pick_device()
@@ -80,7 +77,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         return factors
     windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
     with on_device(task.model, device):
-        return refit_up_factors(task.model, windows, budget, factors, device, task.settings.target)
+        return refit_up_factors(task.model, windows, task.budget, factors, device, task.settings.target)
 
 
 class _Roots:

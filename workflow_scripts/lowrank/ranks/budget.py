@@ -8,7 +8,7 @@ weights of the decoder's linear layers, as in the paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank.errors import RankwiseError
@@ -118,6 +118,28 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.modules:
             raise RankwiseError(f"family '{self.dimensions.family}': no linear layers")
+
+
+def uniform_kept(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dict[str, float]:
+    """One kept ratio for all types but those that stay dense, which it pays for; biases that are added are not counted.
+
+    Raises:
+        RankwiseError: an unknown type, or what stays dense leaves nothing to the others.
+    """
+    dense = set(budget.types(uncompressed))
+    free = sum(module.parameters for module in budget.modules if module.type.name not in dense)
+    kept = 1 - ratio / 100 * budget.dense_parameters / free if free else 0.0
+    if kept <= 0:
+        raise RankwiseError(
+            f"removing {ratio} % is out of reach: with {', '.join(uncompressed)} dense nothing would be left of the "
+            "others; compress more types, or remove less"
+        )
+    return {module.type.name: 1.0 if module.type.name in dense else kept for module in budget.modules}
+
+
+def authors_ranks(budget: Budget, kept: Mapping[str, float]) -> Ranks:
+    """The ranks of kept ratios by type as the paper's authors compute them, see `rank_for`."""
+    return {m.name: rank_for(kept[m.type.name], m.out_features, m.in_features) for m in budget.modules}
 
 
 def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:

@@ -45,7 +45,8 @@ class Rounder:
       least rank of 8 and a layer left dense can cost more than was asked for, so ranks shrink if the budget is
       exceeded.
     - `give-back`: 8 floor(rank of the ratio / 8); what this frees goes back in steps of 8, always to the unit that is
-      cut most of those whose next step fits and stays within their upper bound, until there is none.
+      cut most of those whose next step fits and stays within their upper bound, until there is none. So of two units
+      of one shape and one ratio the first may get a step that fits only once.
     """
 
     def __init__(self, budget: Budget, units: Sequence[Unit], how: Rounding) -> None:

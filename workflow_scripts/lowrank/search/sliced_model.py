@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lowrank.bases.principal import Bases, PrincipalBasis
+from lowrank.bases.principal import Bases, PrincipalBasis, bias_of
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
@@ -33,8 +33,8 @@ class SlicedLinear(nn.Module):
         like = dense.weight
         self.directions = basis.directions.to(like)
         self.projection = basis.projection.to(like)
-        self.mean = basis.mean.to(like.device)
-        self.projected_mean = basis.projected_mean.to(like.device)
+        self.mean = None if basis.mean is None else basis.mean.to(like.device)
+        self.projected_mean = None if basis.projected_mean is None else basis.projected_mean.to(like.device)
         self.rank: int | None = None
         self._bias: torch.Tensor | None = None
 
@@ -49,8 +49,8 @@ class SlicedLinear(nn.Module):
             raise RankwiseError(f"rank {rank} is not within 1 to {held}, what the basis holds")
         self.rank = rank
         if rank is not None:
-            bias = self.mean - self.directions[:, :rank].float() @ self.projected_mean[:rank]
-            self._bias = bias.to(self.directions.dtype)
+            bias = bias_of(self.mean, self.projected_mean, self.directions[:, :rank].float())
+            self._bias = None if bias is None else bias.to(self.directions.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
@@ -85,7 +85,7 @@ class SlicedModel:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """What the stages that try allocations work with."""
+    """What the stages that try allocations work with; the budget counts biases if the bases have means."""
 
     sliced: SlicedModel
     tokenizer: Any
@@ -105,9 +105,11 @@ def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads
     limit_threads(threads)
     device = pick_device()
     model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device)
-    budget = Budget.of(ModelShape.model_validate(settings["shape"]))
+    shape = ModelShape.model_validate(settings["shape"])
+    opened = Bases(bases, shape.layers)
+    budget = replace(Budget.of(shape), adds_bias=opened.centred)
     return OpenedModel(
-        SlicedModel(model, budget, Bases(bases, budget.dimensions.layers)),
+        SlicedModel(model, budget, opened),
         load_tokenizer(folder),
         budget,
         device,

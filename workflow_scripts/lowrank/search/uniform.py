@@ -6,16 +6,19 @@ from collections.abc import Sequence
 
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget, Ranks
+from lowrank.ranks.rounding import Rounding
 from lowrank.search.allocation import uniform_ranks
 
 
-def uniform_layers(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> list[tuple[LinearModule, int]]:
-    """The layers to compress, block by block, and their ranks; none if nothing is to be removed.
+def uniform_layers(
+    budget: Budget, ratio: int, uncompressed: Sequence[str], rounding: Rounding = "give-back"
+) -> list[tuple[LinearModule, int]]:
+    """The layers to compress, block by block, and their ranks (`uniform_ranks`); none if nothing is to be removed.
 
     Raises:
         RankwiseError: the ratio is out of reach, or a type is unknown.
     """
-    ranks: Ranks = uniform_ranks(budget, ratio, uncompressed) if ratio else {}
+    ranks: Ranks = uniform_ranks(budget, ratio, uncompressed, rounding) if ratio else {}
     return layers_with_ranks(budget, ranks)
 
 
