@@ -233,7 +233,7 @@ def _validation_problems(study: Study, use: Use) -> Iterator[str]:
     yield from _groups_and_types(place, use.model, shape, select.groups, select.uncompressed)
     if _unknown_types(shape, select.uncompressed):
         return
-    covariance = study.covariance.get(select.covariance)
+    covariance = study.covariance.get(select.covariance or "")
     budget = replace(Budget.of(shape), adds_bias=covariance is None or covariance.centred)
     if why := why_out_of_reach(budget, select.ratio, select.uncompressed, select.lower):
         yield f"{place}.ratio: {why} (model '{use.model}')"
