@@ -9,7 +9,8 @@ from lowrank.config.presets import Search
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
-from lowrank.search.kept_ratios import SearchSpace, layer_groups
+from lowrank.search.kept_ratios import SearchSpace
+from lowrank.search.space import layer_groups
 from tests import tiny
 
 SMOLLM = ModelShape(**tiny.SMOLLM)
