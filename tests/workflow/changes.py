@@ -257,7 +257,11 @@ CHANGES = [
     ),
     Change(
         "a default of a method that the config leaves out",
-        text("workflow_scripts/lowrank/methods/svd.py", "tuple[str, ...] = ()", 'tuple[str, ...] = ("v",)'),
+        text(
+            "workflow_scripts/lowrank/config/low_rank.py",
+            "tuple[str, ...] = Field(default=()",
+            'tuple[str, ...] = Field(default=("v",)',
+        ),
         either(method("svd"), RECORDS),
     ),
     # the config
