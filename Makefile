@@ -31,9 +31,11 @@ quickstart: setup
 check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast
 
-# Without what is marked as slow. One process beside the one that checks types.
+# Of the tests that are not marked as slow, those that run no whole model: the others are for `make test`.
+FAST := project config $(addprefix unit/, bases calibration cluster compression config jobs ranks reruns sources)
+
 fast: setup
-	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not slurm" tests/unit tests/config tests/docs tests/project
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_files.py
 
 # The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
