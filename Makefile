@@ -1,5 +1,5 @@
 # make quickstart   a whole small study, installed and run
-# make check        before a commit: style, types and the fast tests, less than 3 minutes
+# make check        before a commit: style, types and the fast tests that run no whole model
 # make test         the checks and the tests; for root, SLURM is installed if it is missing (apt), else its tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
