@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 
 from pydantic import Field, model_validator
@@ -49,13 +50,13 @@ class RoundedSettings(LowRankSettings):
         """Whether ranks are those that the authors' rule makes of `kept_ratios`, whatever they add up to."""
         return self.rounding == "down"
 
+    @abstractmethod
     def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
         """Type of matrix -> the ratio that it keeps before rounding.
 
         Raises:
             RankwiseError: the ratio is out of reach.
         """
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _authors_ranks_are_of_plain_pairs(self) -> RoundedSettings:
