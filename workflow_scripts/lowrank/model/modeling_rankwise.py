@@ -63,11 +63,37 @@ class LowRankLinear(nn.Module):
         return {"kind": "low_rank", "rank": self.rank, "bias": self.up.bias is not None}
 
 
+def _may_write(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether layers without bias are mere products of `x`'s kind, whose results may be written into a given buffer.
+
+    Not so where gradients are wanted, where a compiler traces (it plans its own buffers), under autocast, and where
+    something has been put around a layer or its weight: adapters, hooks, quantisation, offloading, sharding.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return False
+    return all(
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype == x.dtype
+        and layer.weight.device == x.device
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )
+
+
 class IdentityBlockLinear(nn.Module):
     """A linear layer of rank r whose second factor has an r x r identity block: r (m + n - r) weights, not r (m + n).
 
     The outputs of the first factor, `z = down(x)` (r), are r of the m outputs; the others are `rest(z)`. `rows` says
     which outputs those r are, in increasing order; the others follow in theirs.
+
+    On a GPU, where no gradient is wanted, both products go into one buffer, and one pass over it puts the outputs in
+    order. The order is kept from when the layer is loaded; nothing in a forward pass waits for a device or has a shape
+    that depends on data, so `torch.compile(fullgraph=True)`, `torch.export` and CUDA graphs take it.
     """
 
     rows: torch.Tensor
@@ -83,31 +109,82 @@ class IdentityBlockLinear(nn.Module):
         self.register_buffer("rows", torch.arange(rank, dtype=torch.int32))
         self._placed: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
-    def places(self) -> torch.Tensor:
-        """For each output, its index among `z` followed by `rest(z)`: m. It is computed once for given `rows`."""
+    def train(self, mode: bool = True) -> "IdentityBlockLinear":
+        """As in any module; `from_pretrained` ends with it, so the order is computed here, before any forward pass."""
+        super().train(mode)
+        self._prepare()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "IdentityBlockLinear":
+        placed = self._placed if self._is_placed() else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if placed is not None and not self.rows.is_inference():  # the order goes to another device with the rows
+            self._placed = self.rows, self.rows._version, fn(placed[2])
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._prepare()
+
+    def _is_placed(self) -> bool:
+        rows, placed = self.rows, self._placed
+        return placed is not None and placed[0] is rows and not rows.is_inference() and placed[1] == rows._version
+
+    def _prepare(self) -> None:
+        """Compute the order, if there are rows yet: memory that waits for them may hold anything."""
         rows = self.rows
+        if self._is_placed() or type(rows) is not torch.Tensor or rows.is_meta:
+            return
+        if len(rows) and int(rows.min()) >= 0 and int(rows.max()) < self.out_features:
+            self.places()
+
+    def places(self) -> torch.Tensor:
+        """For each output, its index among `z` followed by `rest(z)`: m, int64.
+
+        It is computed once for given `rows`. After a change of `rows` in place, call this before compiling.
+        """
+        rows = self.rows
+        if torch.compiler.is_compiling():
+            return self._placed[2] if self._placed is not None and self._placed[0] is rows else self._places(rows)
         if rows.is_inference():  # such tensors do not say whether they changed
             return self._places(rows)
-        if self._placed is None or self._placed[0] is not rows or self._placed[1] != rows._version:
+        if not self._is_placed():
             with torch.inference_mode(False):  # else a later backward pass could not keep them
                 self._placed = rows, rows._version, self._places(rows)
-        return self._placed[2]
+        return self._placed[2]  # type: ignore[index]
 
     def _places(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.long()
-        others = torch.ones(self.out_features, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
-        order = torch.cat([rows, others.nonzero().squeeze(1)])
-        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        """By counting, since lists of indices would have a length that depends on data."""
+        first = torch.zeros(self.out_features, dtype=torch.long, device=rows.device).index_fill(0, rows.long(), 1)
+        before = first.cumsum(0)  # how many outputs up to each are among `z`
+        others = torch.arange(self.out_features, device=rows.device) - before + self.rank
+        return torch.where(first == 1, before - 1, others)
+
+    def _in_order(self, y: torch.Tensor) -> torch.Tensor:
+        """From `z` followed by `rest(z)` to the outputs, (..., out_features), bias included."""
+        places = self.places()
+        on_cpu = y.device.type == "cpu"  # where `index_select` along rows takes up to three times as long
+        y = y.gather(-1, places.expand(y.shape)) if on_cpu else y.index_select(-1, places)
+        return y if self.bias is None else y + self.bias
 
     def expand(self, z: torch.Tensor) -> torch.Tensor:
         """What follows `down`: (..., rank) to (..., out_features)."""
-        y = torch.cat([z, self.rest(z)], dim=-1)
-        y = y.gather(-1, self.places().expand(y.shape))  # several times as fast as `index_select` in half precision
-        return y if self.bias is None else y + self.bias
+        return self._in_order(torch.cat([z, self.rest(z)], dim=-1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return self.expand(self.down(x))
+        if x.device.type == "cpu" or not _may_write(x, self.down, self.rest):  # on a CPU nothing is saved by it
+            return self.expand(self.down(x))
+        return self._written(x)
+
+    def _written(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by two products into one buffer: no copy to join them, and a launch less."""
+        flat = x.reshape(-1, self.in_features)
+        y = x.new_empty(len(flat), self.out_features)
+        z = y[:, : self.rank]
+        torch.mm(flat, self.down.weight.t(), out=z)
+        torch.mm(z, self.rest.weight.t(), out=y[:, self.rank :])
+        return self._in_order(y).view(*x.shape[:-1], self.out_features)
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this layer."""

@@ -91,6 +91,7 @@ class IdentityBlockFactors:
             layer.down.weight.copy_(self.down)
             layer.rest.weight.copy_(self.rest)
             layer.rows.copy_(self.rows)
+            layer.places()  # now, so that it need not be computed in a forward pass
             if self.bias is not None and layer.bias is not None:
                 layer.bias.copy_(self.bias)
         return layer.requires_grad_(False)

@@ -183,6 +183,7 @@ def _merge_identity_block(layer: IdentityBlockLinear, learnt: SubspaceVectors, n
     else:
         merged = IdentityBlockFactors.of(LowRankFactors(down, up), name)
     layer.rows.copy_(merged.rows)
+    layer.places()
     layer.down.weight.copy_(merged.down)
     layer.rest.weight.copy_(merged.rest)
 

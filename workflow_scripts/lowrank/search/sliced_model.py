@@ -22,17 +22,33 @@ from lowrank.ranks.budget import Budget
 class SlicedLinear(nn.Module):
     """A dense layer and its principal basis; `rank` says which of them runs.
 
+    Both factors lie row by row of the rank's dimension, so that a rank is a contiguous prefix of either, and rows begin
+    where those of the model's own weights would. Slices of columns of an m x k matrix have a stride of k = mn / (m + n)
+    elements, which is seldom a multiple of what fast products of 16-bit numbers need on a GPU. On a CPU 16-bit products
+    with the second factor that way round took 3.7 times as long as with columns, so there it lies by columns.
+
     Attributes:
         rank: the rank in use, or None for the dense layer.
+        directions: U', k x m.
+        projection: U' W, k x n.
     """
 
-    def __init__(self, dense: nn.Linear, basis: PrincipalBasis) -> None:
+    def __init__(self, dense: nn.Linear, basis: PrincipalBasis, where: str = "layer") -> None:
         super().__init__()
+        held, wanted = (tuple(basis.directions.shape), tuple(basis.projection.shape)), tuple(dense.weight.shape)
+        if held != ((wanted[0], held[1][0]), (held[1][0], wanted[1])):
+            raise RankwiseError(
+                f"{where}: its weight is {wanted[0]} x {wanted[1]}, and the directions and the projection of its basis "
+                f"are {' and '.join(' x '.join(map(str, shape)) for shape in held)}, so the basis was made for "
+                "something else. Delete the folder of the bases and run the workflow again."
+            )
         self.dense = dense
         self.in_features = dense.in_features
         like = dense.weight
-        self.directions = basis.directions.to(like)
-        self.projection = basis.projection.to(like)
+        by_columns = like.device.type == "cpu" and like.dtype.itemsize == 2
+        directions = basis.directions.to(like)
+        self.directions = directions.contiguous().T if by_columns else directions.T.contiguous()
+        self.projection = basis.projection.to(like).contiguous()
         self.mean = None if basis.mean is None else basis.mean.to(like.device)
         self.projected_mean = None if basis.projected_mean is None else basis.projected_mean.to(like.device)
         self.rank: int | None = None
@@ -44,12 +60,12 @@ class SlicedLinear(nn.Module):
         Raises:
             RankwiseError: the rank is beyond what the basis holds.
         """
-        held = self.directions.shape[1]
+        held = len(self.directions)
         if rank is not None and not 1 <= rank <= held:  # a slice would silently be shorter
             raise RankwiseError(f"rank {rank} is not within 1 to {held}, what the basis holds")
         self.rank = rank
         if rank is not None:
-            bias = bias_of(self.mean, self.projected_mean, self.directions[:, :rank].float())
+            bias = bias_of(self.mean, self.projected_mean, self.directions[:rank].T.float())
             self._bias = None if bias is None else bias.to(self.directions.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +74,7 @@ class SlicedLinear(nn.Module):
             dense: torch.Tensor = self.dense(x)
             return dense
         hidden = functional.linear(x, self.projection[: self.rank])
-        return functional.linear(hidden, self.directions[:, : self.rank], self._bias)
+        return functional.linear(hidden, self.directions[: self.rank].T, self._bias)
 
 
 class SlicedModel:
@@ -73,7 +89,9 @@ class SlicedModel:
         self.layers: dict[str, SlicedLinear] = {}
         for module in budget.modules:
             parent, _, child = module.name.rpartition(".")
-            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.name))
+            layer = SlicedLinear(
+                model.get_submodule(module.name), bases.of(module.layer, module.type.name), module.name
+            )
             setattr(model.get_submodule(parent), child, layer)
             self.layers[module.name] = layer
 
