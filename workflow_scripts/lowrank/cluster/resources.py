@@ -324,7 +324,7 @@ class Estimator:
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
         work = plus(work, double=dense.decompositions() if on_device else 0)
-        if "statistics" in method.reads and method.calibration:
+        if "statistics" in method.needs and method.calibration:
             host["a block's statistics"] = 2 * dense.moments(DOUBLE)
             work = plus(work, disk=dense.shape.layers * dense.statistics(0))
         if reads_tokens(method) and method.calibration:
@@ -366,4 +366,4 @@ def computes_on_device(method: MethodSettings) -> bool:
 
 def reads_tokens(method: MethodSettings) -> bool:
     """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
-    return "tokens" in method.reads and bool(getattr(method, "update", True))
+    return "tokens" in method.needs and bool(getattr(method, "update", True))
