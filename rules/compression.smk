@@ -21,7 +21,8 @@ rule compress_model:
             | {
                 "method": STUDY.method(wildcards.method).plain(),
                 "subject": subject(wildcards),
-            },
+            }
+            | covariance_settings(wildcards.method),
             method_module(wildcards.method),
         ),
     message:

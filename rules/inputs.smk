@@ -37,9 +37,10 @@ def model_files(model):
     return {"model": ancient(f"{RUN}/models/{model}"), "model_manifest": f"{RUN}/models/{model}.json"}
 
 
-def statistics_files(model, calibration):
-    folder = f"{RUN}/statistics/{model}/{calibration}"
-    return {"statistics": ancient(f"{folder}/layers"), "statistics_manifest": f"{folder}/manifest.json"}
+def collected_files(what, model, calibration):
+    """Statistics or gradients of a calibration."""
+    folder = f"{RUN}/{what}/{model}/{calibration}"
+    return {what: ancient(f"{folder}/layers"), f"{what}_manifest": f"{folder}/manifest.json"}
 
 
 def basis_files(wildcards):
@@ -108,9 +109,10 @@ def compression_files(wildcards):
     """A preset with a covariance reads bases, one with a search an allocation; a method may read its calibration too."""
     method = STUDY.method(wildcards.method)
     files = model_files(wildcards.model)
-    if "statistics" in method.reads:
-        files |= statistics_files(wildcards.model, method.calibration)
-    if "tokens" in method.reads:
+    for what in ("statistics", "gradients"):
+        if what in method.needs:
+            files |= collected_files(what, wildcards.model, method.calibration)
+    if "tokens" in method.needs:
         files["tokens"] = f"{RUN}/calibration/{wildcards.model}/{method.calibration}.safetensors"
     if method.covariance:
         files |= bases_files(wildcards.model, method.calibration, method.covariance)

@@ -48,6 +48,14 @@ def calibration_settings(name):
     return {key: value for key, value in plain.items() if key not in ("gradient_windows", "gradient_draws")}
 
 
+def covariance_settings(method):
+    """The preset of a method's bases, where it estimates covariances beside them by itself."""
+    preset = STUDY.method(method)
+    if not preset.covariance or not {"statistics", "gradients"} & set(preset.needs):
+        return {}
+    return {"covariance": STUDY.covariance[preset.covariance].plain()}
+
+
 def model_settings(name):
     """What every stage that opens a model needs to know of it."""
     model = STUDY.models[name]

@@ -296,6 +296,6 @@ def test_a_dry_run_plans_the_whole_study_in_seconds(study: Study, tmp_path: Path
     assert run.returncode == 0, run.stdout + run.stderr
     statistics = (run.stdout + run.stderr).partition("Job stats:")[2].partition("total")[0]
     planned = {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", statistics, re.MULTILINE)}
-    assert planned == expected_jobs({name: study.method(name).reads for name in study.methods})
+    assert planned == expected_jobs({name: study.method(name).needs for name in study.methods})
     seconds = ended.ru_utime - began.ru_utime + ended.ru_stime - began.ru_stime
     assert seconds < 20, f"{seconds:.1f} s of a processor"

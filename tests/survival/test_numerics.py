@@ -137,7 +137,7 @@ def compressed(name: str, change: Change, tokens: torch.Tensor, dtype: torch.dty
     budget = Budget.of(shape)
     task: dict[str, Any] = {"model": model, "budget": budget, "ratio": RATIO, "seed": 0}
     folder.mkdir()
-    if "statistics" in settings.reads or settings.covariance:
+    if "statistics" in settings.needs or settings.covariance:
         collect_statistics(model, tokens, 1, folder, CPU)
         task["statistics"] = Statistics(folder, shape)
     if settings.covariance:
@@ -145,7 +145,7 @@ def compressed(name: str, change: Change, tokens: torch.Tensor, dtype: torch.dty
         task["bases"] = Bases(folder / "bases", tiny.LAYERS)
     if kind == "bolaco":
         task["allocation"] = {module.name: rank for module, rank in uniform_layers(budget, RATIO, ("v",))}
-    if "tokens" in settings.reads:
+    if "tokens" in settings.needs:
         task["tokens"] = tokens
     compress_model(kind, settings.plain(), task)
     count = count_parameters(model, shape)

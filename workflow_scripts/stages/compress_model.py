@@ -11,8 +11,10 @@ from lowrank.jobs.stage import run_stage
 def work(job: Snakemake) -> None:
     """Run the method; the dense model's files are linked, not copied."""
     from lowrank.bases.principal import Bases
+    from lowrank.calibration.output_gradients import OutputGradients
     from lowrank.calibration.statistics import Statistics
     from lowrank.compression.compress import compress_model
+    from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record, write_json
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
@@ -40,7 +42,9 @@ def work(job: Snakemake) -> None:
             "seed": seed,
             "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
             "allocation": allocation,
+            "covariance": Covariance.model_validate(settings["covariance"]) if "covariance" in settings else None,
             "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
+            "gradients": OutputGradients(job.input.gradients, shape) if job.input.get("gradients") else None,
             "tokens": load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None,
             "account": account,
         },

@@ -351,7 +351,8 @@ def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None
         method = study.method(name)
         module = importlib.import_module(f"lowrank.methods.{method.kind.replace('-', '_')}")
         code = inspect.getsource(module)
-        assert computes_on_device(method) == ("pick_device" in code), name
+        removes_neurons = "gradients" in method.needs  # by code that methods may share
+        assert computes_on_device(method) == ("pick_device" in code or removes_neurons), name
         assert (method.kind in TAKE_GRADIENTS) == ("sum_gradients" in code), name
 
 
@@ -382,6 +383,21 @@ def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> Non
     assert needs["asvd"].work.half / one_pass == pytest.approx(4 + 6 * 7 * 32 / 2)
     assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert "sums" not in needs["slicegpt"].device
+
+
+def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> None:
+    from lowrank.methods.rankwise import Settings
+
+    study, needs = study_of(LLAMA_7B), {}
+    for mlp in ("pairs", "neurons", "both"):
+        study.methods["one"] = Settings(kind="rankwise", calibration="c4", covariance="pooled", mlp=mlp)
+        needs[mlp] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    assert not needs["pairs"].gpu
+    for mlp in ("neurons", "both"):
+        assert needs[mlp].gpu
+        assert 7 * 8 * 11008**2 < needs[mlp].device["elimination"] < 11 * 8 * 11008**2
+        assert needs[mlp].host_bytes(0) > needs["pairs"].host_bytes(0)
+    assert needs["both"].work.double > 2 * needs["neurons"].work.double > 2 * 32 * 11008**3
 
 
 def test_gradients_cost_larger_bases() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
-from lowrank.ranks.predicted_loss import allocate, choices_of
+from lowrank.ranks.predicted_loss import Group, allocate, choices_of
 from tests import tiny
 
 KINDS = ("llama", "llama-gqa", "qwen2", "qwen3", "opt")
@@ -103,3 +103,44 @@ def test_out_of_reach_and_unknown_types_are_errors() -> None:
         allocate(budget, 90, losses_of(budget, 0), uncompressed=("q", "k", "v", "o", "gate"))
     with pytest.raises(RankwiseError, match="no linear layers of type fc1"):
         allocate(budget, 20, losses_of(budget, 0), uncompressed=("fc1",))
+
+
+def test_groups_choose_beside_matrices_under_one_multiplier() -> None:
+    """Each block's MLP is a group: near the best of everything there is, and its matrices have no rank of their own."""
+    whole = budget_of("llama")
+    budget = replace(whole, modules=tuple(module for module in whole.modules if module.layer == 0))
+    draw = np.random.default_rng(3)
+    losses = losses_of(budget, 3)
+    mlp = tuple(module.name for module in budget.modules if module.type.name in ("gate", "up", "down"))
+    parameters = np.arange(1, 21) * 8.0 * 3 * tiny.HIDDEN
+    group = Group(parameters, np.append(np.sort(draw.exponential(size=19))[::-1] * 5, 0.0), mlp)
+    alone = [module for module in budget.modules if module.name not in mlp]
+    curves = [*(choices_of(budget, module, losses[module.name]) for module in alone), group]
+    for ratio in (10, 30, 50):
+        found = allocate(budget, ratio, losses, groups={"block": group})
+        assert all(found.ranks[name] is None for name in mlp)
+        spent = sum(budget.cost(module, found.ranks[module.name]) for module in alone)
+        spent += parameters[found.picked["block"]]
+        assert spent <= budget.allowed(ratio)
+        largest_step = max(float(np.diff(curve.parameters).max()) for curve in curves)
+        limit = budget.allowed(ratio) - largest_step
+        # The best within `limit`, curve by curve: losses by parameters spent so far.
+        reach = {0.0: 0.0}
+        for curve in curves:
+            further: dict[float, float] = {}
+            for (before, lost), (size, loss) in product(
+                reach.items(), zip(curve.parameters, curve.losses, strict=True)
+            ):
+                if before + size <= limit:
+                    further[before + size] = min(lost + loss, further.get(before + size, np.inf))
+            reach = further
+        assert found.loss <= min(reach.values()) + 1e-12
+
+
+def test_nothing_removed_leaves_groups_dense_and_too_much_is_an_error() -> None:
+    budget = budget_of("llama")
+    mlps = [module for module in budget.modules if module.type.name in ("gate", "up", "down")]
+    group = Group(np.array([1e4, 2e4]), np.array([1.0, 0.0]), tuple(module.name for module in mlps))
+    assert allocate(budget, 0, losses_of(budget, 0), groups={"mlp": group}).picked == {"mlp": 1}
+    with pytest.raises(RankwiseError, match="ranks of at least 8 and the fewest neurons that may stay, "):
+        allocate(budget, 95, losses_of(budget, 0), uncompressed=("q", "k"), groups={"mlp": group})

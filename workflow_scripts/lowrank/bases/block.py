@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from lowrank.bases.fisher import fisher_basis, with_predicted_losses
-from lowrank.bases.principal import principal_basis
+from lowrank.bases.principal import PrincipalBasis, principal_basis
 from lowrank.calibration.moments import Moments
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
@@ -34,26 +34,53 @@ def bases_of_block(
     Raises:
         RankwiseError: too few windows for the estimate, or a decomposition that fails; the layer is named.
     """
-    estimates = {site: _estimate(moment, settings, f"{where}, {site}") for site, moment in moments.items()}
+    estimates = {site: estimate(moment, settings, f"{where}, {site}") for site, moment in moments.items()}
     stored: dict[str, torch.Tensor] = {}
     for name, (site, weight, bias) in linears.items():
         covariance, mean = estimates[site]
         on_device = None if bias is None else bias.to(device)
-        layer = f"{where}, {name}"
-        if gradients is not None and settings.gradients == "weigh":
-            gradient = gradients[name].to(device)
-            basis = fisher_basis(weight.to(device), on_device, covariance, mean, gradient, settings.damping, layer)
-        else:
-            every = settings.holds_all_directions
-            basis = principal_basis(weight.to(device), on_device, covariance, mean, layer, all_directions=every)
-            if gradients is not None:
-                basis = with_predicted_losses(basis, gradients[name])
+        gradient = None if gradients is None else gradients[name].to(device)
+        basis = basis_of(weight.to(device), on_device, covariance, mean, gradient, settings, f"{where}, {name}")
         stored |= basis.tensors(name)
     return stored
 
 
-def _estimate(moments: Moments, settings: Covariance, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The covariance and the mean; None in place of a mean that is not subtracted."""
+def basis_of(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    covariance: torch.Tensor,
+    mean: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    settings: Covariance,
+    where: str,
+) -> PrincipalBasis:
+    """The basis of one layer, as its preset wants it.
+
+    Args:
+        weight: W, m x n, on the device where to compute.
+        bias: b, m, or None.
+        covariance: of its input, n x n.
+        mean: of its input, n; None for an uncentred estimate.
+        gradient: second moment of the loss gradient at its output, m x m, where the settings use it.
+        settings: which estimate this is, and what gradients are for.
+        where: the layer's name, for errors.
+
+    Raises:
+        RankwiseError: a decomposition that fails; the layer is named.
+    """
+    if gradient is not None and settings.gradients == "weigh":
+        return fisher_basis(weight, bias, covariance, mean, gradient, settings.damping, where)
+    every = settings.holds_all_directions
+    basis = principal_basis(weight, bias, covariance, mean, where, all_directions=every)
+    return basis if gradient is None else with_predicted_losses(basis, gradient)
+
+
+def estimate(moments: Moments, settings: Covariance, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The covariance and the mean; None in place of a mean that is not subtracted.
+
+    Raises:
+        RankwiseError: too few windows for the estimate; `where` is named.
+    """
     try:
         covariance, mean = moments.estimate(settings)
     except RankwiseError as error:

@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from transformers import PreTrainedModel
 
 from lowrank.calibration.gradients import backpropagate
 from lowrank.calibration.gram import add_gram, symmetric
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_name, load_layer, load_tensors, save_tensors
+from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
-from lowrank.model.families import Family
+from lowrank.model.families import FAMILIES, Family
 from lowrank.model.runtime import parse_dtype, pick_device
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,24 @@ def collect_output_gradients(
         rate = tokens.numel() / (time.monotonic() - started)
         log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)
     return files
+
+
+@dataclass(frozen=True)
+class OutputGradients:
+    """The collected second moments of a model: a folder with one file a block.
+
+    Attributes:
+        folder: the `layers` folder of the rule that collected them.
+        shape: of the model.
+    """
+
+    folder: str | Path
+    shape: ModelShape
+
+    def of(self, layer: int) -> dict[str, torch.Tensor]:
+        """Type -> G of one block, m x m."""
+        types = [linear.name for linear in FAMILIES[self.shape.family].types]
+        return load_output_gradients(layer_files(self.folder, self.shape.layers)[layer], types)
 
 
 def load_output_gradients(path: Path, types: Iterable[str]) -> dict[str, torch.Tensor]:

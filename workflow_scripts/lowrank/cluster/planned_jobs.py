@@ -153,9 +153,10 @@ class _Planner:
     def compression(self, model: str, method: str, ratio: str, seed: str) -> Job:
         preset = self.study.method(method)
         after = [self.model(model), *self.bases_of(model, preset)]
-        if preset.calibration and "statistics" in preset.reads:
-            after.append(self.collected("statistics", model, preset.calibration))
-        if preset.calibration and "tokens" in preset.reads:
+        for read in ("statistics", "gradients"):
+            if preset.calibration and read in preset.needs:
+                after.append(self.collected(read, model, preset.calibration))
+        if preset.calibration and "tokens" in preset.needs:
             after.append(self.windows(model, preset.calibration))
         if preset.search:
             after.append(self.search(model, method, ratio, seed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 
 from lowrank.cluster.checkpoint_needs import suite_need, tuning_need
@@ -42,6 +43,9 @@ TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
 
 STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+NEURONS_TRIED = 11
+"""Numbers of neurons for which a method that makes pairs of what is left computes bases."""
 
 LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
 """Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
@@ -307,12 +311,33 @@ class Estimator:
         if method.kind == "dense":  # its files are linked
             return Need(host={"program": PROGRAM, "weights": dense.weights}, work=Work(disk=2 * dense.weights))
         if method.covariance is not None:
-            return Need(
+            sliced = Need(
                 host={"program": PROGRAM, "weights": sizes.weights, "bases": sizes.kept * bases},
                 disk=sizes.weights,
                 work=Work(disk=dense.weights + bases + 2 * sizes.weights),
             )
+            return self._with_neurons(sliced, method, dense) if "gradients" in method.needs else sliced
         return self._decomposed(method, dense, sizes)
+
+    def _with_neurons(self, sliced: Need, method: MethodSettings, dense: Sizes) -> Need:
+        """What it takes besides to remove neurons: a block's covariance and its inverse, and bases of what is left."""
+        shape = dense.shape
+        square, matrix = shape.intermediate**2, shape.intermediate * shape.hidden
+        # The correlation, its inverse and what an update adds, while the covariances of both inputs are there; G at
+        # the outputs of the first matrices; weights, and what is left of them.
+        device = DOUBLE * (5 * square + 2 * shape.hidden**2 + (2 if dense.gated else 1) * square + 8 * matrix)
+        bases = NEURONS_TRIED * dense.decompositions() if getattr(method, "mlp", "") == "both" else 0
+        read = dense.statistics(0) + dense.output_moments(SINGLE)
+        host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": DOUBLE * dense.linears}
+        return replace(
+            sliced,
+            gpu=True,
+            device={"elimination": device, "a decomposition": decomposition(dense.block)},
+            host=sliced.host | host,
+            work=plus(
+                sliced.work, double=4 * shape.layers * shape.intermediate**3 + bases, disk=2 * shape.layers * read
+            ),
+        )
 
     def _decomposed(self, method: MethodSettings, dense: Sizes, sizes: Sizes) -> Need:
         """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
@@ -324,7 +349,7 @@ class Estimator:
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
         work = plus(work, double=dense.decompositions() if on_device else 0)
-        if "statistics" in method.reads and method.calibration:
+        if "statistics" in method.needs and method.calibration:
             host["a block's statistics"] = 2 * dense.moments(DOUBLE)
             work = plus(work, disk=dense.shape.layers * dense.statistics(0))
         if reads_tokens(method) and method.calibration:
@@ -360,10 +385,10 @@ def _sampled(tokens: int) -> Need:
 
 
 def computes_on_device(method: MethodSettings) -> bool:
-    """Whether compressing by this preset runs on a GPU: not if it slices bases that are there."""
-    return method.kind not in ON_PROCESSORS and method.covariance is None
+    """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there."""
+    return method.kind not in ON_PROCESSORS and (method.covariance is None or "gradients" in method.needs)
 
 
 def reads_tokens(method: MethodSettings) -> bool:
     """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
-    return "tokens" in method.reads and bool(getattr(method, "update", True))
+    return "tokens" in method.needs and bool(getattr(method, "update", True))

@@ -64,6 +64,11 @@ class Branch:
         """Columns of the reader per unit."""
         return self.widths[self.reader.input]
 
+    def may_stay(self, multiple: int) -> list[int]:
+        """How many units may stay: multiples of a number, from the fewest that may to all of them."""
+        first = -(-self.least // multiple) * multiple
+        return [*range(first, self.units, multiple), self.units]
+
     def saved(self, count: int) -> int:
         """Parameters that go with `count` units, less the bias that comes instead."""
         return count * self.cost - (self.added_bias if count else 0)

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
+from lowrank.calibration.output_gradients import OutputGradients
 from lowrank.calibration.statistics import Statistics
 from lowrank.config.low_rank import LowRankSettings
-from lowrank.config.presets import MethodSettings
+from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
@@ -33,7 +34,9 @@ class CompressionTask:
         seed: for whatever is random in the method.
         bases: principal bases, if the preset names a covariance.
         allocation: ranks, if the preset names a search.
+        covariance: the preset of the bases, if the method reads statistics or gradients beside them.
         statistics: moments of the layers' inputs, if the method reads them.
+        gradients: second moments of the loss gradients at the layers' outputs, if the method reads them.
         tokens: calibration windows, n x length, if the method reads them.
         account: what the method says of its result besides; the manifest has it.
     """
@@ -45,7 +48,9 @@ class CompressionTask:
     seed: int
     bases: Bases | None = None
     allocation: Ranks | None = None
+    covariance: Covariance | None = None
     statistics: Statistics | None = None
+    gradients: OutputGradients | None = None
     tokens: torch.Tensor | None = None
     account: dict[str, Any] = field(default_factory=dict)
 
@@ -60,6 +65,18 @@ class CompressionTask:
         if self.statistics is None:
             raise RankwiseError(f"method '{self.settings.kind}' has no statistics: its `reads` must name them")
         return self.statistics
+
+    def required_gradients(self) -> OutputGradients:
+        """Second moments of the loss gradients; an error if the preset does not say that it reads them."""
+        if self.gradients is None:
+            raise RankwiseError(f"method '{self.settings.kind}' has no gradients: its `needs` must name them")
+        return self.gradients
+
+    def required_covariance(self) -> Covariance:
+        """The preset of the bases; an error if there is none, or the method reads nothing that it would say how to."""
+        if self.covariance is None:
+            raise RankwiseError(f"method '{self.settings.kind}' has no preset of `covariance` for what it reads itself")
+        return self.covariance
 
     def required_tokens(self) -> torch.Tensor:
         """The calibration windows; an error if the method does not declare that it reads them."""

@@ -115,7 +115,7 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
                 f"{place}.rows[{index}]: the only row of '{row.model}' at {row.ratio} %, so there is nothing to "
                 "compare; the first row of a model and ratio is what its others are compared with"
             )
-        if table.kind == "allocations" and row.method in study.methods and not study.method(row.method).makes_pairs:
+        if table.kind == "allocations" and row.method in study.methods and not study.method(row.method).has_pairs:
             yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"
         if (twice := shown.pop((row.model, row.method, row.ratio, row.tuning), 1)) > 1:
             yield f"{place}.rows[{index}]: stands {twice} times in this table"

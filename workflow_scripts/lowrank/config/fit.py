@@ -209,7 +209,7 @@ def _tuning_problems(study: Study) -> Iterator[str]:
             )
         place = f"{use.place.removesuffix('ratio')}tuning"
         needs_pairs = isinstance(tuning, ScaledSubspaceTuning) or any(stage != "all" for stage in tuning.stages)
-        if needs_pairs and not method.makes_pairs and method.kind != "dense":  # which is refused elsewhere
+        if needs_pairs and not method.has_pairs and method.kind != "dense":  # which is refused elsewhere
             yield (
                 f"{place}: '{use.tuning}' trains low-rank pairs, and '{use.method}' makes none; take a tuning of kind "
                 "`lora` with `stages: [all]`"

@@ -338,6 +338,9 @@ class Transfer(Section):
     method: Name
 
 
+Reads = tuple[Literal["statistics", "gradients", "tokens"], ...]
+
+
 class MethodSettings(Section):
     """What a method preset may name; a method's own settings class extends it.
 
@@ -346,11 +349,11 @@ class MethodSettings(Section):
 
     Attributes:
         reads: what the method reads of its calibration besides: `statistics` (moments of the inputs of all layers),
-            `tokens` (the windows themselves).
+            `gradients` (second moments of the loss gradients at their outputs), `tokens` (the windows themselves).
         makes_pairs: its compressed layers are low-rank pairs, which have ranks to show and scales to train.
     """
 
-    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ()
+    reads: ClassVar[Reads] = ()
     makes_pairs: ClassVar[bool] = True
 
     kind: str
@@ -371,6 +374,16 @@ class MethodSettings(Section):
         if self.transfer is not None and self.search is None:
             raise wrong("transfer", f"methods of kind '{self.kind}' have no search that could begin with it")
         return self
+
+    @property
+    def needs(self) -> Reads:
+        """What this very preset reads of its calibration; a setting may ask for more than the method's `reads`."""
+        return self.reads
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether low-rank pairs come out of this very preset."""
+        return self.makes_pairs
 
     @property
     def is_random(self) -> bool:

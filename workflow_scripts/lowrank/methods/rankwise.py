@@ -3,21 +3,32 @@
 One backward pass says how much the loss cares about each direction of each output. That gives the directions to keep
 (`bases.fisher`), the loss that every rank is predicted to cost, and with it the best allocation under the
 budget (`ranks.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
-See docs/rankwise.md for the derivation.
+What removing neurons of an MLP costs is predicted in the same unit (`compression.neurons`), so `mlp` may prune them
+under the same multiplier, instead of low rank or before it. See docs/rankwise.md for the derivation.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lowrank.config.base import Name
+from lowrank.config.base import Name, Positive, wrong
 from lowrank.config.low_rank import LowRankSettings
+from lowrank.config.presets import Calibration, Reads
+from lowrank.ranks.budget import ALIGNMENT
 
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
-    from lowrank.model.factors import LowRankFactors
+    from lowrank.compression.narrower import Choice
+    from lowrank.model.replacements import Replacements
+    from lowrank.ranks.budget import Budget
+
+log = logging.getLogger(__name__)
+
+_ATTENTION = {"q", "k", "v", "o"}
 
 
 class Settings(LowRankSettings):
@@ -28,25 +39,106 @@ class Settings(LowRankSettings):
     covariance: Name
     identity_block: bool = Field(default=True, description="store pairs with an identity block: more rank a parameter")
     uncompressed: tuple[str, ...] = Field(default=(), description="types that stay dense")
+    mlp: Literal["pairs", "neurons", "both"] = Field(
+        default="pairs",
+        description="pairs: a low-rank pair for each matrix; neurons: fewer neurons, for which those that stay are "
+        "refitted to stand in, and plain matrices; both: fewer neurons, pairs, or pairs of the neurons that are left, "
+        "whatever the prediction prefers, block by block",
+    )
+    widths: Literal["own", "one"] = Field(
+        default="own", description="`mlp: neurons` only; own: each block keeps as many as pays; one: all keep as many"
+    )
+    multiple: Positive = Field(
+        default=ALIGNMENT, description="not with `mlp: pairs`; numbers of neurons that stay are multiples of it"
+    )
+
+    @model_validator(mode="after")
+    def _numbers_of_neurons_are_for_those_who_prune(self) -> Settings:
+        if self.widths == "one" and self.mlp != "neurons":
+            raise wrong(
+                "widths", f"`one` makes plain matrices of one shape, and `mlp: {self.mlp}` does not; leave it out"
+            )
+        if self.mlp == "pairs" and self.multiple != ALIGNMENT:
+            raise wrong("multiple", "says nothing to `mlp: pairs`, which removes no neurons; leave it out")
+        return self
+
+    @property
+    def needs(self) -> Reads:
+        """Removing neurons wants to know how they move together, and what an error of the MLP's output costs."""
+        return () if self.mlp == "pairs" else ("statistics", "gradients")
+
+    @property
+    def has_pairs(self) -> bool:
+        """None if MLPs lose neurons alone and all of attention stays dense."""
+        return self.mlp != "neurons" or not set(self.uncompressed) >= _ATTENTION
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """Where neurons go, the MLP is no type that stays dense, and there are enough of them to choose from."""
+        from lowrank.compression.branches import Structure
+
+        if self.mlp == "pairs":
+            return
+        branch = Structure.of(budget).mlp
+        types = [linear.name for linear in (*branch.writers, branch.reader)]
+        if dense := [name for name in self.uncompressed if name in types]:
+            yield "uncompressed", f"{', '.join(dense)} cannot stay dense where neurons go; take `mlp: pairs`"
+        fewest, *more = branch.may_stay(self.multiple)
+        if not more:
+            yield (
+                "multiple",
+                f"{self.multiple} leaves no choice to blocks of {branch.units} neurons; take a smaller one",
+            )
+        elif (least := self._least(budget)) > budget.allowed(ratio):
+            yield (
+                "",
+                f"removing {ratio} % is out of reach: the smallest ranks and {fewest} neurons a block "
+                f"leave {100 * least / budget.dense_parameters:.1f} %; remove less, or compress more types",
+            )
+
+    def _least(self, budget: Budget) -> float:
+        """Parameters that stay at least."""
+        from lowrank.compression.branches import Structure
+        from lowrank.ranks.reach import smallest_choice
+
+        branch, total = Structure.of(budget).mlp, 0
+        for module in budget.modules:
+            if module.type not in (*branch.writers, branch.reader):
+                dense = module.type.name in self.uncompressed
+                total += budget.cost(module, None if dense else smallest_choice(budget, module))
+        gone = branch.units - branch.may_stay(self.multiple)[0]
+        return total + budget.dimensions.layers * (branch.units * branch.cost - branch.saved(gone))
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Allocate ranks by predicted loss and slice the bases.
+def compress(task: CompressionTask) -> Replacements:
+    """Allocate ranks and neurons by predicted loss, slice the bases, refit what neurons leave.
 
     Raises:
-        RankwiseError: the bases hold no predicted losses; the layer is named.
+        RankwiseError: the bases hold no predicted losses, or the loss has no gradient; the layer is named.
     """
-    import logging
-
+    from lowrank.compression.narrower import Mlps
     from lowrank.ranks.predicted_loss import MEANING, allocate
     from lowrank.search.allocation import sliced_factors
     from lowrank.search.loss_scales import predicted_losses
 
-    bases = task.required_bases()
+    bases, settings = task.required_bases(), task.settings
     losses = predicted_losses(bases, task.budget)
-    allocation = allocate(task.budget, task.ratio, losses, task.settings.uncompressed)
+    prunes = settings.mlp != "pairs" and task.ratio > 0
+    mlps = Mlps(task, settings.multiple, settings.widths == "one", settings.mlp == "both") if prunes else None
+    groups = mlps.groups() if mlps else {}
+    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups)
     task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
-    logging.getLogger(__name__).info(
+    log.info(
         "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING
     )
-    return sliced_factors(bases, task.budget, allocation.ranks)
+    factors = sliced_factors(bases, task.budget, allocation.ranks)
+    if mlps is None:
+        return factors
+    _tell(task, mlps.chosen(allocation.picked))
+    return {**factors, **mlps.replacements(allocation.picked)}
+
+
+def _tell(task: CompressionTask, chosen: dict[int, Choice]) -> None:
+    """Put the numbers of neurons into the manifest and the log."""
+    counts = [choice.neurons for _, choice in sorted(chosen.items())]
+    task.account["neurons"] = {"dense": task.budget.dimensions.intermediate, "kept": counts}
+    log.info("neurons kept, block by block: %s", ", ".join(map(str, counts)))

@@ -5,14 +5,17 @@ This file is copied into every compressed checkpoint, so it needs nothing but to
 
 The recipe in `config.json` maps module names to what each became:
 
-    "model.layers.0.mlp.up_proj":  {"kind": "low_rank", "rank": 312, "bias": true}
-    "model.layers.0.mlp.down_proj": {"kind": "identity_block", "rank": 400, "bias": true}
+    "model.layers.0.mlp.up_proj":
+        {"kind": "low_rank", "in_features": 576, "out_features": 1536, "rank": 312, "bias": true}
+    "model.layers.0.mlp.down_proj":
+        {"kind": "identity_block", "in_features": 1536, "out_features": 576, "rank": 400, "bias": true}
     "model.layers.0.mlp.gate_proj": {"kind": "linear", "in_features": 576, "out_features": 1200, "bias": false}
     "model.layers.0.self_attn": {"kind": "heads", "heads": 6, "kv_heads": 2}
     "model.layers.0.input_layernorm": {"kind": "rms_norm", "divisor": 576, "eps": 1e-05}
     "model.layers.0": {"kind": "shortcuts", "attention": [576, 480], "mlp": [480, 480]}
 
-Modules that it does not name are those of the base architecture.
+Modules that it does not name are those of the base architecture. A pair without features, as older recipes have it, has
+those of the layer that it replaces.
 """
 
 from typing import Any
@@ -38,6 +41,11 @@ from transformers import (
 )
 
 
+def features_of(layer: Any) -> dict[str, int]:
+    """The widths of a linear layer, as its recipe has them."""
+    return {"in_features": layer.in_features, "out_features": layer.out_features}
+
+
 class LowRankLinear(nn.Module):
     """A linear layer of rank r: `y = up(down(x)) + bias`, with `down` (r x n) applied first and `up` (m x r)."""
 
@@ -60,7 +68,7 @@ class LowRankLinear(nn.Module):
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this layer."""
-        return {"kind": "low_rank", "rank": self.rank, "bias": self.up.bias is not None}
+        return {"kind": "low_rank", **features_of(self), "rank": self.rank, "bias": self.up.bias is not None}
 
 
 def _may_write(x: torch.Tensor, *layers: nn.Module) -> bool:
@@ -188,7 +196,7 @@ class IdentityBlockLinear(nn.Module):
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this layer."""
-        return {"kind": "identity_block", "rank": self.rank, "bias": self.bias is not None}
+        return {"kind": "identity_block", **features_of(self), "rank": self.rank, "bias": self.bias is not None}
 
 
 class ResizedLinear(nn.Linear):
@@ -196,8 +204,7 @@ class ResizedLinear(nn.Linear):
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this layer."""
-        bias = self.bias is not None
-        return {"kind": "linear", "in_features": self.in_features, "out_features": self.out_features, "bias": bias}
+        return {"kind": "linear", **features_of(self), "bias": self.bias is not None}
 
 
 class GainFreeRMSNorm(nn.Module):
@@ -299,9 +306,9 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
             raise ValueError(f"the recipe names {full_name}, which this model does not have") from error
         options = {key: value for key, value in entry.items() if key != "kind"}
         if entry["kind"] == "low_rank":
-            setattr(parent, child, LowRankLinear(module.in_features, module.out_features, **options))
+            setattr(parent, child, LowRankLinear(**(features_of(module) | options)))
         elif entry["kind"] == "identity_block":
-            setattr(parent, child, IdentityBlockLinear(module.in_features, module.out_features, **options))
+            setattr(parent, child, IdentityBlockLinear(**(features_of(module) | options)))
         elif entry["kind"] == "linear":
             setattr(parent, child, ResizedLinear(**options))
         elif entry["kind"] == "rms_norm":

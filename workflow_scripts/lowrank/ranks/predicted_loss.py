@@ -1,10 +1,11 @@
-"""Ranks by predicted loss: one multiplier over all matrices of a model, no search and no groups.
+"""Ranks by predicted loss: one multiplier over all matrices of a model, no search and no groups of layers.
 
 Each matrix chooses among dense and the multiples of 8. A rank costs parameters, and loses half the sum of the
-eigenvalues it leaves out (`fisher_bases`). Minimising the sum of losses under a budget of parameters is a multiple
-choice knapsack; its Lagrangian relaxation splits into one choice a matrix, and with the right multiplier it is exact on
-the convex hulls of the matrices' curves. What the rounding of that solution leaves of the budget goes, step by step, to
-the matrix that gains most for a parameter.
+eigenvalues it leaves out (`fisher_bases`). Matrices may also choose together, as those of an MLP do that lose the same
+neurons: such a group has a list of what it may become, with parameters and losses of its own. Minimising the sum of
+losses under a budget of parameters is a multiple choice knapsack; its Lagrangian relaxation splits into one choice a
+matrix or group, and with the right multiplier it is exact on the convex hulls of their curves. What the rounding of
+that solution leaves of the budget goes, step by step, to the matrix or group that gains most for a parameter.
 """
 
 from __future__ import annotations
@@ -26,58 +27,98 @@ _BISECTIONS = 200
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What one matrix may become, from the smallest to dense.
+class Curve:
+    """What a matrix or a group of them may become, from the smallest to dense.
 
     Attributes:
-        ranks: rank, or None for dense.
         parameters: of each choice, in increasing order.
-        losses: predicted rise of the mean loss per token, in nats; 0 for dense.
+        losses: predicted rise of the mean loss per token, in nats, decreasing; 0 for dense.
     """
 
-    ranks: tuple[int | None, ...]
     parameters: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Choices(Curve):
+    """What one matrix may become.
+
+    Attributes:
+        ranks: rank, or None for dense.
+    """
+
+    ranks: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Group(Curve):
+    """What some matrices may become together.
+
+    Attributes:
+        modules: their names; they have no choices of their own.
+    """
+
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PredictedAllocation:
-    """Ranks, and the sum of the losses that they are predicted to cost, in nats per token (see `MEANING`)."""
+    """Ranks, and the sum of the losses that they are predicted to cost, in nats per token (see `MEANING`).
+
+    Attributes:
+        ranks: module -> rank; None for dense, and for the modules of groups.
+        loss: of everything, groups included.
+        picked: group -> index of its choice.
+    """
 
     ranks: Ranks
     loss: float
+    picked: dict[str, int]
 
 
-def allocate(budget: Budget, ratio: int, losses: Losses, uncompressed: Sequence[str] = ()) -> PredictedAllocation:
-    """Choose all ranks of a model.
+def allocate(
+    budget: Budget,
+    ratio: int,
+    losses: Losses,
+    uncompressed: Sequence[str] = (),
+    groups: Mapping[str, Group] | None = None,
+) -> PredictedAllocation:
+    """Choose all ranks of a model, and what its groups become.
 
     Args:
         budget: of the model, with the form of the pairs (`identity_block`, `adds_bias`).
         ratio: percent of the linear layers' parameters to remove; 0 leaves all of them dense.
         losses: module -> predicted loss of leaving out each direction, in the order in which ranks grow.
         uncompressed: types that stay dense.
+        groups: name (that is no module's) -> what some matrices may become together; none of an uncompressed type.
 
     Raises:
-        RankwiseError: the smallest ranks exceed the budget, or a type is unknown.
+        RankwiseError: the smallest choices exceed the budget, or a type is unknown.
     """
     budget.types(uncompressed)
+    groups = dict(groups or {})
+    ranks: Ranks = {module.name: None for module in budget.modules}
     if not ratio:
-        return PredictedAllocation({module.name: None for module in budget.modules}, 0.0)
-    free = [module for module in budget.modules if module.type.name not in uncompressed]
+        return PredictedAllocation(ranks, 0.0, {name: len(group.losses) - 1 for name, group in groups.items()})
+    together = {name for group in groups.values() for name in group.modules}
+    alone = [module for module in budget.modules if module.name not in together]
+    free = [module for module in alone if module.type.name not in uncompressed]
     choices = {module.name: choices_of(budget, module, losses[module.name]) for module in free}
-    fixed = sum(module.parameters for module in budget.modules if module.type.name in uncompressed)
+    curves: dict[str, Curve] = {**choices, **groups}
+    fixed = sum(module.parameters for module in alone if module.type.name in uncompressed)
     allowed = budget.allowed(ratio) - fixed
-    least = sum(float(choice.parameters[0]) for choice in choices.values())
+    least = sum(float(curve.parameters[0]) for curve in curves.values())
     if least > allowed:
         stays = 100 * (least + fixed) / budget.dense_parameters
+        smallest = f"ranks of at least {ALIGNMENT}" + (" and the fewest neurons that may stay" if groups else "")
         raise RankwiseError(
-            f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and ranks of at "
-            f"least {ALIGNMENT}, {stays:.1f} % stays. Compress more types, or remove less."
+            f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and {smallest}, "
+            f"{stays:.1f} % stays. Compress more types, or remove less."
         )
-    picked = _spend_rest(choices, _by_multiplier(choices, allowed), allowed)
-    ranks: Ranks = {module.name: None for module in budget.modules}
+    picked = _spend_rest(curves, _by_multiplier(curves, allowed), allowed)
     ranks |= {name: choice.ranks[picked[name]] for name, choice in choices.items()}
-    return PredictedAllocation(ranks, sum(float(choices[name].losses[index]) for name, index in picked.items()))
+    loss = sum(float(curves[name].losses[index]) for name, index in picked.items())
+    return PredictedAllocation(ranks, loss, {name: picked[name] for name in groups})
 
 
 def choices_of(budget: Budget, module: LinearModule, losses: npt.NDArray[np.float64]) -> Choices:
@@ -87,13 +128,13 @@ def choices_of(budget: Budget, module: LinearModule, losses: npt.NDArray[np.floa
     ranks = [rank for rank in steps if budget.cost(module, rank) < module.parameters]
     parameters = [budget.cost(module, rank) for rank in ranks]
     return Choices(
-        (*ranks, None),
         np.array([*parameters, module.parameters], dtype=np.float64),
         np.array([*left_out[ranks], 0.0]) if ranks else np.zeros(1),
+        (*ranks, None),
     )
 
 
-def _by_multiplier(choices: Mapping[str, Choices], allowed: float) -> dict[str, int]:
+def _by_multiplier(choices: Mapping[str, Curve], allowed: float) -> dict[str, int]:
     """The choices that minimise loss + multiplier x parameters, for the smallest multiplier that meets the budget."""
 
     def pick(multiplier: float) -> dict[str, int]:
@@ -111,8 +152,8 @@ def _by_multiplier(choices: Mapping[str, Choices], allowed: float) -> dict[str, 
     return pick(high)
 
 
-def _spend_rest(choices: Mapping[str, Choices], picked: dict[str, int], allowed: float) -> dict[str, int]:
-    """Raise ranks while the budget lasts, each time where a parameter gains most; to any larger rank, or to dense."""
+def _spend_rest(choices: Mapping[str, Curve], picked: dict[str, int], allowed: float) -> dict[str, int]:
+    """Raise choices while the budget lasts, each time where a parameter gains most; to any larger one, or to dense."""
     picked = dict(picked)
     spent = sum(float(choices[name].parameters[index]) for name, index in picked.items())
     while True:
