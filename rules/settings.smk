@@ -52,7 +52,7 @@ def covariance_settings(method):
     """The preset of a method's bases, where it estimates covariances beside them by itself."""
     preset = STUDY.method(method)
     if not preset.covariance or not {"statistics", "gradients"} & set(preset.needs):
-        return {}
+        return {"covariance": None}
     return {"covariance": STUDY.covariance[preset.covariance].plain()}
 
 

@@ -42,7 +42,7 @@ def work(job: Snakemake) -> None:
             "seed": seed,
             "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
             "allocation": allocation,
-            "covariance": Covariance.model_validate(settings["covariance"]) if "covariance" in settings else None,
+            "covariance": Covariance.model_validate(settings["covariance"]) if settings["covariance"] else None,
             "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
             "gradients": OutputGradients(job.input.gradients, shape) if job.input.get("gradients") else None,
             "tokens": load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None,
