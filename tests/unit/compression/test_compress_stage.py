@@ -34,7 +34,7 @@ def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
     tiny.tokenizer().save_pretrained(folder / "model")
     output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
     subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
-    settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject}
+    settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
     job = Named(
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
         input=Named(model=str(folder / "model"), **inputs),
