@@ -333,7 +333,7 @@ class Estimator:
             sliced,
             gpu=True,
             device={"elimination": device, "a decomposition": decomposition(dense.block)},
-            host=sliced.host | host,
+            host={**sliced.host, **host},
             work=plus(
                 sliced.work, double=4 * shape.layers * shape.intermediate**3 + bases, disk=2 * shape.layers * read
             ),
