@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PARTS, FEWEST = 16, 5
-"""Where pairs are made of what is left, numbers of neurons are tried in sixteenths of all, down to five of them."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -148,8 +145,7 @@ class Mlps:
             curves.append(self._choices_of(block, self._eliminations[-1]))
             log.info("neurons: block %d of %d", layer + 1, count)
         if self._one_width:
-            parameters, losses = (np.sum([getattr(curve, each) for curve, _ in curves], axis=0) for each in _FIELDS)
-            curves = [(Curve(parameters, losses), curves[0][1])]
+            curves = [(Curve.of_all([curve for curve, _ in curves]), curves[0][1])]
         groups = {}
         for (name, layers), (curve, choices) in zip(self._names.items(), curves, strict=True):
             modules = [module.name for module in self._task.budget.modules if self._is_of(module, layers)]
@@ -204,8 +200,7 @@ class Mlps:
         choices = [choice for choice, _, _ in found]
         curve = Curve(np.array([size for _, size, _ in found]), np.array([loss for _, _, loss in found]))
         worth = range(len(found)) if self._one_width else worth_having(curve).tolist()
-        index = np.array(worth)
-        return Curve(curve.parameters[index], curve.losses[index]), tuple(choices[each] for each in worth)
+        return curve.at(np.array(worth)), tuple(choices[each] for each in worth)
 
     def _plain(self, elimination: Elimination) -> Iterator[tuple[Choice, float, float]]:
         """Fewer neurons and plain matrices, from the fewest to all."""
@@ -220,8 +215,7 @@ class Mlps:
         """Plain matrices, and for some numbers of neurons the combinations of ranks that are worth having."""
         yield from self._plain(elimination)
         branch, budget = self._structure.mlp, self._task.budget
-        tried = {self._multiple * (branch.units * part // PARTS // self._multiple) for part in range(FEWEST, PARTS)}
-        for width in [*sorted(tried & set(branch.may_stay(self._multiple))), branch.units]:
+        for width in [*branch.tried(self._multiple), branch.units]:
             kept, gone = elimination.kept(width), branch.units - width
             curves = []
             for part in block.parts(kept):
@@ -235,6 +229,3 @@ class Mlps:
             for size, loss, pick in zip(curve.parameters, curve.losses, picks.tolist(), strict=True):
                 ranks = tuple(choices.ranks[index] for choices, index in zip(curves, pick, strict=True))
                 yield Choice(width, ranks), float(size), float(loss) + float(elimination.losses[gone])
-
-
-_FIELDS = ("parameters", "losses")

@@ -380,6 +380,10 @@ class MethodSettings(Section):
         """What this very preset reads of its calibration; a setting may ask for more than the method's `reads`."""
         return self.reads
 
+    def own_bases(self, budget: Budget) -> int:
+        """How many bases of each matrix the method computes besides those that its `covariance` names."""
+        return 0
+
     @property
     def has_pairs(self) -> bool:
         """Whether low-rank pairs come out of this very preset."""

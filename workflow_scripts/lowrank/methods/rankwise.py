@@ -4,7 +4,8 @@ One backward pass says how much the loss cares about each direction of each outp
 (`bases.fisher`), the loss that every rank is predicted to cost, and with it the best allocation under the
 budget (`ranks.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
 What removing neurons of an MLP costs is predicted in the same unit (`compression.neurons`), so `mlp` may prune them
-under the same multiplier, instead of low rank or before it. See docs/rankwise.md for the derivation.
+under the same multiplier, instead of low rank or before it. docs/rankwise.md derives the ranks, `compression.neurons`
+the neurons.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ class Settings(LowRankSettings):
     def needs(self) -> Reads:
         """Removing neurons wants to know how they move together, and what an error of the MLP's output costs."""
         return () if self.mlp == "pairs" else ("statistics", "gradients")
+
+    def own_bases(self, budget: Budget) -> int:
+        """One for each number of neurons of which pairs are made."""
+        from lowrank.compression.branches import Structure
+
+        return len(Structure.of(budget).mlp.tried(self.multiple)) if self.mlp == "both" else 0
 
     @property
     def has_pairs(self) -> bool:
