@@ -2,8 +2,8 @@
 
 Conventions. A multiply-accumulate (MAC) is one multiplication and one addition, half of two "FLOPs". For T tokens:
 a dense layer (or a shortcut of the residual stream) of m x n weights T m n, a pair of rank r T r (m + n), attention
-2 T^2 heads head_dim a block (scores and values; the causal half is not taken off), the head T V d. Norms, rotations,
-biases and activations are not counted.
+2 T^2 heads head_dim a block (scores by the widths of q, values by those of v; the causal half is not taken off), the
+head T V d. Norms, rotations, biases and activations are not counted.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def count_macs(model: PreTrainedModel, shape: ModelShape, tokens: int) -> dict[s
     """Multiply-accumulates of one forward pass over `tokens` tokens, by the conventions above."""
     modules = [(linear, _module(model, linear)) for linear in linear_modules(shape)]
     linears = tokens * (sum(_weights(module) for _, module in modules) + shortcut_parameters(model))
-    width = sum(module.in_features for linear, module in modules if linear.type.site == "attention_output")
-    attention = 2 * tokens**2 * width
+    scores = sum(module.out_features for linear, module in modules if linear.type.output == "query")
+    values = sum(module.in_features for linear, module in modules if linear.type.input == "query")
+    attention = tokens**2 * (scores + values)
     head = tokens * head_of(model).weight.numel()
     return {"total": linears + attention + head, "linears": linears, "attention": attention, "head": head}
 

@@ -16,7 +16,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
 from lowrank.model.families import FAMILIES, Family
-from lowrank.model.replacements import KeptHeads, Replacements, ResidualShortcuts
+from lowrank.model.replacements import ChangedModule, Replacements
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
     """
     for name, replacement in replacements.items():
         parent, _, child = name.rpartition(".")
-        if isinstance(replacement, KeptHeads | ResidualShortcuts):
+        if isinstance(replacement, ChangedModule):
             replacement.change(model.get_submodule(name), model.dtype, model.device)
         else:
             setattr(model.get_submodule(parent), child, replacement.as_module(model.dtype, model.device))

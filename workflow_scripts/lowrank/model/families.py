@@ -67,6 +67,8 @@ class Family:
         decoder: path of the base model (without the head).
         types: the linear layers of a block.
         biased: names of the types whose dense layers have a bias.
+        rotary: whether q and k are rotated by position, dimension i of a head with dimension i + head_dim / 2.
+        normed_heads: whether q and k are normed head by head, each dimension by all of its head.
     """
 
     model_type: str
@@ -74,6 +76,8 @@ class Family:
     decoder: str
     types: tuple[LinearType, ...]
     biased: tuple[str, ...] = ()
+    rotary: bool = True
+    normed_heads: bool = False
 
     @property
     def sites(self) -> dict[str, LinearType]:
@@ -109,13 +113,14 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "model.layers", "model", _LLAMA_TYPES),
         Family("mistral", "model.layers", "model", _LLAMA_TYPES),
         Family("qwen2", "model.layers", "model", _LLAMA_TYPES, biased=("q", "k", "v")),
-        Family("qwen3", "model.layers", "model", _LLAMA_TYPES),
+        Family("qwen3", "model.layers", "model", _LLAMA_TYPES, normed_heads=True),
         Family(
             "opt",
             "model.decoder.layers",
             "model.decoder",
             _OPT_TYPES,
             biased=tuple(linear.name for linear in _OPT_TYPES),
+            rotary=False,
         ),
     )
 }

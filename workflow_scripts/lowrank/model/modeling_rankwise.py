@@ -11,6 +11,7 @@ The recipe in `config.json` maps module names to what each became:
         {"kind": "identity_block", "in_features": 1536, "out_features": 576, "rank": 400, "bias": true}
     "model.layers.0.mlp.gate_proj": {"kind": "linear", "in_features": 576, "out_features": 1200, "bias": false}
     "model.layers.0.self_attn": {"kind": "heads", "heads": 6, "kv_heads": 2}
+    "model.layers.1.self_attn": {"kind": "narrow_heads", "heads": 9, "kv_heads": 3, "pairs": 24}
     "model.layers.0.input_layernorm": {"kind": "rms_norm", "divisor": 576, "eps": 1e-05}
     "model.layers.0": {"kind": "shortcuts", "attention": [576, 480], "mlp": [480, 480]}
 
@@ -39,6 +40,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 
 def features_of(layer: Any) -> dict[str, int]:
@@ -236,6 +239,70 @@ class FewerHeads:
         return {"kind": "heads", "heads": heads, "kv_heads": kv_heads}
 
 
+class NarrowHeads(FewerHeads):
+    """Mixed into the class of an attention module whose heads have fewer dimensions than its architecture says.
+
+    All heads of a module have as many, q and k one number, v and o another; both follow from the widths of its layers.
+    Where q and k lost rotary pairs, `pairs` (kv heads x pairs left, increasing) says which are left to a key/value head
+    and the query heads that share it. A head's rows of q and k are the first dimensions of its pairs, then the second.
+    """
+
+    pairs: torch.Tensor | None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map (batch, tokens, d) to the same, and return the attention weights if the implementation has them."""
+        own: Any = self
+        heads, kv_heads = self.kept_heads
+        query = own.q_proj(hidden_states).unflatten(-1, (heads, -1))
+        key, value = (layer(hidden_states).unflatten(-1, (kv_heads, -1)) for layer in (own.k_proj, own.v_proj))
+        if hasattr(own, "q_norm"):
+            query, key = own.q_norm(query), own.k_norm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if position_embeddings is not None:
+            tables = [self._of_pairs(table) for table in position_embeddings]
+            query, key = (self._rotated(states, *tables) for states in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, own.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            own,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=own.config.attention_dropout if own.training else 0.0,
+            scaling=own.scaling,
+            sliding_window=getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)),
+            **arguments,
+        )
+        out = own.o_proj if hasattr(own, "o_proj") else own.out_proj
+        return out(attended.flatten(2)), weights
+
+    def _of_pairs(self, table: Any) -> Any:
+        """Cosines or sines (batch, tokens, head_dim) of what is left: (batch, kv heads or 1, 1, tokens, width)."""
+        if self.pairs is None:
+            return table[:, None, None]
+        kept = table.index_select(-1, self.pairs.flatten()).unflatten(-1, self.pairs.shape).transpose(1, 2)
+        return torch.cat([kept, kept], dim=-1)[:, :, None]
+
+    def _rotated(self, states: Any, cosines: torch.Tensor, sines: torch.Tensor) -> Any:
+        """Rotate (batch, heads, tokens, width), the heads of each group by its own angles."""
+        grouped = states.unflatten(1, (self.kept_heads[1], -1))
+        return (grouped * cosines + rotate_half(grouped) * sines).flatten(1, 2)
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this attention module."""
+        pairs = None if self.pairs is None else self.pairs.shape[1]
+        return {**super().recipe_entry(), "kind": "narrow_heads", "pairs": pairs}
+
+
 class Shortcuts:
     """Mixed into the class of a block whose residual stream changes its basis: `x S + attention(norm(x))`, and so on.
 
@@ -283,6 +350,21 @@ def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
             setattr(attention, name, value)
 
 
+def set_narrow_heads(attention: Any, heads: int, kv_heads: int, pairs: int | None) -> None:
+    """Give an attention module a forward pass for heads of other widths, and room for which rotary pairs are left.
+
+    Raises:
+        ValueError: fewer pairs, where norms of whole heads stand between them and the products of q and k.
+    """
+    if pairs is not None and hasattr(attention, "q_norm"):
+        raise ValueError("rotary pairs cannot go where q and k are normed head by head")
+    mix_in(attention, NarrowHeads)
+    attention.kept_heads = (heads, kv_heads)
+    attention.num_key_value_groups = heads // kv_heads
+    room = None if pairs is None else torch.arange(pairs, dtype=torch.int32).repeat(kv_heads, 1)
+    attention.register_buffer("pairs", room)
+
+
 def set_shortcuts(block: Any, attention: nn.Linear, mlp: nn.Linear) -> None:
     """Put shortcuts into a block."""
     mix_in(block, Shortcuts)
@@ -315,6 +397,8 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
             setattr(parent, child, GainFreeRMSNorm(**options))
         elif entry["kind"] == "heads":
             set_heads(module, **options)
+        elif entry["kind"] == "narrow_heads":
+            set_narrow_heads(module, **options)
         elif entry["kind"] == "shortcuts":
             (entered, between), (_, left) = options["attention"], options["mlp"]
             set_shortcuts(module, nn.Linear(entered, between, bias=False), nn.Linear(between, left, bias=False))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.model.families import Dimensions, has_native_bias, linear_modules
-from lowrank.model.modeling_rankwise import LowRankLinear, Shortcuts
+from lowrank.model.modeling_rankwise import LowRankLinear, NarrowHeads, Shortcuts
 
 
 def count_parameters(model: PreTrainedModel, shape: Dimensions) -> dict[str, int]:
@@ -18,7 +18,7 @@ def count_parameters(model: PreTrainedModel, shape: Dimensions) -> dict[str, int
     `decoder_linears` counts the weights of the linear layers, the biases and indices that compression added, and the
     shortcuts of residual connections: it compares with the weights of the dense layers, as the paper's budget does.
     """
-    kept, indices, dense = shortcut_parameters(model), 0, 0
+    kept, indices, dense = shortcut_parameters(model), pair_indices(model), 0
     for linear in linear_modules(shape):
         layer = model.get_submodule(linear.name)
         kept += sum(parameter.numel() for parameter in layer.parameters())
@@ -38,6 +38,12 @@ def shortcut_parameters(model: PreTrainedModel) -> int:
     """Weights of the matrices in residual connections."""
     blocks = [block for block in model.modules() if isinstance(block, Shortcuts)]
     return sum(block.attention_shortcut.weight.numel() + block.mlp_shortcut.weight.numel() for block in blocks)
+
+
+def pair_indices(model: PreTrainedModel) -> int:
+    """Indices of the rotary pairs that attention modules have left, where they have not all."""
+    modules = [module for module in model.modules() if isinstance(module, NarrowHeads)]
+    return sum(0 if module.pairs is None else module.pairs.numel() for module in modules)
 
 
 def dense_total(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""What a method may make of a module: a low-rank pair, a smaller layer, a norm without gain, fewer heads, shortcuts.
+"""What a method may make of a module: a low-rank pair, a smaller layer, a norm without gain, other heads, shortcuts.
 
 A pair may have an identity block. A method returns a mapping of module names to these; whatever it does not name stays
 as it is. Each knows how to change a model in memory; what the checkpoint's recipe says is read off the changed model.
@@ -20,6 +20,7 @@ from lowrank.model.modeling_rankwise import (
     IdentityBlockLinear,
     ResizedLinear,
     set_heads,
+    set_narrow_heads,
     set_shortcuts,
 )
 
@@ -150,6 +151,28 @@ class KeptHeads:
 
 
 @dataclass(frozen=True)
+class NarrowedHeads:
+    """Heads of other widths; the widths of the attention module's layers are replacements of their own.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key and value heads, which divide them.
+        pairs: kv_heads x p, which rotary pairs q and k have left, increasing; None where they have all, or none at all
+            (OPT).
+    """
+
+    heads: int
+    kv_heads: int
+    pairs: torch.Tensor | None = None
+
+    def change(self, attention: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Tell the module."""
+        set_narrow_heads(attention, self.heads, self.kv_heads, None if self.pairs is None else self.pairs.shape[1])
+        if self.pairs is not None:
+            attention.register_buffer("pairs", self.pairs.to(device, torch.int32))
+
+
+@dataclass(frozen=True)
 class ResidualShortcuts:
     """The changes of basis of a block's two residual connections, as `Linear` weights (out x in).
 
@@ -168,7 +191,9 @@ class ResidualShortcuts:
         )
 
 
-Replacement = LowRankFactors | IdentityBlockFactors | SmallerLinear | NormWithoutGain | KeptHeads | ResidualShortcuts
+ChangedModule = KeptHeads | NarrowedHeads | ResidualShortcuts
+"""What changes a module and leaves it in its place."""
+Replacement = LowRankFactors | IdentityBlockFactors | SmallerLinear | NormWithoutGain | ChangedModule
 Replacements = Mapping[str, Replacement]
 
 
