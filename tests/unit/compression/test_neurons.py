@@ -204,3 +204,15 @@ def test_a_layer_without_gradient_or_with_damaged_statistics_is_named() -> None:
     sample.inputs[:, 1] = sample.inputs[:, 0]
     with pytest.raises(RankwiseError, match="damped covariance of its inputs is not positive"):
         sample.neurons(damping=-1e-3).eliminate()
+
+
+def test_without_gradients_the_error_of_the_outputs_is_what_counts() -> None:
+    draw = np.random.default_rng(12)
+    layer = Layer(draw.standard_normal((60, 10)), draw.standard_normal((4, 10)), None, draw.standard_normal((50, 4)))
+    h = torch.from_numpy(layer.inputs)
+    options = (torch.from_numpy(layer.weight), None, h.T @ h / 60, None)
+    plain, by_identity = (Neurons.of(*options, g, 0, "a layer") for g in (None, torch.eye(4)))
+    assert torch.allclose(plain.eliminate().losses, by_identity.eliminate().losses)
+    kept = plain.eliminate().kept(4)
+    error = h @ options[0].T - h[:, kept] @ plain.refit(kept)[0].T
+    assert float((error**2).sum()) / 120 == pytest.approx(float(plain.eliminate().losses[6]), rel=0.05)  # the damping

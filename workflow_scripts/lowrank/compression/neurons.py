@@ -82,7 +82,7 @@ class Neurons:
         bias: torch.Tensor | None,
         covariance: torch.Tensor,
         mean: torch.Tensor | None,
-        gradient: torch.Tensor,
+        gradient: torch.Tensor | None,
         gradient_damping: float,
         where: str,
         damping: float = DAMPING,
@@ -94,7 +94,7 @@ class Neurons:
             bias: of the last matrix, d, or None.
             covariance: C, f x f.
             mean: mu, f; None for an uncentred estimate.
-            gradient: G, d x d.
+            gradient: G, d x d; None: the identity, so that costs are half the squares of output errors.
             gradient_damping: eps, share of the mean of G's diagonal that is added to it.
             where: the layer's name, for errors.
             damping: share of each neuron's variance that is added to it; more than 0 where neurons may be collinear.
@@ -103,7 +103,8 @@ class Neurons:
             RankwiseError: no gradient at all, or values that are not finite; the layer is named.
         """
         w = weight.detach().double()
-        c, g = (tensor.double().to(w.device) for tensor in (covariance, gradient))
+        c = covariance.double().to(w.device)
+        g = torch.eye(len(w), dtype=w.dtype, device=w.device) if gradient is None else gradient.double().to(w.device)
         scale = float(torch.trace(g)) / len(g)
         if not bool(c.isfinite().all()) or not bool(w.isfinite().all()):
             raise RankwiseError(
@@ -124,7 +125,7 @@ class Neurons:
             mean=None if mean is None else mean.double().to(w.device),
             deviations=deviations,
             correlation=correlation,
-            root=damped_root(g / scale, gradient_damping),
+            root=g if gradient is None else damped_root(g / scale, gradient_damping),
             scale=scale,
             where=where,
         )
