@@ -19,7 +19,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
-from lowrank.methods import asvd, flap, llm_pruner, slicegpt
+from lowrank.methods import asvd, flap, llm_pruner, modegpt, slicegpt
 from lowrank.ranks.budget import Budget
 from lowrank.ranks.reach import candidate_ranks
 from tests.config.test_fit import shapes
@@ -113,6 +113,28 @@ def test_slicegpt_is_refused_if_and_only_if_it_would_fail(shape: ModelShape, rat
         assert bool(found) == ((1 - share) * shape.hidden < 8 - 1e-6)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=shapes(),
+    ratio=st.integers(1, 90),
+    parts=st.lists(st.sampled_from(["mlp", "qk", "vo"]), min_size=1, unique=True),
+    multiple=st.sampled_from([1, 8, 32]),
+    most=st.sampled_from([0.3, 0.8]),
+)
+def test_modegpt_is_refused_if_and_only_if_it_would_fail(
+    shape: ModelShape, ratio: int, parts: list[str], multiple: int, most: float
+) -> None:
+    method = modegpt.Settings(kind="modegpt", calibration="c", parts=parts, multiple=multiple, most=most)
+    budget = Budget.of(shape)
+    try:
+        blocks = modegpt.steps_of(method, budget).blocks([1.0] * shape.layers, most, ratio)
+        assert sum(widths.parameters(budget) for widths in blocks) <= budget.allowed(ratio)
+        possible = True
+    except RankwiseError:
+        possible = False
+    assert (not misfits(method, shape, ratio)) == possible
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     shape=shapes(),
@@ -196,6 +218,18 @@ SHAPE = "model 'smollm2-135m'"
             {"kind": "slicegpt", "calibration": "c4-32", "slice": 0.99},
             20,
             f"methods.other.slice: `slice: 0.99` leaves fewer than 8 of 576 channels; cut less ({SHAPE})",
+        ),
+        (
+            {"kind": "modegpt", "calibration": "c4-32", "parts": ["vo"]},
+            20,
+            f"{ROW}: removing 20 % is out of reach: blocks that lose 80 % of vo leave 90.6 %; remove less, or let them "
+            f"lose more (`methods.other`, {SHAPE})",
+        ),
+        (
+            {"kind": "modegpt", "calibration": "c4-32", "multiple": 64},
+            20,
+            "methods.other.multiple: steps of 64 leave no choice to `qk`, whose width is 64; take a smaller one "
+            f"({SHAPE})",
         ),
         (
             {"kind": "asvd", "calibration": "c4-32", "kept": [0.9]},

@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "identity-blocks": ({"kind": "svd", "identity_block": True}, {"identity_block"}),
     "biases": ({"kind": "flap", "calibration": "c", "structure": "UL-UM"}, {"heads", "linear"}),
     "heads": (PRUNED, {"heads", "linear"}),
+    "narrow-heads": ({"kind": "modegpt", "calibration": "c"}, {"linear", "narrow_heads"}),
     "shortcuts": ({"kind": "slicegpt", "calibration": "c"}, {"linear", "rms_norm", "shortcuts"}),
 }
 SCORED = ("identity-blocks", "biases", "shortcuts")  # one of each way in which a loader changes a model

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fwsvd": {"calibration": "c"},
     "llm-pruner": {"calibration": "c", "skip_first": 0, "skip_last": 0},
     "lord": LOW_RANK,
+    "modegpt": {"calibration": "c"},
     "rankwise": LOW_RANK,
     "slicegpt": {"calibration": "c"},
     "svd": {},

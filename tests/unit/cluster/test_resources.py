@@ -376,13 +376,14 @@ def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> Non
     from lowrank.methods import method_modules
 
     study, needs = study_of(LLAMA_7B), {}
-    for kind, more in (("asvd", {"windows": 4, "length": 32}), ("fwsvd", {}), ("slicegpt", {})):
+    for kind, more in (("asvd", {"windows": 4, "length": 32}), ("fwsvd", {}), ("modegpt", {}), ("slicegpt", {})):
         study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
         needs[kind] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
     one_pass = Sizes(ModelShape(**LLAMA_7B), "float16").forward(4 * 32, 32)
     assert needs["asvd"].work.half / one_pass == pytest.approx(4 + 6 * 7 * 32 / 2)
     assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert "sums" not in needs["slicegpt"].device
+    assert needs["modegpt"].device["a decomposition"] == 7 * 8 * 11008**2
 
 
 def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> None:

@@ -42,8 +42,11 @@ ON_PROCESSORS = ("dense", "flap")
 TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
 """Kinds of methods that take loss gradients of weights."""
 
-STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
+STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+INVERT_NEURONS = ("modegpt",)
+"""Kinds of methods that invert the second moment of all neurons of a block."""
 
 LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
 """Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
@@ -342,6 +345,8 @@ class Estimator:
         windows. An upper estimate for all of them."""
         on_device = computes_on_device(method)
         device = {"a decomposition": float(decomposition(dense.block))} if on_device else {}
+        if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
+            device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
         host = {"program": PROGRAM, "weights": dense.weights}
         as_written = method.kind in STORE_AS_WRITTEN
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
