@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
-from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
+from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients, load_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
 from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
@@ -39,11 +39,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "fwsvd": {"calibration": "c"},
     "llm-pruner": {"calibration": "c", "skip_first": 0, "skip_last": 0},
     "lord": LOW_RANK,
+    "obd-llm": {"calibration": "c"},
+    "obd-llm by first order": {"calibration": "c", "allocation": "first-order"},
     "rankwise": LOW_RANK,
     "slicegpt": {"calibration": "c"},
     "svd": {},
     "svd-llm": {"calibration": "c"},
     "svd-llm with update": {"calibration": "c", "update": True},
+    "zs-svd": {"calibration": "c"},
+    "zs-svd with correction": {"calibration": "c", "corrections": 1},
 }
 Change = Callable[[PreTrainedModel], None]
 
@@ -145,6 +149,10 @@ def compressed(name: str, change: Change, tokens: torch.Tensor, dtype: torch.dty
         task["bases"] = Bases(folder / "bases", tiny.LAYERS)
     if kind == "bolaco":
         task["allocation"] = {module.name: rank for module, rank in uniform_layers(budget, RATIO, ("v",))}
+    if "gradients" in settings.needs:
+        (folder / "gradients").mkdir()
+        collect_output_gradients(model, tokens, 1, folder / "gradients", CPU)
+        task["gradients"] = OutputGradients(folder / "gradients", shape)
     if "tokens" in settings.needs:
         task["tokens"] = tokens
     compress_model(kind, settings.plain(), task)
