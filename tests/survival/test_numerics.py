@@ -100,21 +100,25 @@ CASES: dict[str, tuple[Change, torch.Tensor]] = {
     "outliers": (with_outliers, random_tokens(12, 24)),
 }
 SVD_LLM = ("svd-llm", "svd-llm with update")
+OBD_LLM = ("obd-llm", "obd-llm by first order")
+ZS_SVD = ("zs-svd", "zs-svd with correction")
 SPANNING = ("ordinary", "low rank", "dead layers", "outliers")
 """Cases whose calibration says how other texts are to be treated too; beyond it many choices are equally good."""
 FEW = r"1 tokens are too few for a covariance within 1 groups"
 NO_LOSS = "two tokens or more"
 NO_WEIGHT = r"model\.layers\.[01]\.\S+: no row matters"
 NO_GRADIENT = r"model\.layers\.[01], \w+: the loss has no gradient at its output, so nothing says what to keep"
+NO_OUTPUT = r"model\.layers\.[01]\.\S+: the loss has no gradient at its output, so nothing says what to keep"
 ALIKE = r"model\.layers\.[01]\.\S+: its input channels all fluctuate alike"
 ERRORS: dict[tuple[str, str], str] = {
     **{(name, "one token"): rf"model\.layers\.0, attention: {FEW}" for name in ("afm", "bolaco", "lord")},
-    **{(name, "one token"): NO_LOSS for name in ("asvd", "fwsvd", "rankwise")},
+    **{(name, "one token"): NO_LOSS for name in ("asvd", "fwsvd", "rankwise", *OBD_LLM, *ZS_SVD)},
     ("llm-pruner", "one token"): r"`sequences: 1` of `length: 2` are more than the calibration 'c' has",
     ("flap", "one token"): ALIKE,
     ("flap", "dead layers"): ALIKE,
     # The one token that is predicted attends to nothing but itself, so the loss does not depend on q and k.
     **{("fwsvd", case): NO_WEIGHT for case in ("two tokens", "windows of two tokens", "dead layers")},
+    **{(name, case): NO_OUTPUT for name in OBD_LLM for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{("rankwise", case): NO_GRADIENT for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{(name, "dead layers"): "block 1, input 'mlp_output': all its inputs are zero" for name in SVD_LLM},
 }
