@@ -5,8 +5,8 @@ gradient g of the calibration loss says what leaving out one of them changes, to
 (`bases.first_order`). Directions of all matrices leave one by one, of each matrix the last first, so that the sum of
 the changes stays near zero (`ranks.zero_sum`); matrices that end above their break-even rank are dense again.
 
-`corrections` truncate, correct and truncate again (`compression.gradient_correction`); the paper's tables of other
-models than LLaMA-1-7B have five rounds, and its first table none.
+`corrections` truncate, correct and truncate again (`compression.gradient_correction`); the authors' program has none by
+default, and asks for five rounds for all models but LLaMA-1-7B.
 
 Departures: ranks are multiples of 8 of at least 8, rounded as those of all methods here. The authors' program collects
 second moments in the model of each round and allocates anew; here both stay those of the dense model. Its remapping to
