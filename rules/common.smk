@@ -14,8 +14,10 @@ CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 from lowrank.config.beside import check_beside, deepspeed_file
-from lowrank.config.load import check_study, read_yaml
+from lowrank.config.lines import Lines
+from lowrank.config.load import check_study
 from lowrank.config.used import used_study
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.reruns.fingerprint import Code
@@ -42,7 +44,7 @@ def checked_study():
         for path in files:
             read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
         where = ", ".join(files)
-        return check_beside(check_study(config, where), CONFIG, where)
+        return check_beside(check_study(config, where, files), CONFIG, where, Lines(files, config))
     except RankwiseError as error:
         raise WorkflowError(str(error))
 

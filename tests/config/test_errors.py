@@ -13,7 +13,7 @@ NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first;
 TOP = ", ".join(
     [
         *("cache", "calibration", "corpora", "covariance", "figures", "instructions", "methods", "models", "run"),
-        *("search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning", "validation"),
+        *("search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning", "use", "validation"),
     ]
 )
 

@@ -16,7 +16,7 @@ from lowrank.cluster.needs import GIB
 from lowrank.cluster.plan import make_plan, remarks
 from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.cluster.resources import Estimator
-from lowrank.config.load import check_study, load_study, read_yaml
+from lowrank.config.load import check_study, load_study, read_config
 from lowrank.config.study import Study
 from tests import tiny
 
@@ -184,7 +184,7 @@ def test_the_command_prints_every_rule_and_the_total(paper: Study) -> None:
 
 
 def write(folder: Path, **shape: Any) -> str:
-    raw = read_yaml(ROOT / "config/quickstart.yaml")
+    raw = read_config(ROOT / "config/quickstart.yaml")
     raw["models"]["smollm2-135m"]["shape"] |= shape
     raw["models"]["smollm2-135m"]["dtype"] = "float16"
     path = folder / "study.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank.config.lines import Lines
 from lowrank.config.load import listing
 from lowrank.config.presets import Tuning
 from lowrank.config.published import published_problems
@@ -11,13 +12,14 @@ from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 
 
-def check_beside(study: Study, folder: str | Path, where: str) -> Study:
+def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> Study:
     """Return the study if the folder has everything that it names.
 
     Args:
         study: a checked config.
         folder: the repository's `config`.
         where: the config's file, for messages.
+        lines: of the config.
 
     Raises:
         RankwiseError: all that is missing or does not answer, each with its YAML path.
@@ -28,7 +30,7 @@ def check_beside(study: Study, folder: str | Path, where: str) -> Study:
         if not Path(file).is_file():
             problems.append(f"tuning.{name}.deepspeed: there is no {file}")
     if problems:
-        raise RankwiseError(listing(where, problems))
+        raise RankwiseError(listing(where, problems, lines))
     return study
 
 

@@ -15,15 +15,20 @@ from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
 
-def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+def problems_of(
+    study: Study,
+    elsewhere: frozenset[tuple[str, str]] = frozenset(),
+    offered: frozenset[tuple[str, str]] = frozenset(),
+) -> list[str]:
     """All inconsistencies between sections, each with its YAML path, reason and cure.
 
     Args:
         study: sections that are sound each by itself.
         elsewhere: further (section, name) that exist, although they could not be read.
+        offered: those of a file of presets, which may be meant where a name is wrong.
     """
     return [
-        *_unknown_names(study, elsewhere),
+        *_unknown_names(study, elsewhere, offered),
         *_dense_and_ratio(study),
         *_table_suites(study),
         *_limits(study),
@@ -36,11 +41,14 @@ def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset(
     ]
 
 
-def _unknown_names(study: Study, elsewhere: frozenset[tuple[str, str]]) -> Iterator[str]:
+def _unknown_names(
+    study: Study, elsewhere: frozenset[tuple[str, str]], offered: frozenset[tuple[str, str]]
+) -> Iterator[str]:
     for place, section, name in references(study):
         known = getattr(study, section)
         if name not in known and (section, name) not in elsewhere:
-            yield f"{place}: '{name}' is not in `{section}`{suggestion(name, known)}"
+            choices = {*known, *(preset for part, preset in offered if part == section)}
+            yield f"{place}: '{name}' is not in `{section}`{suggestion(name, sorted(choices))}"
 
 
 def _rows(study: Study) -> Iterator[tuple[str, Row]]:
