@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
@@ -34,6 +35,18 @@ if workflow.is_main_process and DeploymentMethod.CONDA not in workflow.deploymen
     remember_environment()  # jobs run in no other, unless Snakemake makes one for them; no rule names a container
 
 
+def only_fetches():
+    """Whether nothing is asked for but `data`, which is planned without knowing the shapes of models.
+
+    Snakemake reads the rules before it tells them the targets, so they are looked up in its command.
+    """
+    try:
+        command, _ = get_argument_parser().parse_known_args(sys.argv[1:])
+    except SystemExit:  # another program has loaded the rules
+        return False
+    return list(command.targets) == ["data"]
+
+
 def checked_study():
     """The config as a `Study`; its errors are shown without a traceback."""
     files = [
@@ -44,7 +57,8 @@ def checked_study():
         for path in files:
             read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
         where = ", ".join(files)
-        return check_beside(check_study(config, where, files), CONFIG, where, Lines(files, config))
+        study = check_study(config, where, files, unseen=only_fetches())
+        return check_beside(study, CONFIG, where, Lines(files, config))
     except RankwiseError as error:
         raise WorkflowError(str(error))
 

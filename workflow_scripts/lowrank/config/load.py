@@ -12,19 +12,24 @@ from pydantic import ValidationError
 from lowrank.config.checks import problems_of
 from lowrank.config.lines import Lines
 from lowrank.config.messages import message
+from lowrank.config.shapes import with_shapes
+from lowrank.config.sources import Model, PathSource
 from lowrank.config.study import Study
 from lowrank.config.use import Entry, offered_entries, with_presets
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 
 
-def check_study(raw: dict[str, Any], where: str = "config", files: Sequence[str | Path] = ()) -> Study:
-    """Validate a config, with the presets that it uses.
+def check_study(
+    raw: dict[str, Any], where: str = "config", files: Sequence[str | Path] = (), unseen: bool = False
+) -> Study:
+    """Validate a config, with the presets that it uses and the shapes that can be read on this machine.
 
     Args:
         raw: as it is read.
         where: what it is called in messages.
         files: where it was read from, the later ones on top of the earlier.
+        unseen: allow models without a shape that are not on this machine; what they are used for is not checked.
 
     Raises:
         RankwiseError: lists every error, one a line, with its YAML path and the line of the file if that is known. If
@@ -35,6 +40,9 @@ def check_study(raw: dict[str, Any], where: str = "config", files: Sequence[str 
     except RankwiseError as error:
         raise RankwiseError(listing(where, [str(error)], Lines(files))) from error
     lines = Lines(files, raw)
+    merged, without = with_shapes(merged)
+    if without:
+        raise RankwiseError(listing(where, without, lines))
     try:
         study = Study.model_validate(merged)
     except ValidationError as error:
@@ -42,9 +50,33 @@ def check_study(raw: dict[str, Any], where: str = "config", files: Sequence[str 
         problems = [message(Study, item) for item in found]
         problems += _further_problems(merged, [item["loc"] for item in found], offered)
         raise RankwiseError(listing(where, problems, lines)) from error
-    if problems := problems_of(study, offered=offered):
+    unknown = models_without_shape(study)
+    problems = [] if unseen else [f"models.{name}.shape: {_why_unknown(study.models[name])}" for name in unknown]
+    if problems := problems + _problems_without(study, unknown, offered):
         raise RankwiseError(listing(where, problems, lines))
     return study
+
+
+def models_without_shape(study: Study) -> list[str]:
+    """Models whose shape the config leaves out, and that are not on this machine."""
+    return [name for name, model in study.models.items() if model.shape is None]
+
+
+def _why_unknown(model: Model) -> str:
+    if isinstance(model.source, PathSource):
+        return f"left out, and there is no model at {model.source.path} to read it from; correct the path, or write it"
+    return (
+        "left out, and the model is not on this machine yet; write it, or fetch the model first: `snakemake data` with "
+        "the same options"
+    )
+
+
+def _problems_without(study: Study, unknown: list[str], offered: frozenset[Entry]) -> list[str]:
+    """What is wrong between entries; nothing is said of models whose shape is unknown."""
+    known = {name: model for name, model in study.models.items() if name not in unknown}
+    return problems_of(
+        study.model_copy(update={"models": known}), frozenset(("models", name) for name in unknown), offered
+    )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -52,9 +84,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return with_presets(read_yaml(path), [path])
 
 
-def load_study(path: str | Path) -> Study:
-    """Read and validate a config file."""
-    return check_study(read_yaml(path), str(path), [path])
+def load_study(path: str | Path, unseen: bool = False) -> Study:
+    """Read and validate a config file; for `unseen` see `check_study`."""
+    return check_study(read_yaml(path), str(path), [path], unseen)
 
 
 def _further_problems(
