@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def gguf_config(file: Path) -> dict[str, Any]:
     Raises:
         RankwiseError: it cannot be read.
     """
+    state = file.stat()
+    return dict(_gguf_config(file, state.st_mtime_ns, state.st_size))
+
+
+@cache
+def _gguf_config(file: Path, changed: int, size: int) -> dict[str, Any]:
+    """Read once, since the tokens of a vocabulary take seconds."""
     from gguf import GGUFReader
 
     try:
