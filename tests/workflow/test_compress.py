@@ -64,7 +64,7 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
         found = json.loads((folder / "perplexity.json").read_text())["corpora"]["test"]
         cost = json.loads((folder / "cost.json").read_text())
         values = [value.strip() for value in lines["perplexity (test)"] if value.strip()]
-        assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.006)
+        assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.06)
         assert f"{cost['measured']['decode_tokens_per_second']:,.1f}" in "".join(lines["generation, tokens/s"])
     assert (out / "results/model/report.html").is_file()
     assert compress.main(command(inputs, out), run) == 0

@@ -66,7 +66,7 @@ def _measured(study: Study, row: Row, folder: Path) -> dict[str, str]:
     removed = 1 - parameters["decoder_linears"] / parameters["decoder_linears_dense"]
     return {
         **{f"perplexity ({name})": estimate_text(of["perplexity"], of["stderr"], 2) for name, of in corpora.items()},
-        "parameters": f"{parameters['total'] / 1e6:,.1f} M",
+        "parameters": f"{parameters['total'] / 1e6:,.2f} M",
         "linear weights removed": f"{100 * removed:.1f} %",
         "size on disk": _bytes(cost["disk_bytes"]),
         "prompt, tokens/s": f"{speed['prefill_tokens_per_second']:,.0f}",

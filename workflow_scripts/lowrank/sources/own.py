@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ def write_config(own: Own) -> None:
 
 def again(own: Own) -> str:
     """The command that runs a config again, after a change too, in this repository."""
-    return f"snakemake --configfile {own.config} --directory {own.out} --profile profiles/local"
+    config, out = shlex.quote(str(own.config)), shlex.quote(str(own.out))
+    return f"snakemake --configfile {config} --directory {out} --profile profiles/local"
 
 
 # --- the parts of a wish ---
