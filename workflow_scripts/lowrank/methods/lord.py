@@ -51,7 +51,8 @@ class Settings(RoundedSettings):
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""
-    from lowrank.search.allocation import lord_ranks, sliced_factors
+    from lowrank.ranks.by_type import lord_ranks
+    from lowrank.search.allocation import sliced_factors
 
     ranks = lord_ranks(task.budget, task.ratio, task.settings.rounding)
     return sliced_factors(task.required_bases(), task.budget, ranks)
