@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from lowrank.config.base import wrong
 from lowrank.config.presets import Covariance, MethodSettings
-from lowrank.ranks.budget import Budget, uniform_kept
+from lowrank.ranks.budget import Budget, Ranks, uniform_kept
+from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.rounding import Rounding
 
 
@@ -39,6 +41,8 @@ class LowRankSettings(MethodSettings):
 class RoundedSettings(LowRankSettings):
     """A method whose kept ratios need no search and no data; what is left to choose is how they become ranks."""
 
+    beside_ratio: ClassVar[str] = "rounding"
+
     rounding: Rounding = Field(
         default="give-back",
         description="to multiples of 8; give-back: down, and what that frees is given back as far as the ratio allows; "
@@ -58,6 +62,18 @@ class RoundedSettings(LowRankSettings):
             RankwiseError: the ratio is out of reach.
         """
 
+    @abstractmethod
+    def ranks(self, budget: Budget, ratio: int) -> Ranks:
+        """The rank of every matrix.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Those of the pairs and of what stays dense."""
+        return budget.parameters(self.ranks(budget, ratio))
+
     @model_validator(mode="after")
     def _authors_ranks_are_of_plain_pairs(self) -> RoundedSettings:
         if self.rounds_down and self.identity_block:
@@ -73,3 +89,7 @@ class UniformSettings(RoundedSettings):
     def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
         """One for all types but those that stay dense."""
         return uniform_kept(budget, ratio, self.uncompressed)
+
+    def ranks(self, budget: Budget, ratio: int) -> Ranks:
+        """Those that one kept ratio buys."""
+        return uniform_ranks(budget, ratio, self.uncompressed, self.rounding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -30,6 +31,23 @@ class Row(Section):
     )
     label: Text | None = None
     published: PublishedRow | None = None
+
+    def met_by(self, kept: float) -> bool:
+        """Whether keeping so many percent of the decoder's linear weights removes what the row asks for.
+
+        The check of the config asks this where shapes decide what is kept, and tables ask it of every checkpoint.
+        """
+        return not self.ratio or self.missed_by(kept) <= self.tolerance
+
+    def missed_by(self, kept: float) -> float:
+        """Percentage points between what is removed and the ratio."""
+        return abs(100 - kept - self.ratio)
+
+    def tolerance_for(self, kept: float) -> float:
+        """The smallest tolerance, in tenths of a point, with which this would be met."""
+        missed = self.missed_by(kept)
+        tenths = math.ceil(10 * missed)
+        return (tenths if tenths / 10 >= missed else tenths + 1) / 10
 
 
 class RowTable(Section):

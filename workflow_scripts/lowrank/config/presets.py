@@ -351,10 +351,12 @@ class MethodSettings(Section):
         reads: what the method reads of its calibration besides: `statistics` (moments of the inputs of all layers),
             `gradients` (second moments of the loss gradients at their outputs), `tokens` (the windows themselves).
         makes_pairs: its compressed layers are low-rank pairs, which have ranks to show and scales to train.
+        beside_ratio: a key that may decide what is kept whatever a row's ratio says; left out, the ratio decides.
     """
 
     reads: ClassVar[Reads] = ()
     makes_pairs: ClassVar[bool] = True
+    beside_ratio: ClassVar[str] = ""
 
     kind: str
     calibration: Name | None = None
@@ -390,6 +392,16 @@ class MethodSettings(Section):
         return self.makes_pairs
 
     @property
+    def sets_aside_ratio(self) -> bool:
+        """Whether the key of `beside_ratio` is in use."""
+        return bool(self.beside_ratio) and getattr(self, self.beside_ratio) != self.default_of(self.beside_ratio)
+
+    @classmethod
+    def default_of(cls, key: str) -> Any:
+        """What a key is where a preset leaves it out."""
+        return cls.model_fields[key].get_default(call_default_factory=True)
+
+    @property
     def is_random(self) -> bool:
         """Whether the seed decides what comes out: it then runs once for each of the study's seeds."""
         return self.search is not None
@@ -408,3 +420,20 @@ class MethodSettings(Section):
             (a key of the preset, or "" for the ratio; what is wrong, and what to do).
         """
         yield from ()
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Parameters of the decoder's linear layers in the checkpoint, where shapes alone decide them.
+
+        Counted as `model.parameters.count_parameters` does: with the biases, indices and shortcuts that are added.
+
+        Args:
+            budget: of the model, in the form of the preset's pairs if it makes any.
+            ratio: percent of its linear weights to remove, at least 1.
+
+        Returns:
+            The number; None where it is a matter of data or of a search.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+        return None

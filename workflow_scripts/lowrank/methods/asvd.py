@@ -68,6 +68,10 @@ class Settings(UniformSettings):
         """Not the ranks that the search tries."""
         return super().rounds_down and self.allocation == "uniform"
 
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """The search decides by losses."""
+        return super().kept_parameters(budget, ratio) if self.allocation == "uniform" else None
+
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """The smallest ranks that the search tries may be too large."""
         from lowrank.model.families import FAMILIES

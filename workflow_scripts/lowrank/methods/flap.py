@@ -70,6 +70,14 @@ class Settings(MethodSettings):
         except RankwiseError as error:
             yield "remove_heads" if self.remove_heads else "", str(error)
 
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Where all blocks lose the same; else scores decide where biases are added, and which units overshoot."""
+        from lowrank.compression.branches import Structure
+
+        structure = Structure.of(budget)
+        fixed = fixed_removal(self, structure, budget.allowed(ratio))
+        return None if isinstance(fixed, int) else structure.remaining(fixed)
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Prune what fluctuates least until the budget is met.

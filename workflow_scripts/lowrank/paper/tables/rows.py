@@ -119,12 +119,13 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     """
     row = results.row
     for percent in kept:
-        if row.ratio and abs(100 - percent - row.ratio) > row.tolerance:
+        if not row.met_by(percent):
+            tolerance = max(row.tolerance_for(share) for share in kept)
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the "
-                "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, set the "
-                f"row's `tolerance` (now {row.tolerance:g} points)."
+                "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, write "
+                f"`tolerance: {tolerance:g}` on the row (now {row.tolerance:g} points)."
             )
     return over_seeds(kept)
 
