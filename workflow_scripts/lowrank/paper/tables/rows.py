@@ -143,20 +143,6 @@ def published_of(results: RowResults, context: Context) -> Published | None:
     return find_published(context.published_folder, reference, f"{results.place}.published")
 
 
-def single_values(published: Published, place: str) -> dict[str, float | None]:
-    """The one line of a published row.
-
-    Raises:
-        RankwiseError: the file has several lines for it.
-    """
-    if len(published.values) != 1:
-        raise RankwiseError(
-            f"{place}.published: {len(published.values)} lines of {published.reference.file}.csv answer to it; "
-            "a table of this kind shows one."
-        )
-    return published.values[0]
-
-
 def leading_columns(rows: Sequence[RowResults]) -> tuple[Column, ...]:
     """The columns that name a line; the model only where there are several."""
     model = (Column("Model", "left"),) if several_models(rows) else ()
