@@ -320,6 +320,35 @@ def test_rows_that_a_table_has_nothing_to_show_for() -> None:
     ]
 
 
+def test_a_comparison_names_no_two_rows_alike() -> None:
+    one, other = ({"model": "smollm2-135m", "method": method, "ratio": 20} for method in ("lord", "svd"))
+    place = ("figures", "compared")
+
+    def drawn(*rows: dict[str, Any]) -> list[str]:
+        return errors_of(
+            changed((place, {"kind": "comparison", "title": "C", "suite": "held-out", "rows": list(rows)}))
+        )
+
+    assert drawn(one, other, {**other, "label": "lord"}, {**one, "ratio": 30}) == [
+        "figures.compared.rows[2]: 'lord' of 'smollm2-135m' at 20 % stands in rows[0] already; leave one out, or give "
+        "it a `label` of its own"
+    ]
+    assert drawn(one, other, {**other, "label": "plain"}) == []
+    assert drawn(one, {**one, "tuning": "scales"}) == []
+
+
+def test_differences_have_one_column_a_corpus() -> None:
+    rows = [{"model": "smollm2-135m", "method": method, "ratio": 20} for method in ("lord", "svd")]
+    more = {**BASE["suites"]["held-out"], "corpora": ["speeches-test"]}
+    table = {"kind": "differences", "title": "D", "suites": ["held-out", "more"], "rows": rows}
+    changes: list[Change] = [(("suites", "more"), more), (("tables", "d"), table)]
+    assert errors_of(changed(*changes)) == [
+        "tables.d.suites[1]: 'more' and 'held-out' both judge on 'speeches-test', and a table of differences has one "
+        "column a corpus; show one of the two suites"
+    ]
+    assert errors_of(changed(*changes, (("tables", "d", "suites"), ["more"]))) == []
+
+
 def test_ranks_of_a_training_may_not_exceed_the_width() -> None:
     assert errors_of(changed((("tuning", "scales", "rank"), 577))) == [
         "tuning.scales.rank: 577, but no matrix of model 'smollm2-135m' has a rank of more than 576, its width"

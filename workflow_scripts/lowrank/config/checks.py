@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
-from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table
+from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table, namesakes
 from lowrank.config.presets import MethodSettings
 from lowrank.config.references import references
 from lowrank.config.study import Study
@@ -100,6 +100,13 @@ def _table_suites(study: Study) -> Iterator[str]:
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
     for name, figure in study.figures.items():
+        if isinstance(figure, ComparisonFigure):
+            for index, earlier in namesakes(figure.rows):
+                row = figure.rows[index]
+                yield (
+                    f"figures.{name}.rows[{index}]: '{row.title}' of '{row.model}' at {row.ratio} % stands in "
+                    f"rows[{earlier}] already; leave one out, or give it a `label` of its own"
+                )
         judge = study.suites.get(getattr(figure, "suite", ""))
         if judge and not isinstance(judge, PerplexitySuite):
             yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"
@@ -107,6 +114,8 @@ def _table_suites(study: Study) -> Iterator[str]:
 
 def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
     """Rows that a table of their kind has nothing to show for, or has twice."""
+    if table.kind == "differences":
+        yield from _corpora_of_two_suites(study, place, table)
     blocks = Counter((row.model, row.ratio) for row in table.rows)
     shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
     for index, row in enumerate(table.rows):
@@ -119,6 +128,19 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
             yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"
         if (twice := shown.pop((row.model, row.method, row.ratio, row.tuning), 1)) > 1:
             yield f"{place}.rows[{index}]: stands {twice} times in this table"
+
+
+def _corpora_of_two_suites(study: Study, place: str, table: Table) -> Iterator[str]:
+    """A table of differences has one column a corpus."""
+    owners: dict[str, str] = {}
+    for index, name in enumerate(table.suites):
+        suite = study.suites.get(name)
+        for corpus in suite.corpora if isinstance(suite, PerplexitySuite) else ():
+            if owners.setdefault(corpus, name) != name:
+                yield (
+                    f"{place}.suites[{index}]: '{name}' and '{owners[corpus]}' both judge on '{corpus}', and a table "
+                    "of differences has one column a corpus; show one of the two suites"
+                )
 
 
 def _limits(study: Study) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -31,6 +32,12 @@ class Row(Section):
     )
     label: Text | None = None
     published: PublishedRow | None = None
+
+    @property
+    def title(self) -> str:
+        """Label or preset name, and the preset of post-training if there was one."""
+        name = self.label or self.method
+        return name if self.tuning == "none" else f"{name} + {self.tuning}"
 
     def met_by(self, kept: float) -> bool:
         """Whether keeping so many percent of the decoder's linear weights removes what the row asks for.
@@ -142,6 +149,15 @@ class ComparisonFigure(Section):
     title: Text
     suite: Name
     rows: list[Row] = Field(min_length=1)
+
+
+def namesakes(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """(index, index of an earlier row) of every row that a figure would show under the other's name."""
+    first: dict[tuple[str, int, str], int] = {}
+    for index, row in enumerate(rows):
+        earlier = first.setdefault((row.model, row.ratio, row.title), index)
+        if earlier != index:
+            yield index, earlier
 
 
 class SearchFigure(Section):

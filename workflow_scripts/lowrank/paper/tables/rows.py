@@ -50,9 +50,7 @@ def over_seeds(values: Sequence[float], stderrs: Sequence[float | None] = ()) ->
 
 def method_title(results: RowResults) -> str:
     """Label or preset name, and the preset of post-training if there was one."""
-    row = results.row
-    name = row.label or row.method
-    return name if row.tuning == "none" else f"{name} + {row.tuning}"
+    return results.row.title
 
 
 def evaluations_of(results: RowResults, suite: str, kind: str) -> Sequence[Json]:
