@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
@@ -11,6 +11,8 @@ from lowrank.config.messages import suggestion
 from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table, namesakes
 from lowrank.config.presets import MethodSettings
 from lowrank.config.references import references
+from lowrank.config.renaming import with_name
+from lowrank.config.sources import RandomSource
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
@@ -22,25 +24,41 @@ def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset(
         study: sections that are sound each by itself.
         elsewhere: further (section, name) that exist, although they could not be read.
     """
-    return [
-        *_unknown_names(study, elsewhere),
-        *_dense_and_ratio(study),
-        *_table_suites(study),
-        *_limits(study),
-        *_overlaps(study),
-        *_covariance_groups(study),
-        *_transfers(study),
-        *_predicted_losses(study),
-        *_identity_blocks(study),
-        *problems_of_fit(study),
-    ]
+    return [*_unknown_names(study, elsewhere), *_misuses(study), *problems_of_fit(study)]
+
+
+def _misuses(study: Study) -> Iterator[str]:
+    """What is wrong between entries, whatever the models' shapes; unknown names are passed over."""
+    yield from _dense_and_ratio(study)
+    yield from _own_tokenizers(study)
+    yield from _table_suites(study)
+    yield from _limits(study)
+    yield from _overlaps(study)
+    yield from _covariance_groups(study)
+    yield from _transfers(study)
+    yield from _predicted_losses(study)
+    yield from _identity_blocks(study)
 
 
 def _unknown_names(study: Study, elsewhere: frozenset[tuple[str, str]]) -> Iterator[str]:
     for place, section, name in references(study):
         known = getattr(study, section)
         if name not in known and (section, name) not in elsewhere:
-            yield f"{place}: '{name}' is not in `{section}`{suggestion(name, known)}"
+            yield f"{place}: '{name}' is not in `{section}`{_offer(study, place, name, known)}"
+
+
+def _offer(study: Study, place: str, name: str, known: Iterable[str]) -> str:
+    """The names that may stand at a place, or the nearest of them: those that make nothing else wrong."""
+    before = set(_misuses(study))
+    tried = {other: with_name(study, place, other) for other in known}
+    fitting = [other for other, renamed in tried.items() if renamed and before.issuperset(_misuses(renamed))]
+    return suggestion(name, fitting) if fitting or not tried else ", and nothing else there fits here"
+
+
+def _own_tokenizers(study: Study) -> Iterator[str]:
+    for name, model in study.models.items():
+        if isinstance(model.source, RandomSource) and model.source.tokenizer == name:
+            yield f"models.{name}.source.tokenizer: '{name}' has no tokenizer of its own; name another model"
 
 
 def _rows(study: Study) -> Iterator[tuple[str, Row]]:

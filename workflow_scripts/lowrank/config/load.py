@@ -95,7 +95,7 @@ def check_study(raw: dict[str, Any], where: str = "config") -> Study:
         study = Study.model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = [message(Study, item) for item in found]
+        lines = [message(Study, item, raw) for item in found]
         raise RankwiseError(listing(where, lines + _further_problems(raw, [item["loc"] for item in found]))) from error
     if problems := problems_of(study):
         raise RankwiseError(listing(where, problems))

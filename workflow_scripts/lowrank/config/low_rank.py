@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import wrong
 from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.ranks.budget import Budget, Ranks, uniform_kept
 from lowrank.ranks.by_type import uniform_ranks
@@ -52,7 +52,7 @@ class RoundedSettings(LowRankSettings):
     @property
     def rounds_down(self) -> bool:
         """Whether ranks are those that the authors' rule makes of `kept_ratios`, whatever they add up to."""
-        return self.rounding == "down"
+        return self.authors_rule({name: getattr(self, name) for name in type(self).model_fields})
 
     @abstractmethod
     def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
@@ -74,11 +74,16 @@ class RoundedSettings(LowRankSettings):
         """Those of the pairs and of what stays dense."""
         return budget.parameters(self.ranks(budget, ratio))
 
-    @model_validator(mode="after")
-    def _authors_ranks_are_of_plain_pairs(self) -> RoundedSettings:
-        if self.rounds_down and self.identity_block:
-            raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """The authors' ranks are those of plain pairs."""
+        reason = "the published ranks (`rounding: down`) are those of plain pairs"
+        return super().unread(given) | ({"identity_block": reason} if cls.authors_rule(given) else {})
+
+    @classmethod
+    def authors_rule(cls, given: Mapping[str, Any]) -> bool:
+        """Whether the keys of a preset ask for the authors' ranks, see `rounds_down`."""
+        return given.get("rounding") == "down"
 
 
 class UniformSettings(RoundedSettings):
