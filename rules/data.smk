@@ -4,6 +4,7 @@
 
 
 localrules:
+    compare_texts,
     fetch_model,
     fetch_corpus,
     fetch_instructions,
@@ -98,3 +99,23 @@ rule fetch_task:
         "fetching task {wildcards.task}"
     script:
         "../workflow_scripts/stages/fetch_task.py"
+
+
+# Soon after the fetch, so that text that was seen is met before anything is computed on it.
+rule compare_texts:
+    input:
+        unpack(lambda wildcards: corpora_files(LAYOUT.compared_corpora())),
+    output:
+        LAYOUT.compared_texts,
+    log:
+        f"{LOGS}/compare_texts.log",
+    priority: 100
+    conda:
+        "../envs/rankwise.yaml"
+    params:
+        places=untracked_places,
+        settings=comparison_settings,
+    message:
+        "comparing tested texts with those of calibration and validation"
+    script:
+        "../workflow_scripts/stages/compare_texts.py"
