@@ -1,4 +1,5 @@
-# Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads.
+# Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads, and
+# compares the texts.
 # All of it runs on the head node, so that compute nodes may be offline. The clients retry a bad connection themselves;
 # rules do not retry, since a wrong hash or name stays wrong.
 
