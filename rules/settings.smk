@@ -44,6 +44,17 @@ def fetch_settings(stage, key, name, section):
     return with_code(stage, {"name": name, key: {k: v for k, v in plain.items() if k not in later}})
 
 
+def comparison_settings(wildcards):
+    """Which corpora may share nothing."""
+    pairs = [{"tested": pair.tested, "seen": pair.seen} for pair in LAYOUT.text_pairs]
+    return with_code("compare_texts", {"pairs": pairs, "corpora": LAYOUT.compared_corpora()})
+
+
+def untracked_places(wildcards, output):
+    """The places of the config that say so, for messages: one more suite of the same corpora compares nothing again."""
+    return [{"tested_at": list(pair.tested_at), "seen_at": list(pair.seen_at)} for pair in LAYOUT.text_pairs]
+
+
 def calibration_settings(name):
     """What decides the windows themselves; how gradients are collected on them does not."""
     plain = STUDY.calibration[name].plain()

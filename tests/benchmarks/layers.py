@@ -2,8 +2,8 @@
 
 Run as `python -m tests.benchmarks.layers [result.json]`. All kinds of layers have the same random weights, stand in one
 process and take turns, so that whatever else a machine does falls on all of them; a ratio is that of two passes of one
-turn. "As before" are two layers that this file keeps to compare with: an identity block that joins and then gathers its
-outputs by an index of its own making, and slices of the columns of an m x k matrix.
+turn. "As before" are two layers that this file keeps to compare with: an identity block that joins its outputs and then
+gathers them by an expanded index (the order itself is kept, as today), and slices of the columns of an m x k matrix.
 """
 
 from __future__ import annotations

@@ -258,6 +258,7 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     return {
         "fetch_model": len(RAW["models"]),
         "fetch_corpus": len(RAW["corpora"]),
+        "compare_texts": 1,
         "fetch_instructions": 1,
         "fetch_task": 7,
         "sample_calibration": len(statistics | tokens),

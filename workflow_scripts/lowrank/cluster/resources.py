@@ -30,6 +30,7 @@ from lowrank.config.presets import MethodSettings, Validation
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
+from lowrank.ranks.budget import Budget
 
 SEARCH_LIBRARIES = 0.25 * GIB
 TEXTS = 0.05 * GIB
@@ -43,9 +44,6 @@ TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
 
 STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
-
-NEURONS_TRIED = 11
-"""Numbers of neurons for which a method that makes pairs of what is left computes bases."""
 
 LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
 """Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
@@ -88,7 +86,7 @@ class Estimator:
 
     @property
     def rules(self) -> list[str]:
-        """The rules that are estimated; the others fetch texts or write tables, and need next to nothing."""
+        """The rules that are estimated; the others fetch or compare texts or write tables, and need next to nothing."""
         return list(self._rules)
 
     def need(self, rule: str, wildcards: Wildcards) -> Need:
@@ -326,7 +324,7 @@ class Estimator:
         # The correlation, its inverse and what an update adds, while the covariances of both inputs are there; G at
         # the outputs of the first matrices; weights, and what is left of them.
         device = DOUBLE * (5 * square + 2 * shape.hidden**2 + (2 if dense.gated else 1) * square + 8 * matrix)
-        bases = NEURONS_TRIED * dense.decompositions() if getattr(method, "mlp", "") == "both" else 0
+        bases = method.own_bases(Budget.of(shape)) * dense.decompositions()
         read = dense.statistics(0) + dense.output_moments(SINGLE)
         host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": DOUBLE * dense.linears}
         return replace(

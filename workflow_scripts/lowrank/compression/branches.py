@@ -69,6 +69,11 @@ class Branch:
         first = -(-self.least // multiple) * multiple
         return [*range(first, self.units, multiple), self.units]
 
+    def tried(self, multiple: int) -> list[int]:
+        """Those of `may_stay`, less all, that are tried where each costs bases: by eighths, down to three of them."""
+        eighths = {multiple * (self.units * part // 8 // multiple) for part in range(3, 8)}
+        return sorted(eighths & set(self.may_stay(multiple)) - {self.units})
+
     def saved(self, count: int) -> int:
         """Parameters that go with `count` units, less the bias that comes instead."""
         return count * self.cost - (self.added_bias if count else 0)

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PARTS, FEWEST = 16, 5
-"""Where pairs are made of what is left, numbers of neurons are tried in sixteenths of all, down to five of them."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -66,14 +63,13 @@ class Block:
         neurons: as that one sees them.
     """
 
-    def __init__(self, task: CompressionTask, structure: Structure, layer: int) -> None:
-        """Read a block's statistics and gradients.
+    def __init__(self, task: CompressionTask, structure: Structure, layer: int, device: torch.device) -> None:
+        """Read a block's statistics and gradients onto a device, where all is computed.
 
         Raises:
             RankwiseError: a file that is missing or damaged, or no gradient; the layer is named.
         """
-        device, self._settings = pick_device(), task.required_covariance()
-        branch, self._task = structure.mlp, task
+        self._settings, branch, self._task = task.required_covariance(), structure.mlp, task
         types = (*branch.writers, branch.reader)
         self.modules = [module for module in task.budget.modules if module.layer == layer and module.type in types]
         self._linears: list[Any] = [task.model.get_submodule(module.name) for module in self.modules]
@@ -130,7 +126,7 @@ class Mlps:
             pairs: also pairs of what is left; not with `one_width`.
         """
         self._task, self._multiple, self._one_width, self._pairs = task, multiple, one_width, pairs
-        self._structure = Structure.of(task.budget)
+        self._structure, self._device = Structure.of(task.budget), pick_device()
         self._eliminations: list[Elimination] = []
         self._choices: dict[str, tuple[Choice, ...]] = {}
 
@@ -143,13 +139,12 @@ class Mlps:
         count = len(self._layers)
         curves = []
         for layer in self._layers:
-            block = Block(self._task, self._structure, layer)
+            block = self._block(layer)
             self._eliminations.append(block.neurons.eliminate())
             curves.append(self._choices_of(block, self._eliminations[-1]))
             log.info("neurons: block %d of %d", layer + 1, count)
         if self._one_width:
-            parameters, losses = (np.sum([getattr(curve, each) for curve, _ in curves], axis=0) for each in _FIELDS)
-            curves = [(Curve(parameters, losses), curves[0][1])]
+            curves = [(Curve.of_all([curve for curve, _ in curves]), curves[0][1])]
         groups = {}
         for (name, layers), (curve, choices) in zip(self._names.items(), curves, strict=True):
             modules = [module.name for module in self._task.budget.modules if self._is_of(module, layers)]
@@ -176,13 +171,16 @@ class Mlps:
             narrower = choice.neurons < self._structure.mlp.units
             if not narrower and not any(choice.ranks):
                 continue
-            block, kept = Block(self._task, self._structure, layer), self._eliminations[layer].kept(choice.neurons)
+            block, kept = self._block(layer), self._eliminations[layer].kept(choice.neurons)
             for part, rank in zip(block.parts(kept), choice.ranks, strict=True):
                 if rank is not None:
                     changed[part.module.name] = block.basis(part, kept).factors(rank)
                 elif narrower:
                     changed[part.module.name] = SmallerLinear(part.weight, part.bias)
         return changed
+
+    def _block(self, layer: int) -> Block:
+        return Block(self._task, self._structure, layer, self._device)
 
     @cached_property
     def _layers(self) -> range:
@@ -204,8 +202,7 @@ class Mlps:
         choices = [choice for choice, _, _ in found]
         curve = Curve(np.array([size for _, size, _ in found]), np.array([loss for _, _, loss in found]))
         worth = range(len(found)) if self._one_width else worth_having(curve).tolist()
-        index = np.array(worth)
-        return Curve(curve.parameters[index], curve.losses[index]), tuple(choices[each] for each in worth)
+        return curve.at(np.array(worth)), tuple(choices[each] for each in worth)
 
     def _plain(self, elimination: Elimination) -> Iterator[tuple[Choice, float, float]]:
         """Fewer neurons and plain matrices, from the fewest to all."""
@@ -220,8 +217,7 @@ class Mlps:
         """Plain matrices, and for some numbers of neurons the combinations of ranks that are worth having."""
         yield from self._plain(elimination)
         branch, budget = self._structure.mlp, self._task.budget
-        tried = {self._multiple * (branch.units * part // PARTS // self._multiple) for part in range(FEWEST, PARTS)}
-        for width in [*sorted(tried & set(branch.may_stay(self._multiple))), branch.units]:
+        for width in [*branch.tried(self._multiple), branch.units]:
             kept, gone = elimination.kept(width), branch.units - width
             curves = []
             for part in block.parts(kept):
@@ -235,6 +231,3 @@ class Mlps:
             for size, loss, pick in zip(curve.parameters, curve.losses, picks.tolist(), strict=True):
                 ranks = tuple(choices.ranks[index] for choices, index in zip(curves, pick, strict=True))
                 yield Choice(width, ranks), float(size), float(loss) + float(elimination.losses[gone])
-
-
-_FIELDS = ("parameters", "losses")

@@ -28,7 +28,8 @@ from lowrank.bases.fisher import damped_root
 from lowrank.errors import RankwiseError
 
 AT_ONCE = 8
-"""Neurons removed between two looks at all costs. One by one, 1536 neurons had the same curve in 15 times the time."""
+"""Neurons removed between two looks at all costs. One by one, 1536 random neurons had the same curve within 0.04 % in
+three times the time, on one CPU thread."""
 DAMPING = 0.01
 """Share of each neuron's variance that is added to it."""
 
@@ -135,9 +136,9 @@ class Neurons:
             at_once: how many go between two looks at all costs.
 
         Raises:
-            RankwiseError: the damped covariance has no inverse; the layer is named.
+            RankwiseError: the damped covariance has no inverse, or loses it to rounding; the layer is named.
         """
-        inverse = self._inverse()
+        inverse = torch.cholesky_inverse(self._cholesky(self.correlation))
         weights = self.root @ (self.weight * self.deviations)
         held = torch.arange(len(inverse), device=inverse.device)  # the neurons of the rows that are worked on
         gone = torch.zeros_like(held, dtype=torch.bool)
@@ -148,7 +149,7 @@ class Neurons:
                 gone = torch.zeros_like(held, dtype=torch.bool)
             costs = (weights**2).sum(dim=0) / inverse.diagonal()
             cheapest = costs.masked_fill(gone, torch.inf).sort(stable=True).indices[: min(at_once, left)]
-            root = torch.linalg.cholesky(inverse[cheapest][:, cheapest])
+            root = self._cholesky(inverse[cheapest][:, cheapest])
             # P_TT = L L': column i of A_T L'^-1 is what the i-th of them costs when those before it are gone.
             apart = torch.linalg.solve_triangular(root, weights[:, cheapest].T, upper=False)
             rows = torch.linalg.solve_triangular(root, inverse[cheapest], upper=False)
@@ -168,6 +169,9 @@ class Neurons:
 
         Returns:
             Weight, d x kept, and bias, d (None if there was none and the estimate has no mean), in float64.
+
+        Raises:
+            RankwiseError: the damped covariance of those that stay has no inverse; the layer is named.
         """
         kept = kept.to(self.weight.device)
         weight = self.weight[:, kept]
@@ -175,10 +179,7 @@ class Neurons:
             return weight, self.bias
         gone = torch.ones_like(self.deviations, dtype=torch.bool).index_fill_(0, kept, False)
         theirs = (self.weight * self.deviations)[:, gone] @ self.correlation[gone][:, kept]
-        try:
-            factor = torch.linalg.cholesky(self.correlation[kept][:, kept])
-        except RuntimeError as error:
-            raise self._singular(error) from error
+        factor = self._cholesky(self.correlation[kept][:, kept])
         moves = self.deviations[kept] > 0  # a constant neuron stands in for nothing, the bias does
         taken = torch.cholesky_solve(theirs.T, factor).T / torch.where(moves, self.deviations[kept], 1)
         weight = weight + torch.where(moves, taken, 0)
@@ -187,11 +188,11 @@ class Neurons:
         added = self.weight @ self.mean - weight @ self.mean[kept]
         return weight, added if self.bias is None else self.bias + added
 
-    def _inverse(self) -> torch.Tensor:
+    def _cholesky(self, matrix: torch.Tensor) -> torch.Tensor:
         try:
-            return torch.cholesky_inverse(torch.linalg.cholesky(self.correlation))
+            root: torch.Tensor = torch.linalg.cholesky(matrix)
+            return root
         except RuntimeError as error:
-            raise self._singular(error) from error
-
-    def _singular(self, error: RuntimeError) -> RankwiseError:
-        return RankwiseError(f"{self.where}: the damped covariance of its inputs is not positive: {error}")
+            raise RankwiseError(
+                f"{self.where}: the damped covariance of its inputs is not positive: {error}"
+            ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank.config.arithmetic import arithmetic_problems
 from lowrank.config.lines import Lines
 from lowrank.config.load import listing
 from lowrank.config.presets import Tuning
@@ -24,7 +25,10 @@ def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> 
     Raises:
         RankwiseError: all that is missing or does not answer, each with its YAML path.
     """
-    problems = published_problems(study.tables, Path(folder) / "published")
+    published = Path(folder) / "published"
+    problems = published_problems(study.tables, published)
+    shapes = {name: model.shape for name, model in study.models.items()}
+    problems += arithmetic_problems(study.tables, published, shapes)
     for name, tuning in study.tuning.items():
         file = deepspeed_file(tuning, folder)
         if not Path(file).is_file():

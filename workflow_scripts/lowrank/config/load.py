@@ -47,7 +47,7 @@ def check_study(
         study = Study.model_validate(merged)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        problems = [message(Study, item) for item in found]
+        problems = [message(Study, item, merged) for item in found]
         problems += _further_problems(merged, [item["loc"] for item in found], offered)
         raise RankwiseError(listing(where, problems, lines)) from error
     unknown = models_without_shape(study)

@@ -4,18 +4,19 @@ One backward pass says how much the loss cares about each direction of each outp
 (`bases.fisher`), the loss that every rank is predicted to cost, and with it the best allocation under the
 budget (`ranks.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
 What removing neurons of an MLP costs is predicted in the same unit (`compression.neurons`), so `mlp` may prune them
-under the same multiplier, instead of low rank or before it. See docs/rankwise.md for the derivation.
+under the same multiplier, instead of low rank or before it. docs/rankwise.md derives the ranks, `compression.neurons`
+the neurons.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import Name, Positive, wrong
+from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Calibration, Reads
 from lowrank.ranks.budget import ALIGNMENT
@@ -52,20 +53,26 @@ class Settings(LowRankSettings):
         default=ALIGNMENT, description="not with `mlp: pairs`; numbers of neurons that stay are multiples of it"
     )
 
-    @model_validator(mode="after")
-    def _numbers_of_neurons_are_for_those_who_prune(self) -> Settings:
-        if self.widths == "one" and self.mlp != "neurons":
-            raise wrong(
-                "widths", f"`one` makes plain matrices of one shape, and `mlp: {self.mlp}` does not; leave it out"
-            )
-        if self.mlp == "pairs" and self.multiple != ALIGNMENT:
-            raise wrong("multiple", "says nothing to `mlp: pairs`, which removes no neurons; leave it out")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Numbers of neurons are for those who prune."""
+        reasons, mlp = super().unread(given), given.get("mlp", "pairs")
+        if mlp != "neurons":
+            reasons["widths"] = f"`one` makes plain matrices of one shape, and `mlp: {mlp}` does not; leave it out"
+        if mlp == "pairs":
+            reasons["multiple"] = "says nothing to `mlp: pairs`, which removes no neurons; leave it out"
+        return reasons
 
     @property
     def needs(self) -> Reads:
         """Removing neurons wants to know how they move together, and what an error of the MLP's output costs."""
         return () if self.mlp == "pairs" else ("statistics", "gradients")
+
+    def own_bases(self, budget: Budget) -> int:
+        """One for each number of neurons of which pairs are made."""
+        from lowrank.compression.branches import Structure
+
+        return len(Structure.of(budget).mlp.tried(self.multiple)) if self.mlp == "both" else 0
 
     @property
     def has_pairs(self) -> bool:

@@ -34,17 +34,12 @@ def combined(curves: Sequence[Curve]) -> tuple[Curve, Indices]:
         for owner, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
         for ends in pairwise(hull)
     ]
-    for _, owner in sorted(
-        steps, key=lambda step: -step[0]
-    ):  # the slopes of one hull decrease, so its steps come in their order
+    for _, owner in sorted(steps, key=lambda step: -step[0]):  # slopes of one hull decrease: its steps keep their order
         at[owner] += 1
         picks.append([hull[place] for hull, place in zip(hulls, at, strict=True)])
     indices = np.array(picks, dtype=np.int64)
-    sums = [
-        np.sum([getattr(curve, field)[indices[:, owner]] for owner, curve in enumerate(curves)], axis=0)
-        for field in ("parameters", "losses")
-    ]
-    return Curve(*sums), indices
+    chosen = [curve.at(indices[:, owner]) for owner, curve in enumerate(curves)]
+    return Curve.of_all(chosen), indices
 
 
 def worth_having(curve: Curve) -> Indices:

@@ -38,6 +38,15 @@ class Curve:
     parameters: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
 
+    @classmethod
+    def of_all(cls, curves: Sequence[Curve]) -> Curve:
+        """That of matrices which take their choices by one index, all of one length."""
+        return Curve(np.sum([c.parameters for c in curves], axis=0), np.sum([c.losses for c in curves], axis=0))
+
+    def at(self, indices: npt.NDArray[np.int64]) -> Curve:
+        """Some of the choices."""
+        return Curve(self.parameters[indices], self.losses[indices])
+
 
 @dataclass(frozen=True)
 class Choices(Curve):
