@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank.config.checks import problems_of
-from lowrank.config.load import check_study, load_study, read_yaml
+from lowrank.config.load import check_study, load_study, read_config
 from lowrank.config.study import Study
 from lowrank.config.tested import Pair, corpora_shown, pairs_of
 
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[3] / "config"
 
 
 def quickstart() -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(CONFIGS / "quickstart.yaml")
+    content: dict[str, Any] = read_config(CONFIGS / "quickstart.yaml")
     return content
 
 

@@ -178,7 +178,7 @@ def test_what_lies_beside_the_config_is_missed_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = {"file": "table_1", "model": "llama-2-7b", "method": "lrod", "ratio": 20}
-    row = {"model": "m", "method": "lord", "ratio": 20, "published": published}
+    row = {"model": "m", "method": "lord", "ratio": 20, "tolerance": 2, "published": published}
     path = write(tmp_path, tables={"t": {"kind": "statistics", "title": "T", "suites": ["cost"], "rows": [row]}})
     assert main(["check", str(path)]) == 1
     assert f"line {line_of(path, 'lrod')}: tables.t.rows[0].published.method: 'lrod'" in capsys.readouterr().err

@@ -36,11 +36,12 @@ def check_study(
             an entry is wrong by itself, the references to it are not judged.
     """
     try:
-        merged, offered = with_presets(raw, files), offered_entries(raw, files)
+        whole = isinstance(raw, dict)  # else it has no entries, which is told below
+        merged, offered = (with_presets(raw, files), offered_entries(raw, files)) if whole else (raw, frozenset())
     except RankwiseError as error:
         raise RankwiseError(listing(where, [str(error)], Lines(files))) from error
     lines = Lines(files, raw)
-    merged, without = with_shapes(merged)
+    merged, without = with_shapes(merged) if whole else (merged, [])
     if without:
         raise RankwiseError(listing(where, without, lines))
     try:
@@ -52,7 +53,7 @@ def check_study(
         raise RankwiseError(listing(where, problems, lines)) from error
     unknown = models_without_shape(study)
     problems = [] if unseen else [f"models.{name}.shape: {_why_unknown(study.models[name])}" for name in unknown]
-    if problems := problems + _problems_without(study, unknown, offered):
+    if problems := problems + _problems_between(study, frozenset(), offered):
         raise RankwiseError(listing(where, problems, lines))
     return study
 
@@ -71,12 +72,12 @@ def _why_unknown(model: Model) -> str:
     )
 
 
-def _problems_without(study: Study, unknown: list[str], offered: frozenset[Entry]) -> list[str]:
+def _problems_between(study: Study, broken: frozenset[Entry], offered: frozenset[Entry]) -> list[str]:
     """What is wrong between entries; nothing is said of models whose shape is unknown."""
+    unknown = models_without_shape(study)
     known = {name: model for name, model in study.models.items() if name not in unknown}
-    return problems_of(
-        study.model_copy(update={"models": known}), frozenset(("models", name) for name in unknown), offered
-    )
+    elsewhere = broken | {("models", name) for name in unknown}
+    return problems_of(study.model_copy(update={"models": known}), elsewhere, offered)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _further_problems(
         for section, entries in raw.items()
     }
     try:
-        return problems_of(Study.model_validate(sound), broken, offered)
+        return _problems_between(Study.model_validate(sound), broken, offered)
     except ValidationError:  # e.g. the only model is broken
         return []
 
