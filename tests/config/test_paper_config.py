@@ -18,7 +18,7 @@ import pytest
 
 from lowrank.cluster.planned_jobs import planned_jobs
 from lowrank.compression.branches import Structure
-from lowrank.config.load import load_study, read_yaml
+from lowrank.config.load import load_study, read_config
 from lowrank.config.study import Study
 from lowrank.methods import method_modules
 from lowrank.methods.llm_pruner import pruned_blocks, removal
@@ -26,7 +26,7 @@ from lowrank.ranks.budget import Budget
 from tests.config.wrong import REPOSITORY
 
 PAPER = REPOSITORY / "config/paper.yaml"
-RAW = read_yaml(PAPER)
+RAW = read_config(PAPER)
 DOCS = (REPOSITORY / "docs/paper.md").read_text(encoding="utf-8")
 Row = dict[str, Any]
 
@@ -258,6 +258,7 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     return {
         "fetch_model": len(RAW["models"]),
         "fetch_corpus": len(RAW["corpora"]),
+        "compare_texts": 1,
         "fetch_instructions": 1,
         "fetch_task": 7,
         "sample_calibration": len(statistics | tokens),

@@ -86,7 +86,7 @@ class Estimator:
 
     @property
     def rules(self) -> list[str]:
-        """The rules that are estimated; the others fetch texts or write tables, and need next to nothing."""
+        """The rules that are estimated; the others fetch or compare texts or write tables, and need next to nothing."""
         return list(self._rules)
 
     def need(self, rule: str, wildcards: Wildcards) -> Need:
