@@ -44,6 +44,8 @@ BY_DATA: list[tuple[str, dict[str, Any]]] = [
     ("flap", {"calibration": "c"}),
     ("flap", {"calibration": "c", "structure": "AL-MM", "remove_heads": 2}),
     ("rankwise", {"calibration": "c", "covariance": "v"}),
+    ("obd-llm", {"calibration": "c", "allocation": "first-order"}),
+    ("zs-svd", {"calibration": "c"}),
     ("bolaco", {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}),
 ]
 RATIO = 25

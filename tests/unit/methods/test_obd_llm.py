@@ -19,7 +19,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, save_tensors
 from lowrank.methods.obd_llm import Settings
 from lowrank.ranks.budget import Budget, Ranks
-from lowrank.search.allocation import uniform_ranks
+from lowrank.ranks.by_type import uniform_ranks
 from tests import tiny
 from tests.unit.methods.test_zs_svd import gradients as slopes_of
 from tests.unit.model import factor_samples as samples

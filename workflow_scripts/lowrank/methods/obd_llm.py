@@ -13,13 +13,13 @@ drawn ones (`gradient_draws`). Neither program was published when this was writt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import Name, Positive, Share, wrong
+from lowrank.config.base import Name, Positive, Share
 from lowrank.config.low_rank import UniformSettings
 from lowrank.config.presets import Reads
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.factors import LowRankFactors
     from lowrank.model.families import LinearModule
-    from lowrank.ranks.budget import Ranks
+    from lowrank.ranks.budget import Budget, Ranks
 
     Decompose = Callable[[LinearModule], PrincipalBasis]
 
@@ -51,13 +51,17 @@ class Settings(UniformSettings):
         description="first-order: calibration windows to take gradients of weights on, the first ones; null: all",
     )
 
-    @model_validator(mode="after")
-    def _keys_go_with_the_allocation(self) -> Settings:
-        if self.allocation == "uniform" and self.sequences is not None:
-            raise wrong("sequences", "is for `allocation: first-order` only; leave it out")
-        if self.allocation == "first-order" and self.rounding != "give-back":
-            raise wrong("rounding", "is for `allocation: uniform` only; leave it out")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Ranks by losses are rounded in one way, and uniform ones need no gradients of weights."""
+        reasons = super().unread(given)
+        if given.get("allocation", "uniform") == "uniform":
+            return reasons | {"sequences": "is for `allocation: first-order` only; leave it out"}
+        return reasons | {"rounding": "is for `allocation: uniform` only; leave it out"}
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """By losses, data decide."""
+        return super().kept_parameters(budget, ratio) if self.allocation == "uniform" else None
 
     @property
     def needs(self) -> Reads:

@@ -16,13 +16,13 @@ second moments in the model of each round and allocates anew; here both stay tho
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import Name, NotNegative, Positive, wrong
+from lowrank.config.base import Name, NotNegative, Positive
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Reads
 
@@ -63,11 +63,13 @@ class Settings(LowRankSettings):
         "truncation to the same ranks",
     )
 
-    @model_validator(mode="after")
-    def _sequences_are_for_gradients(self) -> Settings:
-        if self.sequences is not None and "tokens" not in self.needs:
-            raise wrong("sequences", "says nothing to `allocation: predicted-loss` without `corrections`; leave it out")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Windows are read for gradients of weights alone."""
+        reasons = super().unread(given)
+        if given.get("allocation") == "predicted-loss" and not given.get("corrections"):
+            reasons["sequences"] = "says nothing to `allocation: predicted-loss` without `corrections`; leave it out"
+        return reasons
 
     @property
     def needs(self) -> Reads:
