@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
@@ -14,8 +15,10 @@ CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 from lowrank.config.beside import check_beside, deepspeed_file
-from lowrank.config.load import check_study, read_yaml
+from lowrank.config.lines import Lines
+from lowrank.config.load import check_study
 from lowrank.config.used import used_study
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.reruns.fingerprint import Code
@@ -32,6 +35,18 @@ if workflow.is_main_process and DeploymentMethod.CONDA not in workflow.deploymen
     remember_environment()  # jobs run in no other, unless Snakemake makes one for them; no rule names a container
 
 
+def only_fetches():
+    """Whether nothing is asked for but `data`, which is planned without knowing the shapes of models.
+
+    Snakemake reads the rules before it tells them the targets, so they are looked up in its command.
+    """
+    try:
+        command, _ = get_argument_parser().parse_known_args(sys.argv[1:])
+    except SystemExit:  # another program has loaded the rules
+        return False
+    return list(command.targets) == ["data"]
+
+
 def checked_study():
     """The config as a `Study`; its errors are shown without a traceback."""
     files = [
@@ -42,7 +57,8 @@ def checked_study():
         for path in files:
             read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
         where = ", ".join(files)
-        return check_beside(check_study(config, where), CONFIG, where)
+        study = check_study(config, where, files, unseen=only_fetches())
+        return check_beside(study, CONFIG, where, Lines(files, config))
     except RankwiseError as error:
         raise WorkflowError(str(error))
 

@@ -1,9 +1,11 @@
-# Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads.
+# Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads, and
+# compares the texts.
 # All of it runs on the head node, so that compute nodes may be offline. The clients retry a bad connection themselves;
 # rules do not retry, since a wrong hash or name stays wrong.
 
 
 localrules:
+    compare_texts,
     fetch_model,
     fetch_corpus,
     fetch_instructions,
@@ -98,3 +100,23 @@ rule fetch_task:
         "fetching task {wildcards.task}"
     script:
         "../workflow_scripts/stages/fetch_task.py"
+
+
+# Soon after the fetch, so that text that was seen is met before anything is computed on it.
+rule compare_texts:
+    input:
+        unpack(lambda wildcards: corpora_files(LAYOUT.compared_corpora())),
+    output:
+        LAYOUT.compared_texts,
+    log:
+        f"{LOGS}/compare_texts.log",
+    priority: 100
+    conda:
+        "../envs/rankwise.yaml"
+    params:
+        places=untracked_places,
+        settings=comparison_settings,
+    message:
+        "comparing tested texts with those of calibration and validation"
+    script:
+        "../workflow_scripts/stages/compare_texts.py"

@@ -13,6 +13,7 @@ rule make_table:
         results=lambda wildcards: LAYOUT.table_inputs(wildcards.table),
         published=published_files,
         compared=lambda wildcards: LAYOUT.compared_tables(wildcards.table),
+        texts=lambda wildcards: LAYOUT.comparison_of(STUDY.tables[wildcards.table]),
     output:
         csv=f"{RUN}/tables/{{table}}.csv",
         md=f"{RUN}/tables/{{table}}.md",
@@ -33,6 +34,7 @@ rule make_table:
 rule draw_figure:
     input:
         results=lambda wildcards: LAYOUT.figure_inputs(wildcards.figure),
+        texts=lambda wildcards: LAYOUT.comparison_of(STUDY.figures[wildcards.figure]),
     output:
         pdf=f"{RUN}/figures/{{figure}}.pdf",
         png=f"{RUN}/figures/{{figure}}.png",

@@ -33,13 +33,26 @@ def untracked_max_length(wildcards, output):
 
 
 def fetch_settings(stage, key, name, section):
-    """What decides the content of something fetched: not its licence, nor how it is used later.
+    """What decides the content of something fetched: not its licence, nor how it is used later, nor a shape that is
+    left out: it is read from what was fetched.
 
     How long a random model's context is decides what is made: its positions, for some families its weights too.
     """
-    plain = section[name].plain()
+    entry = section[name]
+    plain = entry.as_stated() if key == "model" else entry.plain()
     later = ("license",) if isinstance(section[name].source, RandomSource) else ("license", "max_length")
     return with_code(stage, {"name": name, key: {k: v for k, v in plain.items() if k not in later}})
+
+
+def comparison_settings(wildcards):
+    """Which corpora may share nothing."""
+    pairs = [{"tested": pair.tested, "seen": pair.seen} for pair in LAYOUT.text_pairs]
+    return with_code("compare_texts", {"pairs": pairs, "corpora": LAYOUT.compared_corpora()})
+
+
+def untracked_places(wildcards, output):
+    """The places of the config that say so, for messages: one more suite of the same corpora compares nothing again."""
+    return [{"tested_at": list(pair.tested_at), "seen_at": list(pair.seen_at)} for pair in LAYOUT.text_pairs]
 
 
 def calibration_settings(name):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank.config.load import load_study, read_yaml
+from lowrank.config.load import load_study
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from tests.config.wrong import QUICKSTART, REPOSITORY, ROW, changed
 
@@ -141,10 +142,10 @@ def test_snakemake_refuses_a_key_written_twice(tmp_path: Path) -> None:
 def test_snakemake_refuses_an_octal_number(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     text = QUICKSTART.read_text()
-    assert text.count("windows: 32\n") == 1
-    path.write_text(text.replace("windows: 32\n", "windows: 032\n"))
+    assert text.count("intermediate: 1536\n") == 1
+    path.write_text(text.replace("intermediate: 1536\n", "intermediate: 01536\n"))
     run = dry_run(path, tmp_path)
     assert run.returncode == 1
     shown = run.stdout + run.stderr
-    assert ": calibration.c4-32.windows: YAML reads 032 as 26 (octal); write 32 or 26, or" in shown
+    assert ".shape.intermediate: YAML reads 01536 as 862 (octal); write 1536 or 862, or" in shown
     assert "Traceback" not in shown

@@ -13,7 +13,7 @@ NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first;
 TOP = ", ".join(
     [
         *("cache", "calibration", "corpora", "covariance", "figures", "instructions", "methods", "models", "run"),
-        *("search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning", "validation"),
+        *("search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning", "use", "validation"),
     ]
 )
 
@@ -26,7 +26,7 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
         ("search", "bo-10", "estimator"),
         "naive",
         "search.bo-10.estimator: unknown key (there are: acquisition, band, bounds, evaluations, initial, "
-        "kl_direction, kl_reduction, kl_weight, largest_scale, length_scales, lower, random_share, response, "
+        "kl_direction, kl_reduction, kl_weight, length_scales, lower, random_share, response, "
         "rounding, start, start_at, upper, variables)",
     ),
     ((*SHAPE, "layer"), 3, "models.smollm2-135m.shape.layer: unknown key - did you mean 'layers'?"),
@@ -36,7 +36,7 @@ KEYS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("methods", "dense", "groups"),
         2,
-        "methods.dense.groups: unknown key (there are: calibration, covariance, kind, search, transfer, validation)",
+        "methods.dense.groups: unknown key (there is: kind)",
     ),
     (("methods", "svd", "uncompresed"), [], "methods.svd.uncompresed: unknown key - did you mean 'uncompressed'?"),
     (("suites", "held-out", "corpus"), [], "suites.held-out.corpus: unknown key - did you mean 'corpora'?"),
@@ -276,7 +276,7 @@ TOGETHER: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("search", "bo-10", "initial"), 11, "search.bo-10.initial: 11 is more than `evaluations: 10`"),
     (("tuning", "scales", "warmup_steps"), 10, "tuning.scales.warmup_steps: 10 leaves nothing of `steps: 10`"),
-    (("tuning", "scales", "epochs"), 2, "tuning.scales.epochs: 2, and `steps: 10` says how long too; keep one of them"),
+    (("tuning", "scales", "epochs"), 2, "tuning.scales.epochs: `steps: 10` says how long too; keep one of them"),
     (("tuning", "scales", "batch_size"), 6, "tuning.scales.batch_size: 6 is no multiple of `micro_batch_size: 4`"),
     (("suites", "held-out", "stride"), 300, "suites.held-out.stride: 300 is longer than `length: 256`"),
     (("suites", "held-out", "corpora"), ["c4-test"] * 2, "suites.held-out.corpora: c4-test is listed twice; keep one"),

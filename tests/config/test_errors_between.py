@@ -21,7 +21,8 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("validation", "wikipedia-top6", "corpora", 0),
         "zzz",
-        f"validation.wikipedia-top6.corpora[0]: 'zzz' is not in `corpora` (there are: {CORPORA})",
+        "validation.wikipedia-top6.corpora[0]: 'zzz' is not in `corpora` (there are: c4-calibration, "
+        "wikipedia-validation)",  # no text of the tests
     ),
     (
         (*SELECT, "calibration"),
@@ -69,7 +70,7 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("suites", "zero-shot", "tasks", "boolqq"),
         "acc",
-        "suites.zero-shot.tasks.boolqq: 'boolqq' is not in `tasks` - did you mean 'boolq'?",
+        "suites.zero-shot.tasks.boolqq: 'boolqq' is not in `tasks`, and nothing else there fits here",
     ),
     (
         ("tables", "table_1", "suites", 0),
@@ -77,7 +78,16 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
         "tables.table_1.suites[0]: 'zeroshot' is not in `suites` - did you mean 'zero-shot'?",
     ),
     ((*ROW, "model"), "zzz", "tables.table_1.rows[1].model: 'zzz' is not in `models` (there is: smollm2-135m)"),
-    ((*ROW, "method"), "lor", "tables.table_1.rows[1].method: 'lor' is not in `methods` - did you mean 'lord'?"),
+    (
+        (*ROW, "method"),
+        "lor",  # whose row is there already
+        "tables.table_1.rows[1].method: 'lor' is not in `methods` (there is: svd)",
+    ),
+    (
+        ("tables", "table_8", "rows", 1, "method"),
+        "bolaco",
+        "tables.table_8.rows[1].method: 'bolaco' is not in `methods` - did you mean 'bolaco-5x1'?",
+    ),
     ((*ROW, "tuning"), "scale", "tables.table_1.rows[1].tuning: 'scale' is not in `tuning` - did you mean 'scales'?"),
     (
         ("figures", "figure_1", "sensitivity", 0),
@@ -92,7 +102,7 @@ NAMES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("figures", "figure_3", "suite"),
         "zzz",
-        "figures.figure_3.suite: 'zzz' is not in `suites` (there are: cost, held-out, zero-shot)",
+        "figures.figure_3.suite: 'zzz' is not in `suites` (there is: held-out)",
     ),
     (
         ("figures", "figure_3", "methods", 2),
@@ -240,7 +250,7 @@ def test_mistakes_within_and_between_entries_are_told_at_once() -> None:
     assert errors_of(changed(*mistakes)) == [
         "search.bo-10.intial: unknown key - did you mean 'initial'?",
         "tuning.scales.rank: must be a whole number of at least 1, not 0",
-        "tables.table_1.rows[1].method: 'lor' is not in `methods` - did you mean 'lord'?",
+        "tables.table_1.rows[1].method: 'lor' is not in `methods` (there is: svd)",
     ]
 
 
@@ -318,6 +328,35 @@ def test_rows_that_a_table_has_nothing_to_show_for() -> None:
         "tables.a.rows[0]: stands 2 times in this table",
         "tables.a.rows[1].method: 'flap' makes no low-rank pairs, so it has no ranks to show",
     ]
+
+
+def test_a_comparison_names_no_two_rows_alike() -> None:
+    one, other = ({"model": "smollm2-135m", "method": method, "ratio": 20} for method in ("lord", "svd"))
+    place = ("figures", "compared")
+
+    def drawn(*rows: dict[str, Any]) -> list[str]:
+        return errors_of(
+            changed((place, {"kind": "comparison", "title": "C", "suite": "held-out", "rows": list(rows)}))
+        )
+
+    assert drawn(one, other, {**other, "label": "lord"}, {**one, "ratio": 30}) == [
+        "figures.compared.rows[2]: 'lord' of 'smollm2-135m' at 20 % stands in rows[0] already; leave one out, or give "
+        "it a `label` of its own"
+    ]
+    assert drawn(one, other, {**other, "label": "plain"}) == []
+    assert drawn(one, {**one, "tuning": "scales"}) == []
+
+
+def test_differences_have_one_column_a_corpus() -> None:
+    rows = [{"model": "smollm2-135m", "method": method, "ratio": 20} for method in ("lord", "svd")]
+    more = {**BASE["suites"]["held-out"], "corpora": ["speeches-test"]}
+    table = {"kind": "differences", "title": "D", "suites": ["held-out", "more"], "rows": rows}
+    changes: list[Change] = [(("suites", "more"), more), (("tables", "d"), table)]
+    assert errors_of(changed(*changes)) == [
+        "tables.d.suites[1]: 'more' and 'held-out' both judge on 'speeches-test', and a table of differences has one "
+        "column a corpus; show one of the two suites"
+    ]
+    assert errors_of(changed(*changes, (("tables", "d", "suites"), ["more"]))) == []
 
 
 def test_ranks_of_a_training_may_not_exceed_the_width() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank.config.load import read_yaml
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from tests.config.wrong import BASE, QUICKSTART, errors_of
 

@@ -90,9 +90,10 @@ def test_command_looks_up_what_lies_beside_the_config(tmp_path: Path, capsys: py
     assert main(["check", str(bad)]) == 1
     head, first, second, _ = capsys.readouterr().err.split("\n")
     assert head == f"{bad} has 2 errors:"
-    assert first.startswith("  tables.table_1.rows[1].published.method: 'lrod' is not in ")
+    assert re.match(r"  line \d+: tables\.table_1\.rows\[1\]\.published\.method: 'lrod' is not in ", first)
     assert first.endswith("did you mean 'lord'?")
-    assert second.startswith("  tuning.scales.deepspeed: there is no ")
+    line = 1 + bad.read_text().splitlines().index("    deepspeed: x")
+    assert second.startswith(f"  line {line}: tuning.scales.deepspeed: there is no ")
 
 
 def test_check_starts_fast() -> None:

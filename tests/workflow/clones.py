@@ -166,9 +166,10 @@ def change_code(checkout: Path, file: str, function: str) -> None:
 
 
 def read_config(checkout: Path, config: str) -> dict[str, Any]:
-    """The YAML as it stands."""
-    content: dict[str, Any] = yaml.safe_load((checkout / f"config/{config}.yaml").read_text())
-    return content
+    """A config of the checkout, with the presets that it uses."""
+    from lowrank.config.load import read_config as with_presets
+
+    return with_presets(checkout / f"config/{config}.yaml")
 
 
 def write_config(checkout: Path, config: str, content: dict[str, Any]) -> None:

@@ -200,6 +200,21 @@ def read_record(path: str | Path) -> Record:
     return record
 
 
+def described_file(index: str | Path) -> Path:
+    """The data file that an index describes, in the folder `data` beside it.
+
+    Raises:
+        RankwiseError: one of both is missing or damaged, or the data are not those that the index describes.
+    """
+    record = read_record(index)
+    data = Path(index).parent / "data" / str(record["file"])
+    if not data.is_file():
+        raise RankwiseError(f"{data}: missing. Run the workflow again: it makes what is missing.")
+    if sha256_file(data) != record["sha256"]:
+        raise RankwiseError(f"{data}: not the file that {index} describes. Delete both and run the workflow again.")
+    return data
+
+
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

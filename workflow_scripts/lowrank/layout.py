@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 from lowrank.config.outputs import (
     AgreementTable,
     ComparisonFigure,
+    Figure,
     PerplexityFigure,
     PredictedLossFigure,
     Row,
     SearchFigure,
     SensitivityFigure,
+    Table,
 )
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
+from lowrank.config.tested import Pair, corpora_shown, pairs_of
 
 TABLE_FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png", "csv")
@@ -34,6 +38,7 @@ class Layout:
         run: folder of all results.
         state: folder of unfinished work.
         logs: folder of the logs.
+        compared_texts: what tested texts were compared with.
         compressed, tuned, evaluation: patterns with wildcards, in braces.
     """
 
@@ -42,6 +47,7 @@ class Layout:
         self.run = f"results/{study.run}"
         self.state = f"{self.run}/.state"
         self.logs = f"{self.run}/logs"
+        self.compared_texts = f"{self.run}/compared_texts.json"
         self.compressed = f"{self.run}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
         self.tuned = f"{self.run}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"
         self.evaluation = f"{self.run}/evaluation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.json"
@@ -59,6 +65,20 @@ class Layout:
             *(f"{self.run}/instructions/{name}.jsonl" for name in self.study.instructions),
             *(f"{self.run}/tasks/{name}.json" for name in self.study.tasks),
         ]
+
+    @cached_property
+    def text_pairs(self) -> list[Pair]:
+        """The corpora that may share nothing."""
+        return pairs_of(self.study)
+
+    def compared_corpora(self) -> list[str]:
+        """The corpora that are tested, and those that they are held against."""
+        return sorted({corpus for pair in self.text_pairs for corpus in (pair.tested, pair.seen)})
+
+    def comparison_of(self, shown: Table | Figure) -> list[str]:
+        """The comparison of texts, if a table or figure shows numbers of text that is kept apart from other text."""
+        kept_apart = corpora_shown(self.study, shown) & {pair.tested for pair in self.text_pairs}
+        return [self.compared_texts] if kept_apart else []
 
     def used_models(self) -> list[str]:
         """The models whose weights something needs: a table of arithmetic needs no more than their shapes."""

@@ -16,7 +16,7 @@ from lowrank.cluster.needs import GIB
 from lowrank.cluster.plan import make_plan, remarks
 from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.cluster.resources import Estimator
-from lowrank.config.load import check_study, load_study, read_yaml
+from lowrank.config.load import check_study, load_study, read_config
 from lowrank.config.study import Study
 from tests import tiny
 
@@ -58,6 +58,21 @@ def test_a_tuned_row_waits_for_training_and_the_row_without_it(small: Study) -> 
     assert tuned[0] == Job.of("post_train", tuning="scales", **row)
     assert Job.of("compress_model", **row) in jobs[tuned[0]]
     assert Job.of("fetch_instructions", instructions="tiny") in jobs[tuned[0]]
+
+
+def test_what_shows_tested_text_waits_until_it_was_compared(small: Study) -> None:
+    jobs, compared = planned_jobs(small), Job.of("compare_texts")
+    names = ("calibration", "test-a", "test-b", "test-c", "validation")
+    assert jobs[compared] == [Job.of("fetch_corpus", corpus=name) for name in names]
+    waiting = {next(iter(job.wildcards.values()), job.rule) for job, after in jobs.items() if compared in after}
+    assert waiting == {"table_1", "table_2", "differences", "figure_3", "figure_5"}
+
+
+def test_without_tested_text_nothing_is_compared() -> None:
+    raw = tiny.config(Path("nowhere"))
+    raw["tables"] = {name: raw["tables"][name] for name in ("table_7", "table_8")}
+    raw["figures"] = {name: raw["figures"][name] for name in ("figure_1", "figure_6")}
+    assert Job.of("compare_texts") not in planned_jobs(check_study(raw))
 
 
 def test_seeds_repeat_what_is_random_and_nothing_else() -> None:
@@ -184,7 +199,7 @@ def test_the_command_prints_every_rule_and_the_total(paper: Study) -> None:
 
 
 def write(folder: Path, **shape: Any) -> str:
-    raw = read_yaml(ROOT / "config/quickstart.yaml")
+    raw = read_config(ROOT / "config/quickstart.yaml")
     raw["models"]["smollm2-135m"]["shape"] |= shape
     raw["models"]["smollm2-135m"]["dtype"] = "float16"
     path = folder / "study.yaml"
@@ -226,9 +241,9 @@ def test_a_wrong_config_is_said_as_everywhere(tmp_path: Path) -> None:
 def test_jobs_without_a_line_are_counted_in_words(small: Study) -> None:
     plan = make_plan(small)
     light = {"fetch_corpus", "fetch_task", "fetch_instructions", "make_table", "draw_figure"}
-    light |= {"write_provenance", "write_report"}
+    light |= {"compare_texts", "write_provenance", "write_report"}
     count = sum(job.rule in light for job in planned_jobs(small))
-    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch texts or write tables and figures")
+    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch or compare texts, or write tables")
 
 
 def test_it_starts_fast_and_needs_neither_torch_nor_snakemake() -> None:

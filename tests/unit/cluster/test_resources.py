@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -353,7 +354,7 @@ def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None
         code = inspect.getsource(module)
         removes_neurons = "gradients" in method.needs  # by code that methods may share
         assert computes_on_device(method) == ("pick_device" in code or removes_neurons), name
-        assert (method.kind in TAKE_GRADIENTS) == ("sum_gradients" in code), name
+        assert (method.kind in TAKE_GRADIENTS) == bool(re.search("(sum|mean)_gradients", code)), name
 
 
 def test_every_kind_of_method_is_estimated() -> None:
@@ -384,6 +385,24 @@ def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> Non
     assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert "sums" not in needs["slicegpt"].device
     assert needs["modegpt"].device["a decomposition"] == 7 * 8 * 11008**2
+
+
+def test_rounds_of_correction_take_passes_and_second_moments_of_gradients_are_read() -> None:
+    from lowrank.methods import method_modules
+
+    study, needs = study_of(LLAMA_7B), {}
+    for name, kind, more in (
+        ("zs", "zs-svd", {"sequences": 1}),
+        ("corrected", "zs-svd", {"sequences": 1, "corrections": 5}),
+        ("obd", "obd-llm", {}),
+        ("io", "obd-llm", {"allocation": "first-order"}),
+    ):
+        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
+        needs[name] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    assert needs["corrected"].work.half == pytest.approx(6 * needs["zs"].work.half)
+    assert needs["zs"].device["sums"] == needs["io"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert "sums" not in needs["obd"].device
+    assert needs["obd"].host["a block's gradients"] == 4 * (5 * 4096**2 + 2 * 11008**2)
 
 
 def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lowrank.config.outputs import ArithmeticTable, PublishedRow, RowTable
+from lowrank.config.outputs import PublishedRow, RowTable
 from lowrank.config.published import find_published, published_problems, read_comments, read_published
 from lowrank.errors import RankwiseError
 
@@ -133,15 +134,36 @@ def test_all_wrong_references_are_listed_before_anything_runs() -> None:
     ]
 
 
-def test_ranks_and_statistics_of_two_rows_are_found_before_anything_runs() -> None:
-    ranks = reference(file="table_8")
-    checks = [
-        {"model": "m", "ranks": ranks, "statistics": reference(file="table_7")},
-        {"model": "m", "ranks": ranks, "statistics": reference(file="table_7", ratio=30)},
-    ]
-    table = ArithmeticTable(kind="arithmetic", title="t", checks=checks)
-    (problem,) = published_problems({"sums": table}, FOLDER)
-    assert problem.startswith("tables.sums.checks[1]: the ranks are of ratio '20', the statistics of '30'")
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        (
+            *("accuracy", {"file": "table_8", "method": "bolaco-5x4"}),
+            "4 lines of table_8.csv answer to it, and a table of accuracy shows one; name another `file` (",
+        ),
+        (
+            *("statistics", {"file": "table_8", "method": "bolaco-5x4", "model": "llama-2-13b"}),
+            "4 lines of table_8.csv answer to it, and a table of statistics shows one; name another `file` (",
+        ),
+        ("allocations", {}, "table_1.csv prints no ranks (it has no column `group`); name another `file` (table_8)"),
+        ("allocations", {"method": "flap"}, "table_1.csv prints no ranks (it has no column `group`); leave it out"),
+    ],
+)
+def test_what_a_table_cannot_show_is_found_before_anything_runs(
+    kind: str, changes: dict[str, object], says: str
+) -> None:
+    """Each file that is offered is accepted."""
+
+    def problems(**more: object) -> list[str]:
+        row = {"model": "m", "method": "x", "ratio": 20, "published": reference(**{**changes, **more})}
+        return published_problems({"t": RowTable(kind=kind, title="t", rows=[row])}, FOLDER)
+
+    (problem,) = problems()
+    assert problem.startswith(f"tables.t.rows[0].published: {says}"), problem
+    offered = re.search(r"`file` \((.*?)\)", problem)
+    assert offered is not None or "leave it out" in says
+    for file in offered[1].split(", ") if offered else ():
+        assert problems(file=file) == []
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.modeling_rankwise import LowRankLinear
 from lowrank.ranks.budget import ALIGNMENT, Budget
+from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.reach import candidate_ranks, largest_rank_worth_it
-from lowrank.search.allocation import uniform_ranks
 from tests import tiny
 from tests.unit.model import factor_samples as samples
 from tests.unit.model.factor_samples import CPU, TOKENS

@@ -14,7 +14,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget, Ranks
-from lowrank.search.allocation import lord_ranks, uniform_ranks
+from lowrank.ranks.by_type import lord_ranks, uniform_ranks
 from tests import tiny
 from tests.unit.model import factor_samples
 from tests.unit.search.test_search import tiny_bases

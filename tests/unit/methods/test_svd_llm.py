@@ -22,7 +22,7 @@ from lowrank.methods import svd_llm
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
 from lowrank.ranks.budget import Budget
-from lowrank.search.allocation import uniform_ranks
+from lowrank.ranks.by_type import uniform_ranks
 from tests import tiny
 from tests.unit.model import factor_samples as samples
 from tests.unit.model.factor_samples import CPU, TOKENS

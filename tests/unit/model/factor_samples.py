@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
+from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
 from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
@@ -44,6 +45,24 @@ def statistics(kind: str) -> Statistics:
 
 
 @cache
+def double_statistics(kind: str) -> Statistics:
+    """The moments of a tiny model in float64, for references in which a rank must not hang on the last digits."""
+    folder = Path(_FOLDER.name) / "double-statistics" / kind
+    folder.mkdir(parents=True)
+    collect_statistics(tiny.model(kind).double(), TOKENS, 2, folder, CPU)
+    return Statistics(folder, shape_of(kind))
+
+
+@cache
+def output_gradients(kind: str) -> OutputGradients:
+    """The second moments of the loss gradients of a tiny model on `TOKENS`."""
+    folder = Path(_FOLDER.name) / "gradients" / kind
+    folder.mkdir(parents=True)
+    collect_output_gradients(tiny.model(kind), TOKENS, 2, folder, CPU)
+    return OutputGradients(folder, shape_of(kind))
+
+
+@cache
 def bases(kind: str, estimator: str) -> Bases:
     """The bases of a tiny model on `TOKENS`."""
     folder = Path(_FOLDER.name) / "bases" / kind / estimator
@@ -70,6 +89,8 @@ def compressed(
     estimator: str = "naive",
     moments: Statistics | None = None,
     given_bases: Bases | None = None,
+    gradients: OutputGradients | None = None,
+    account: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Ranks]:
     """A tiny model after a method, and its ranks."""
@@ -81,6 +102,8 @@ def compressed(
         "seed": seed,
         "statistics": moments or statistics(kind),
         "tokens": tokens,
+        "gradients": gradients,
+        "account": {} if account is None else account,
     }
     if given_bases is not None:
         given["bases"] = given_bases

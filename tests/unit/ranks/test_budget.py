@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
-from lowrank.search.allocation import lord_ranks, uniform_ranks
+from lowrank.ranks.by_type import lord_ranks, uniform_ranks
 from tests import tiny
 
 LLAMA_7B = ModelShape(

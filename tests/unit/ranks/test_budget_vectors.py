@@ -15,7 +15,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.methods.lord import Settings
 from lowrank.model.factors import LowRankFactors
 from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank, lord_kept, rank_for
-from lowrank.search.allocation import lord_ranks
+from lowrank.ranks.by_type import lord_ranks
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, LLAMA_13B, OTHER_7B, OTHER_13B
 

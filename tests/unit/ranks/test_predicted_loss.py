@@ -144,3 +144,52 @@ def test_nothing_removed_leaves_groups_dense_and_too_much_is_an_error() -> None:
     assert allocate(budget, 0, losses_of(budget, 0), groups={"mlp": group}).picked == {"mlp": 1}
     with pytest.raises(RankwiseError, match="ranks of at least 8 and the fewest neurons that may stay, "):
         allocate(budget, 95, losses_of(budget, 0), uncompressed=("q", "k"), groups={"mlp": group})
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    kind=st.sampled_from(KINDS),
+    ratio=st.integers(5, 40),
+    seed=st.integers(0, 99),
+    factors=st.lists(st.floats(0.01, 100), min_size=2, max_size=2),
+)
+def test_with_all_blocks_alike_what_a_whole_block_costs_changes_nothing(
+    kind: str, ratio: int, seed: int, factors: list[float]
+) -> None:
+    budget = budget_of(kind)
+    losses = losses_of(budget, seed)
+    scaled = {module.name: losses[module.name] * factors[module.layer % 2] for module in budget.modules}
+    first = allocate(budget, ratio, losses, evenness=1.0)
+    second = allocate(budget, ratio, scaled, evenness=1.0)
+    assert budget.parameters(second.ranks) <= budget.allowed(ratio)
+    assert first.ranks == second.ranks
+
+
+def test_evenness_lies_between_the_prediction_and_blocks_alike_and_the_loss_stays_the_predicted_one() -> None:
+    """Two blocks of equal curves but for a factor: the cheap one loses more, and less so the more even."""
+    budget = budget_of("llama")
+    one = losses_of(budget, 3)
+    block = {module.type.name: one[module.name] for module in budget.modules if module.layer == 0}
+    losses = {module.name: block[module.type.name] * (1.0, 16.0)[module.layer % 2] for module in budget.modules}
+
+    def removed(evenness: float) -> tuple[float, float]:
+        found = allocate(budget, 30, losses, evenness=evenness)
+        at = {
+            module.name: choices_of(budget, module, losses[module.name]).ranks.index(found.ranks[module.name])
+            for module in budget.modules
+        }
+        curves = {module.name: choices_of(budget, module, losses[module.name]) for module in budget.modules}
+        assert found.loss == pytest.approx(sum(curves[name].losses[index] for name, index in at.items()))
+        gone = [
+            sum(
+                module.parameters - curves[module.name].parameters[at[module.name]]
+                for module in budget.modules
+                if module.layer % 2 == parity
+            )
+            for parity in (0, 1)
+        ]
+        return gone[0] - gone[1], found.loss
+
+    differences, predicted = zip(*(removed(evenness) for evenness in (0.0, 0.5, 1.0)), strict=True)
+    assert differences[0] > differences[1] > differences[2]
+    assert predicted[0] <= predicted[1] <= predicted[2]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, rank_for
+from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.reach import largest_rank_worth_it, smallest_choice
 from lowrank.ranks.rounding import Rounder, Unit
-from lowrank.search.allocation import uniform_ranks
 from lowrank.search.kept_ratios import SearchSpace
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B

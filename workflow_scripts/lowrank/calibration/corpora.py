@@ -15,7 +15,7 @@ import torch
 
 from lowrank.config.presets import Calibration
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_record, save_tensors, sha256_file
+from lowrank.files import described_file, load_tensors, read_record, save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,13 +47,8 @@ def load_documents(index: str | Path) -> Texts:
     Raises:
         RankwiseError: a file is missing, damaged, or not the one that the index describes.
     """
-    record = read_index(index)
-    data = Path(index).parent / "data" / record["file"]
-    if not data.is_file():
-        raise RankwiseError(f"{data}: missing. Run the workflow again: it makes what is missing.")
-    if sha256_file(data) != record["sha256"]:
-        raise RankwiseError(f"{data}: not the file that {index} describes. Delete both and run the workflow again.")
-    if record["kind"] == "tokens":
+    data = described_file(index)
+    if read_index(index)["kind"] == "tokens":
         return load_tensors(data)["tokens"]
     with data.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]

@@ -77,6 +77,13 @@ def sum_gradients(
     return sums
 
 
+def mean_gradients(
+    model: PreTrainedModel, tokens: torch.Tensor, names: Iterable[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss over all sequences, by layer; see `sum_gradients` for the rest."""
+    return {name: total.div_(len(tokens)) for name, total in sum_gradients(model, tokens, names, device).items()}
+
+
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
     try:
         layer = model.get_submodule(name)

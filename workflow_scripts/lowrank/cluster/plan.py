@@ -198,7 +198,7 @@ def remarks(plan: Plan, gpu_memory: float) -> Iterable[str]:
     light = [entry for entry in plan.entries if not any((entry.gpu, entry.disk, entry.scratch))]
     small = sum(entry.jobs for entry in light if entry.model == ELSEWHERE)
     if small:
-        yield f"{small} jobs fetch texts or write tables and figures; they are counted, not listed."
+        yield f"{small} jobs fetch or compare texts, or write tables and figures; they are counted, not listed."
     rules = " > ".join(job.rule for job in plan.chain if job.rule != "write_report")
     yield f"The longest chain of jobs takes {plan.chain_hours:.1f} h, however many run side by side: {rules}."
     by_rule: dict[str, float] = {}

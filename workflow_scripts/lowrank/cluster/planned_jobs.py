@@ -43,10 +43,7 @@ def planned_jobs(study: Study) -> Jobs:
     """All jobs of a study, with what each waits for."""
     planner = _Planner(study)
     tables = [planner.table(name) for name in study.tables]
-    figures = [
-        planner.job(Job.of("draw_figure", figure=name), planner.paths(planner.layout.figure_inputs(name)))
-        for name in study.figures
-    ]
+    figures = [planner.figure(name) for name in study.figures]
     provenance = planner.job(Job.of("write_provenance"), planner.paths(planner.layout.evidence()))
     planner.job(Job.of("write_report"), [*tables, *figures, provenance])
     return planner.jobs
@@ -67,6 +64,7 @@ class _Planner:
             (_pattern(allocation), self.search),
             (_pattern(allocation.replace("allocation.json", "trials.csv")), self.search),
             (_pattern(f"{layout.run}/sensitivity/{{sensitivity}}.json"), self.sensitivity),
+            (_pattern(layout.compared_texts), self.comparison),
             (_pattern(f"{layout.run}/truncations/{{figure}}/{{covariance}}.json"), self.truncations),
         ]
 
@@ -88,8 +86,18 @@ class _Planner:
 
     def table(self, name: str) -> Job:
         """A table; one of agreement waits for others."""
-        others = [self.table(other) for other in getattr(self.study.tables[name], "tables", [])]
-        return self.job(Job.of("make_table", table=name), [*self.paths(self.layout.table_inputs(name)), *others])
+        table = self.study.tables[name]
+        others = [self.table(other) for other in getattr(table, "tables", [])]
+        paths = [*self.layout.table_inputs(name), *self.layout.comparison_of(table)]
+        return self.job(Job.of("make_table", table=name), [*self.paths(paths), *others])
+
+    def figure(self, name: str) -> Job:
+        paths = [*self.layout.figure_inputs(name), *self.layout.comparison_of(self.study.figures[name])]
+        return self.job(Job.of("draw_figure", figure=name), self.paths(paths))
+
+    def comparison(self) -> Job:
+        """Of tested texts with those that were seen."""
+        return self.job(Job.of("compare_texts"), [self.corpus(name) for name in self.layout.compared_corpora()])
 
     def model(self, name: str) -> Job:
         source = self.study.models[name].source

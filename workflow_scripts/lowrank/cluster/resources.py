@@ -39,8 +39,8 @@ TEXTS = 0.05 * GIB
 ON_PROCESSORS = ("dense", "flap")
 """Kinds of methods that have nothing to compute that a GPU would help with."""
 
-TAKE_GRADIENTS = ("fwsvd", "llm-pruner")
-"""Kinds of methods that take loss gradients of weights."""
+TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
+"""Kinds of methods that take loss gradients of weights, if they read calibration windows."""
 
 STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
@@ -89,7 +89,7 @@ class Estimator:
 
     @property
     def rules(self) -> list[str]:
-        """The rules that are estimated; the others fetch texts or write tables, and need next to nothing."""
+        """The rules that are estimated; the others fetch or compare texts or write tables, and need next to nothing."""
         return list(self._rules)
 
     def need(self, rule: str, wildcards: Wildcards) -> Need:
@@ -355,20 +355,25 @@ class Estimator:
         if "statistics" in method.needs and method.calibration:
             host["a block's statistics"] = 2 * dense.moments(DOUBLE)
             work = plus(work, disk=dense.shape.layers * dense.statistics(0))
+        if "gradients" in method.needs:
+            host["a block's gradients"] = dense.output_moments(SINGLE)
+            work = plus(work, disk=dense.shape.layers * dense.output_moments(SINGLE))
         if reads_tokens(method) and method.calibration:
+            rounds = 1 + getattr(method, "corrections", 0)
             calibration = self.study.calibration[method.calibration]
             windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
             length = getattr(method, "length", None) or calibration.length
             tokens = min(windows, calibration.windows) * length
             if method.kind in TAKE_GRADIENTS:  # before it decomposes anything
                 device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
+                work = plus(work, double=(rounds - 1) * dense.decompositions())
             else:
                 device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
             device["weights"] = host.pop("weights")
             host["hidden states"] = 2 * dense.hidden(tokens)
             # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
             trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
-            passes = 4 + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            passes = 4 * rounds + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
             work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
         return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
 

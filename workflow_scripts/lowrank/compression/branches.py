@@ -70,9 +70,9 @@ class Branch:
         return [*range(first, self.units, multiple), self.units]
 
     def tried(self, multiple: int) -> list[int]:
-        """Those of `may_stay`, less all, that are tried where each costs bases: by sixteenths, down to five of them."""
-        sixteenths = {multiple * (self.units * part // 16 // multiple) for part in range(5, 16)}
-        return sorted(sixteenths & set(self.may_stay(multiple)) - {self.units})
+        """Those of `may_stay`, less all, that are tried where each costs bases: by eighths, down to three of them."""
+        eighths = {multiple * (self.units * part // 8 // multiple) for part in range(3, 8)}
+        return sorted(eighths & set(self.may_stay(multiple)) - {self.units})
 
     def saved(self, count: int) -> int:
         """Parameters that go with `count` units, less the bias that comes instead."""

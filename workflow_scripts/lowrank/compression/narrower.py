@@ -63,14 +63,13 @@ class Block:
         neurons: as that one sees them.
     """
 
-    def __init__(self, task: CompressionTask, structure: Structure, layer: int) -> None:
-        """Read a block's statistics and gradients.
+    def __init__(self, task: CompressionTask, structure: Structure, layer: int, device: torch.device) -> None:
+        """Read a block's statistics and gradients onto a device, where all is computed.
 
         Raises:
             RankwiseError: a file that is missing or damaged, or no gradient; the layer is named.
         """
-        device, self._settings = pick_device(), task.required_covariance()
-        branch, self._task = structure.mlp, task
+        self._settings, branch, self._task = task.required_covariance(), structure.mlp, task
         types = (*branch.writers, branch.reader)
         self.modules = [module for module in task.budget.modules if module.layer == layer and module.type in types]
         self._linears: list[Any] = [task.model.get_submodule(module.name) for module in self.modules]
@@ -127,7 +126,7 @@ class Mlps:
             pairs: also pairs of what is left; not with `one_width`.
         """
         self._task, self._multiple, self._one_width, self._pairs = task, multiple, one_width, pairs
-        self._structure = Structure.of(task.budget)
+        self._structure, self._device = Structure.of(task.budget), pick_device()
         self._eliminations: list[Elimination] = []
         self._choices: dict[str, tuple[Choice, ...]] = {}
 
@@ -140,7 +139,7 @@ class Mlps:
         count = len(self._layers)
         curves = []
         for layer in self._layers:
-            block = Block(self._task, self._structure, layer)
+            block = self._block(layer)
             self._eliminations.append(block.neurons.eliminate())
             curves.append(self._choices_of(block, self._eliminations[-1]))
             log.info("neurons: block %d of %d", layer + 1, count)
@@ -172,13 +171,16 @@ class Mlps:
             narrower = choice.neurons < self._structure.mlp.units
             if not narrower and not any(choice.ranks):
                 continue
-            block, kept = Block(self._task, self._structure, layer), self._eliminations[layer].kept(choice.neurons)
+            block, kept = self._block(layer), self._eliminations[layer].kept(choice.neurons)
             for part, rank in zip(block.parts(kept), choice.ranks, strict=True):
                 if rank is not None:
                     changed[part.module.name] = block.basis(part, kept).factors(rank)
                 elif narrower:
                     changed[part.module.name] = SmallerLinear(part.weight, part.bias)
         return changed
+
+    def _block(self, layer: int) -> Block:
+        return Block(self._task, self._structure, layer, self._device)
 
     @cached_property
     def _layers(self) -> range:

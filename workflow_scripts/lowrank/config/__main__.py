@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lowrank.config.beside import check_beside
-from lowrank.config.load import json_schema, load_study
+from lowrank.config.lines import Lines
+from lowrank.config.load import check_study, json_schema, models_without_shape
 from lowrank.config.reference import reference
+from lowrank.config.use import SHIPPED
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def main(arguments: list[str]) -> int:
@@ -33,11 +33,18 @@ def main(arguments: list[str]) -> int:
 
 def _check(path: str) -> int:
     try:
-        study = check_beside(load_study(path), REPOSITORY / "config", path)
+        raw = read_yaml(path)
+        study = check_study(raw, path, [path], unseen=True)
+        check_beside(study, SHIPPED, path, Lines([path], raw))
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{path}: ok, run '{study.run}'")
+    if unknown := models_without_shape(study):
+        print(
+            f"{path}: not known yet is the shape of {', '.join(unknown)}, and so whether what is asked of "
+            f"{'them' if len(unknown) > 1 else 'it'} is within reach. Write `shape:`, or fetch with `snakemake data`."
+        )
     return 0
 
 

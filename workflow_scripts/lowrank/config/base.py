@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, Self, TypeVar, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -94,6 +95,35 @@ class Section(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The section as a plain JSON value with all defaults filled in: what a rule passes to its stage."""
         return self.model_dump(mode="json")
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Keys that say nothing beside the others, each with the reason; they must be left out, or at their default.
+
+        Both the check and the messages, which list the keys that may be named, ask this.
+
+        Args:
+            given: keys and values of an entry; of a wrong one too, so a value may be anything or missing.
+        """
+        return {}
+
+    @classmethod
+    def readable(cls, given: Mapping[str, Any]) -> list[str]:
+        """The keys that an entry may name beside those given."""
+        unread = cls.unread(given)
+        return [key for key in cls.model_fields if key not in unread]
+
+    @classmethod
+    def default_of(cls, key: str) -> Any:
+        """What a key is where an entry leaves it out."""
+        return cls.model_fields[key].get_default(call_default_factory=True)
+
+    @model_validator(mode="after")
+    def _nothing_goes_unread(self) -> Self:
+        for key, reason in self.unread({name: getattr(self, name) for name in type(self).model_fields}).items():
+            if getattr(self, key) != self.default_of(key):
+                raise wrong(key, reason)
+        return self
 
     @model_serializer(mode="wrap")
     def _order_of_keys_means_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank.config.arithmetic import arithmetic_problems
+from lowrank.config.lines import Lines
 from lowrank.config.load import listing
 from lowrank.config.presets import Tuning
 from lowrank.config.published import published_problems
@@ -11,24 +13,28 @@ from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 
 
-def check_beside(study: Study, folder: str | Path, where: str) -> Study:
+def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> Study:
     """Return the study if the folder has everything that it names.
 
     Args:
         study: a checked config.
         folder: the repository's `config`.
         where: the config's file, for messages.
+        lines: of the config.
 
     Raises:
         RankwiseError: all that is missing or does not answer, each with its YAML path.
     """
-    problems = published_problems(study.tables, Path(folder) / "published")
+    published = Path(folder) / "published"
+    problems = published_problems(study.tables, published)
+    shapes = {name: model.shape for name, model in study.models.items()}
+    problems += arithmetic_problems(study.tables, published, shapes)
     for name, tuning in study.tuning.items():
         file = deepspeed_file(tuning, folder)
         if not Path(file).is_file():
             problems.append(f"tuning.{name}.deepspeed: there is no {file}")
     if problems:
-        raise RankwiseError(listing(where, problems))
+        raise RankwiseError(listing(where, problems, lines))
     return study
 
 

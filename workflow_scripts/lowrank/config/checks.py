@@ -3,44 +3,70 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
 from lowrank.config.messages import suggestion
-from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table
+from lowrank.config.outputs import ComparisonFigure, PredictedLossFigure, Row, SearchFigure, Table, namesakes
 from lowrank.config.presets import MethodSettings
 from lowrank.config.references import references
+from lowrank.config.renaming import with_name
+from lowrank.config.sources import RandomSource
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
 
-def problems_of(study: Study, elsewhere: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+def problems_of(
+    study: Study,
+    elsewhere: frozenset[tuple[str, str]] = frozenset(),
+    offered: frozenset[tuple[str, str]] = frozenset(),
+) -> list[str]:
     """All inconsistencies between sections, each with its YAML path, reason and cure.
 
     Args:
         study: sections that are sound each by itself.
         elsewhere: further (section, name) that exist, although they could not be read.
+        offered: those of a file of presets, which may be meant where a name is wrong.
     """
-    return [
-        *_unknown_names(study, elsewhere),
-        *_dense_and_ratio(study),
-        *_table_suites(study),
-        *_limits(study),
-        *_overlaps(study),
-        *_covariance_groups(study),
-        *_transfers(study),
-        *_predicted_losses(study),
-        *_identity_blocks(study),
-        *problems_of_fit(study),
-    ]
+    return [*_unknown_names(study, elsewhere, offered), *_misuses(study), *problems_of_fit(study)]
 
 
-def _unknown_names(study: Study, elsewhere: frozenset[tuple[str, str]]) -> Iterator[str]:
+def _misuses(study: Study) -> Iterator[str]:
+    """What is wrong between entries, whatever the models' shapes; unknown names are passed over."""
+    yield from _dense_and_ratio(study)
+    yield from _own_tokenizers(study)
+    yield from _table_suites(study)
+    yield from _limits(study)
+    yield from _overlaps(study)
+    yield from _covariance_groups(study)
+    yield from _transfers(study)
+    yield from _predicted_losses(study)
+    yield from _identity_blocks(study)
+
+
+def _unknown_names(
+    study: Study, elsewhere: frozenset[tuple[str, str]], offered: frozenset[tuple[str, str]]
+) -> Iterator[str]:
     for place, section, name in references(study):
         known = getattr(study, section)
         if name not in known and (section, name) not in elsewhere:
-            yield f"{place}: '{name}' is not in `{section}`{suggestion(name, known)}"
+            choices = {*known, *(preset for part, preset in offered if part == section)}
+            yield f"{place}: '{name}' is not in `{section}`{_offer(study, place, name, sorted(choices))}"
+
+
+def _offer(study: Study, place: str, name: str, known: Iterable[str]) -> str:
+    """The names that may stand at a place, or the nearest of them: those that make nothing else wrong."""
+    before = set(_misuses(study))
+    tried = {other: with_name(study, place, other) for other in known}
+    fitting = [other for other, renamed in tried.items() if renamed and before.issuperset(_misuses(renamed))]
+    return suggestion(name, fitting) if fitting or not tried else ", and nothing else there fits here"
+
+
+def _own_tokenizers(study: Study) -> Iterator[str]:
+    for name, model in study.models.items():
+        if isinstance(model.source, RandomSource) and model.source.tokenizer == name:
+            yield f"models.{name}.source.tokenizer: '{name}' has no tokenizer of its own; name another model"
 
 
 def _rows(study: Study) -> Iterator[tuple[str, Row]]:
@@ -100,6 +126,13 @@ def _table_suites(study: Study) -> Iterator[str]:
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
     for name, figure in study.figures.items():
+        if isinstance(figure, ComparisonFigure):
+            for index, earlier in namesakes(figure.rows):
+                row = figure.rows[index]
+                yield (
+                    f"figures.{name}.rows[{index}]: '{row.title}' of '{row.model}' at {row.ratio} % stands in "
+                    f"rows[{earlier}] already; leave one out, or give it a `label` of its own"
+                )
         judge = study.suites.get(getattr(figure, "suite", ""))
         if judge and not isinstance(judge, PerplexitySuite):
             yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"
@@ -107,6 +140,8 @@ def _table_suites(study: Study) -> Iterator[str]:
 
 def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
     """Rows that a table of their kind has nothing to show for, or has twice."""
+    if table.kind == "differences":
+        yield from _corpora_of_two_suites(study, place, table)
     blocks = Counter((row.model, row.ratio) for row in table.rows)
     shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
     for index, row in enumerate(table.rows):
@@ -119,6 +154,19 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
             yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"
         if (twice := shown.pop((row.model, row.method, row.ratio, row.tuning), 1)) > 1:
             yield f"{place}.rows[{index}]: stands {twice} times in this table"
+
+
+def _corpora_of_two_suites(study: Study, place: str, table: Table) -> Iterator[str]:
+    """A table of differences has one column a corpus."""
+    owners: dict[str, str] = {}
+    for index, name in enumerate(table.suites):
+        suite = study.suites.get(name)
+        for corpus in suite.corpora if isinstance(suite, PerplexitySuite) else ():
+            if owners.setdefault(corpus, name) != name:
+                yield (
+                    f"{place}.suites[{index}]: '{name}' and '{owners[corpus]}' both judge on '{corpus}', and a table "
+                    "of differences has one column a corpus; show one of the two suites"
+                )
 
 
 def _limits(study: Study) -> Iterator[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lowrank.config.low_rank import LowRankSettings, RoundedSettings, UniformSettings
-from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, SearchFigure
+from lowrank.config.low_rank import LowRankSettings, UniformSettings
+from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, Row, SearchFigure
 from lowrank.config.presets import Covariance, MethodSettings, ScaledSubspaceTuning, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
@@ -17,7 +17,7 @@ from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from lowrank.ranks import reach
-from lowrank.ranks.budget import Budget, authors_ranks
+from lowrank.ranks.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Use:
         place: YAML path of its ratio.
         tuning: name of the post-training preset, or `none`.
         suites: names of the suites that judge it.
-        tolerance: percentage points by which what is removed may miss the ratio, where something looks at that.
+        row: of a table, which asks whether what is removed meets the ratio; None where nothing does.
     """
 
     place: str
@@ -37,7 +37,7 @@ class Use:
     ratio: int
     tuning: str
     suites: tuple[str, ...]
-    tolerance: float | None = None
+    row: Row | None = None
 
 
 def problems_of_fit(study: Study) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _asked_for(study: Study) -> Iterator[Use]:
     for name, table in study.tables.items():
         for index, row in enumerate(table.rows):
             place = f"tables.{name}.rows[{index}].ratio"
-            yield Use(place, row.model, row.method, row.ratio, row.tuning, tuple(table.suites), row.tolerance)
+            yield Use(place, row.model, row.method, row.ratio, row.tuning, tuple(table.suites), row)
     for name, figure in study.figures.items():
         if isinstance(figure, ComparisonFigure):
             for index, row in enumerate(figure.rows):
@@ -134,27 +134,47 @@ def _method_problems(study: Study, use: Use) -> Iterator[str]:
 
 
 def _missed_ratios(study: Study) -> Iterator[str]:
-    """Rows that no table would show, as their ranks, rounded down, miss the ratio by more than the row allows."""
-    seen: set[tuple[str, str, int, float]] = set()
-    for use in _uses(study):
-        method = study.methods.get(use.method)
-        if not isinstance(method, RoundedSettings) or not method.rounds_down or use.model not in study.models:
+    """Rows that no table would show, since what shapes alone say is kept misses the ratio by more than a row allows."""
+    uses = [use for use in _uses(study) if use.model in study.models and use.method in study.methods and use.ratio]
+    for use in uses:
+        if use.row is None or (kept := _kept_percent(study, use)) is None or use.row.met_by(kept):
             continue
-        case = (use.model, use.method, use.ratio, use.tolerance or 0.0)
-        if use.tolerance is None or not use.ratio or case in seen:
-            continue
-        seen.add(case)
-        budget = _budget(study.models[use.model].shape, method, study.covariance.get(method.covariance or ""))
-        try:
-            kept = 100 * budget.kept(authors_ranks(budget, method.kept_ratios(budget, use.ratio)))
-        except RankwiseError:  # which is reported elsewhere
-            continue
-        if abs(100 - kept - use.ratio) > use.tolerance:
-            yield (
-                f"{use.place}: removing {use.ratio} % is out of reach: rounded down, the ranks keep {kept:.1f} %, and "
-                f"the row's `tolerance` is {use.tolerance:g} points; write `rounding: give-back`, or tolerate more "
-                f"(`methods.{use.method}`, model '{use.model}')"
-            )
+        method = study.method(use.method)
+        keeper, cure = "by the shapes alone, it", f"write `tolerance: {use.row.tolerance_for(kept):g}` on the row"
+        if method.sets_aside_ratio:
+            keeper = f"`{method.beside_ratio}: {getattr(method, method.beside_ratio)}`"
+            without = method.model_copy(update={method.beside_ratio: method.default_of(method.beside_ratio)})
+            others = [other for other in uses if other.method == use.method]
+            if all(_is_met(study, other, without) for other in others):
+                cure += f", or leave out `{method.beside_ratio}`"
+        yield (
+            f"{use.place}: {keeper} keeps {kept:.2f} % of the decoder's linear weights where {100 - use.ratio} % are "
+            f"asked for, give or take {use.row.tolerance:g} points; {cure} (`methods.{use.method}`, model "
+            f"'{use.model}')"
+        )
+
+
+def _kept_percent(study: Study, use: Use, method: MethodSettings | None = None) -> float | None:
+    """What shapes alone say that a use keeps, in percent; None if they cannot, or if the ratio is out of reach.
+
+    Args:
+        study: the study.
+        use: a use of it.
+        method: another preset to take in place of its own.
+    """
+    method = method or study.method(use.method)
+    budget = _budget(study.models[use.model].shape, method, study.covariance.get(method.covariance or ""))
+    try:
+        kept = method.kept_parameters(budget, use.ratio)
+    except RankwiseError:  # which is reported elsewhere
+        return None
+    return None if kept is None else 100 * (kept / budget.dense_parameters)
+
+
+def _is_met(study: Study, use: Use, method: MethodSettings) -> bool:
+    """Whether a use would pass with another preset, as far as shapes tell."""
+    kept = _kept_percent(study, use, method)
+    return kept is not None and (use.row is None or use.row.met_by(kept))
 
 
 def _budget(shape: ModelShape, method: MethodSettings, covariance: Covariance | None) -> Budget:

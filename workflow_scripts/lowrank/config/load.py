@@ -1,113 +1,98 @@
-"""Reading a study's YAML: all errors at once, each with its place, what is wrong and what would be right."""
+"""Checking a study: all errors at once, each with its place, what is wrong and what would be right."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from lowrank.config.checks import problems_of
+from lowrank.config.lines import Lines
 from lowrank.config.messages import message
-from lowrank.config.numbers import odd_numbers, reading
-from lowrank.config.place import shown
+from lowrank.config.shapes import with_shapes
+from lowrank.config.sources import Model, PathSource
 from lowrank.config.study import Study
+from lowrank.config.use import Entry, offered_entries, with_presets
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice (the second would silently win), and numbers that mislead."""
+def check_study(
+    raw: dict[str, Any], where: str = "config", files: Sequence[str | Path] = (), unseen: bool = False
+) -> Study:
+    """Validate a config, with the presets that it uses and the shapes that can be read on this machine.
 
-    def get_single_node(self) -> yaml.Node | None:
-        root = super().get_single_node()
-        node, path = next(odd_numbers(root), (None, "")) if root else (None, "")
-        if node:
-            where = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
-            raise RankwiseError(f"{where}: {path}: {reading(node.value, self.construct_object(node))}")
-        return root
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        mark = key_node.start_mark
-        if not isinstance(key, Hashable):
-            raise RankwiseError(f"{mark.name}, line {mark.line + 1}: {shown(key)} cannot be a key; write a name")
-        if key in seen:
-            raise RankwiseError(f"{mark.name}, line {mark.line + 1}: the key {shown(key)} is written twice; keep one")
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+    Args:
+        raw: as it is read.
+        where: what it is called in messages.
+        files: where it was read from, the later ones on top of the earlier.
+        unseen: allow models without a shape that are not on this machine; what they are used for is not checked.
 
     Raises:
-        RankwiseError: missing, unreadable, no YAML, a duplicate key, a number that misleads, or no mapping.
+        RankwiseError: lists every error, one a line, with its YAML path and the line of the file if that is known. If
+            an entry is wrong by itself, the references to it are not judged.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
-            value = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - it is a SafeLoader
-    except FileNotFoundError as error:
-        raise RankwiseError(f"{path}: there is no such config file") from error
-    except OSError as error:
-        raise RankwiseError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RankwiseError(f"{path}: no text in UTF-8 (byte {error.start}); is it a YAML file?") from error
-    except RecursionError as error:
-        raise RankwiseError(f"{path}: nested too deeply; a config needs no more than ten levels") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
-        raise RankwiseError(_syntax_error(path, error)) from error
-    if value is None:
-        raise RankwiseError(f"{path}: the file is empty; config/quickstart.yaml shows what a config holds")
-    if not isinstance(value, dict):
-        raise RankwiseError(f"{path}: a config is a mapping of keys to values, not {shown(value)}")
-    return value
-
-
-def _syntax_error(path: str | Path, error: Exception) -> str:
-    """One line for what the YAML reader says in several."""
-    mark = getattr(error, "problem_mark", None)
-    where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-    reason = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
-    hint = "; indent by spaces, not tabs" if "\\t" in reason else ""
-    return f"{where}: no valid YAML: {reason}{hint}"
-
-
-def check_study(raw: dict[str, Any], where: str = "config") -> Study:
-    """Validate a config.
-
-    Raises:
-        RankwiseError: lists every error, one a line, with its YAML path. If an entry is wrong by itself, the
-            references to it are not judged.
-    """
+        whole = isinstance(raw, dict)  # else it has no entries, which is told below
+        merged, offered = (with_presets(raw, files), offered_entries(raw, files)) if whole else (raw, frozenset())
+    except RankwiseError as error:
+        raise RankwiseError(listing(where, [str(error)], Lines(files))) from error
+    lines = Lines(files, raw)
+    merged, without = with_shapes(merged) if whole else (merged, [])
+    if without:
+        raise RankwiseError(listing(where, without, lines))
     try:
-        study = Study.model_validate(raw)
+        study = Study.model_validate(merged)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = [message(Study, item) for item in found]
-        raise RankwiseError(listing(where, lines + _further_problems(raw, [item["loc"] for item in found]))) from error
-    if problems := problems_of(study):
-        raise RankwiseError(listing(where, problems))
+        problems = [message(Study, item, merged) for item in found]
+        problems += _further_problems(merged, [item["loc"] for item in found], offered)
+        raise RankwiseError(listing(where, problems, lines)) from error
+    unknown = models_without_shape(study)
+    problems = [] if unseen else [f"models.{name}.shape: {_why_unknown(study.models[name])}" for name in unknown]
+    if problems := problems + _problems_between(study, frozenset(), offered):
+        raise RankwiseError(listing(where, problems, lines))
     return study
 
 
-def load_study(path: str | Path) -> Study:
-    """Read and validate a config file."""
-    return check_study(read_yaml(path), str(path))
+def models_without_shape(study: Study) -> list[str]:
+    """Models whose shape the config leaves out, and that are not on this machine."""
+    return [name for name, model in study.models.items() if model.shape is None]
 
 
-def _further_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]]) -> list[str]:
+def _why_unknown(model: Model) -> str:
+    if isinstance(model.source, PathSource):
+        return f"left out, and there is no model at {model.source.path} to read it from; correct the path, or write it"
+    return (
+        "left out, and the model is not on this machine yet; write it, or fetch the model first: `snakemake data` with "
+        "the same options"
+    )
+
+
+def _problems_between(study: Study, broken: frozenset[Entry], offered: frozenset[Entry]) -> list[str]:
+    """What is wrong between entries; nothing is said of models whose shape is unknown."""
+    unknown = models_without_shape(study)
+    known = {name: model for name, model in study.models.items() if name not in unknown}
+    elsewhere = broken | {("models", name) for name in unknown}
+    return problems_of(study.model_copy(update={"models": known}), elsewhere, offered)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a config file holds, with the presets that it uses."""
+    return with_presets(read_yaml(path), [path])
+
+
+def load_study(path: str | Path, unseen: bool = False) -> Study:
+    """Read and validate a config file; for `unseen` see `check_study`."""
+    return check_study(read_yaml(path), str(path), [path], unseen)
+
+
+def _further_problems(
+    raw: dict[str, Any], locations: list[tuple[int | str, ...]], offered: frozenset[Entry]
+) -> list[str]:
     """What is wrong between the entries that are sound by themselves; nothing if too little is left to tell."""
     if any(len(location) < 2 or not isinstance(raw.get(str(location[0])), dict) for location in locations):
         return []
@@ -119,16 +104,16 @@ def _further_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]
         for section, entries in raw.items()
     }
     try:
-        return problems_of(Study.model_validate(sound), broken)
+        return _problems_between(Study.model_validate(sound), broken, offered)
     except ValidationError:  # e.g. the only model is broken
         return []
 
 
-def listing(where: str, lines: list[str]) -> str:
+def listing(where: str, problems: list[str], lines: Lines) -> str:
     """The message for all errors of a config, each told once."""
-    unique = list(dict.fromkeys(lines))
+    unique = list(dict.fromkeys(problems))
     count = "1 error" if len(unique) == 1 else f"{len(unique)} errors"
-    return f"{where} has {count}:\n" + "\n".join(f"  {line}" for line in unique)
+    return f"{where} has {count}:\n" + "\n".join(f"  {lines.before(problem)}" for problem in unique)
 
 
 def json_schema() -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import wrong
 from lowrank.config.presets import Covariance, MethodSettings
-from lowrank.ranks.budget import Budget, uniform_kept
+from lowrank.ranks.budget import Budget, Ranks, uniform_kept
+from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.rounding import Rounding
 
 
@@ -39,6 +41,8 @@ class LowRankSettings(MethodSettings):
 class RoundedSettings(LowRankSettings):
     """A method whose kept ratios need no search and no data; what is left to choose is how they become ranks."""
 
+    beside_ratio: ClassVar[str] = "rounding"
+
     rounding: Rounding = Field(
         default="give-back",
         description="to multiples of 8; give-back: down, and what that frees is given back as far as the ratio allows; "
@@ -48,7 +52,7 @@ class RoundedSettings(LowRankSettings):
     @property
     def rounds_down(self) -> bool:
         """Whether ranks are those that the authors' rule makes of `kept_ratios`, whatever they add up to."""
-        return self.rounding == "down"
+        return self.authors_rule({name: getattr(self, name) for name in type(self).model_fields})
 
     @abstractmethod
     def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
@@ -58,11 +62,28 @@ class RoundedSettings(LowRankSettings):
             RankwiseError: the ratio is out of reach.
         """
 
-    @model_validator(mode="after")
-    def _authors_ranks_are_of_plain_pairs(self) -> RoundedSettings:
-        if self.rounds_down and self.identity_block:
-            raise wrong("identity_block", "the published ranks (`rounding: down`) are those of plain pairs")
-        return self
+    @abstractmethod
+    def ranks(self, budget: Budget, ratio: int) -> Ranks:
+        """The rank of every matrix.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Those of the pairs and of what stays dense."""
+        return budget.parameters(self.ranks(budget, ratio))
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """The authors' ranks are those of plain pairs."""
+        reason = "the published ranks (`rounding: down`) are those of plain pairs"
+        return super().unread(given) | ({"identity_block": reason} if cls.authors_rule(given) else {})
+
+    @classmethod
+    def authors_rule(cls, given: Mapping[str, Any]) -> bool:
+        """Whether the keys of a preset ask for the authors' ranks, see `rounds_down`."""
+        return given.get("rounding") == "down"
 
 
 class UniformSettings(RoundedSettings):
@@ -73,3 +94,7 @@ class UniformSettings(RoundedSettings):
     def kept_ratios(self, budget: Budget, ratio: int) -> dict[str, float]:
         """One for all types but those that stay dense."""
         return uniform_kept(budget, ratio, self.uncompressed)
+
+    def ranks(self, budget: Budget, ratio: int) -> Ranks:
+        """Those that one kept ratio buys."""
+        return uniform_ranks(budget, ratio, self.uncompressed, self.rounding)

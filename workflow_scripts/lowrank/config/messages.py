@@ -6,31 +6,34 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import ValidationError
+
 from lowrank.config.base import Section
-from lowrank.config.place import Place, place_of, shown
+from lowrank.config.place import Place, entry_around, place_of, shown
 
 _NAMED_UNKNOWN = ("union_tag_invalid", "union_tag_not_found")
 
 
-def message(root: type[Section], item: Any) -> str:
+def message(root: type[Section], item: Any, raw: Any = None) -> str:
     """One line for one error of pydantic.
 
     Args:
         root: the section that was checked.
         item: one entry of `ValidationError.errors()`.
+        raw: what was checked; what stands beside the error decides which keys and choices are offered.
     """
-    place = place_of(root, item["loc"])
+    place, beside = place_of(root, item["loc"]), entry_around(root, item["loc"], raw)
     kind, given = item["type"], item.get("input")
     where = place.path or "the config"
     if kind == "wrong_key":
         key = item["ctx"]["key"]
         return f"{where}{'.' + key if key else ''}: {item['ctx']['reason']}"
     if kind in ("extra_forbidden", "invalid_key"):
-        return f"{where}: unknown key{suggestion(str(item['loc'][-1]), place.section.model_fields)}"
+        return f"{where}: unknown key{suggestion(str(item['loc'][-1]), place.section.readable(beside))}"
     if kind == "missing":
         return f"{where}: missing; it must be {place.words}"
     if kind == "literal_error":
-        return f"{where}: {_not_one_of(given, place.choices)}"
+        return f"{where}: {_not_one_of(given, _accepted(place, item['loc'][-1], beside))}"
     if kind in _NAMED_UNKNOWN:
         return _unknown_kind(where, place, given)
     if kind == "source":
@@ -60,6 +63,22 @@ def did_you_mean(name: Any, names: Iterable[str]) -> str:
 
 def _not_one_of(given: Any, choices: list[str]) -> str:
     return f"{shown(given)} is not one of {', '.join(choices)}{did_you_mean(given, choices)}"
+
+
+def _accepted(place: Place, key: Any, beside: dict[Any, Any]) -> list[str]:
+    """The choices that a section takes beside its other keys; all of them where it takes none."""
+    fitting = [choice for choice in place.choices if not _is_refused(place.section, {**beside, key: choice})]
+    return fitting or place.choices
+
+
+def _is_refused(section: type[Section], entry: dict[Any, Any]) -> bool:
+    """Whether a key of an entry does not fit the others; what it lacks can be added."""
+    try:
+        section.model_validate(entry)
+    except ValidationError as error:
+        blamed = [item["ctx"]["key"] for item in error.errors(include_url=False) if item["type"] == "wrong_key"]
+        return any(key in entry for key in blamed)
+    return False
 
 
 def _unknown_kind(where: str, place: Place, given: Any) -> str:

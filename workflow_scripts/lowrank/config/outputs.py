@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -30,6 +32,29 @@ class Row(Section):
     )
     label: Text | None = None
     published: PublishedRow | None = None
+
+    @property
+    def title(self) -> str:
+        """Label or preset name, and the preset of post-training if there was one."""
+        name = self.label or self.method
+        return name if self.tuning == "none" else f"{name} + {self.tuning}"
+
+    def met_by(self, kept: float) -> bool:
+        """Whether keeping so many percent of the decoder's linear weights removes what the row asks for.
+
+        The check of the config asks this where shapes decide what is kept, and tables ask it of every checkpoint.
+        """
+        return not self.ratio or self.missed_by(kept) <= self.tolerance
+
+    def missed_by(self, kept: float) -> float:
+        """Percentage points between what is removed and the ratio."""
+        return abs(100 - kept - self.ratio)
+
+    def tolerance_for(self, kept: float) -> float:
+        """The smallest tolerance, in tenths of a point, with which this would be met."""
+        missed = self.missed_by(kept)
+        tenths = math.ceil(10 * missed)
+        return (tenths if tenths / 10 >= missed else tenths + 1) / 10
 
 
 class RowTable(Section):
@@ -124,6 +149,15 @@ class ComparisonFigure(Section):
     title: Text
     suite: Name
     rows: list[Row] = Field(min_length=1)
+
+
+def namesakes(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """(index, index of an earlier row) of every row that a figure would show under the other's name."""
+    first: dict[tuple[str, int, str], int] = {}
+    for index, row in enumerate(rows):
+        earlier = first.setdefault((row.model, row.ratio, row.title), index)
+        if earlier != index:
+            yield index, earlier
 
 
 class SearchFigure(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -66,10 +67,35 @@ class Place:
 
 def place_of(root: type[Section], location: tuple[int | str, ...]) -> Place:
     """Follow a location of pydantic, which names union members too, down from the root section."""
+    return [Place("", root, root), *(place for place, _ in _way(root, location))][-1]
+
+
+def entry_around(root: type[Section], location: tuple[int | str, ...], raw: Any) -> dict[Any, Any]:
+    """The mapping of a config that holds what lies at a location of pydantic; empty if there is none."""
+    steps = [step for _, step in _way(root, location) if step is not None]
+    for step in steps[:-1]:
+        try:
+            raw = raw[step]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _way(root: type[Section], location: tuple[int | str, ...]) -> Iterator[tuple[Place, int | str | None]]:
+    """Each place on the way down, and the key or index that leads to it; None where a union member is named."""
     place = Place("", root, root)
     for index, step in enumerate(location):
-        place = _below(place, step, is_key=location[index + 1 : index + 2] == ("[key]",))
-    return place
+        below = _below(place, step, is_key=location[index + 1 : index + 2] == ("[key]",))
+        yield below, step if below.path != place.path else None
+        place = below
+
+
+def path_of(steps: Iterable[int | str]) -> str:
+    """Keys and indices as a user writes them: `tables.table_1.rows[2].ratio`."""
+    path = ""
+    for step in steps:
+        path += written(step, first=not path)
+    return path
 
 
 def _below(place: Place, step: int | str, is_key: bool) -> Place:

@@ -6,7 +6,7 @@ Stages rebuild a section from the plain dict that their rule passes, so these mo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
@@ -54,6 +54,9 @@ class Calibration(Section):
         return self
 
 
+_OF_POOLING = "`groups` is needed by `estimator: pooled`, and only by it"
+
+
 class Covariance(Section):
     """An estimate of the covariance of a layer's outputs (paper, Section 3.1)."""
 
@@ -73,10 +76,15 @@ class Covariance(Section):
         "all are there",
     )
 
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Only a pooled estimate has groups."""
+        return {} if given.get("estimator") == "pooled" else {"groups": _OF_POOLING}
+
     @model_validator(mode="after")
-    def _groups_go_with_pooling(self) -> Covariance:
-        if (self.estimator == "pooled") != (self.groups is not None):
-            raise wrong("groups", "`groups` is needed by `estimator: pooled`, and only by it")
+    def _pooling_needs_groups(self) -> Covariance:
+        if self.estimator == "pooled" and self.groups is None:
+            raise wrong("groups", _OF_POOLING)
         return self
 
     @property
@@ -107,11 +115,16 @@ class Selection(Section):
     calibration: Name | None = Field(default=None, description="of the bases; needed unless `strategy: all`")
     covariance: Name | None = Field(default=None, description="needed unless `strategy: all`")
 
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Scoring is described where windows are scored."""
+        if given.get("strategy") != "all":
+            return {}
+        reason = "says nothing to `strategy: all`, which keeps every window unscored; leave it out"
+        return {key: reason for key in cls.model_fields if key != "strategy"}
+
     @model_validator(mode="after")
-    def _scoring_is_described_where_windows_are_scored(self) -> Selection:
-        for key, field in type(self).model_fields.items():
-            if not self.scores and key not in ("strategy", "keep") and getattr(self, key) != field.default:
-                raise wrong(key, "says nothing to `strategy: all`, which keeps every window unscored; leave it out")
+    def _scoring_needs_bases(self) -> Selection:
         for key in ("calibration", "covariance"):
             if self.scores and getattr(self, key) is None:
                 raise wrong(key, f"missing; `strategy: {self.strategy}` scores windows with the bases that it names")
@@ -134,8 +147,8 @@ class Validation(Section):
 
     @model_validator(mode="after")
     def _keep_at_most_all(self) -> Validation:
-        if (self.select.keep is None) != (self.select.strategy == "all"):
-            raise wrong("select.keep", "is needed by `strategy: top` and `bottom`, and only by them")
+        if self.select.keep is None and self.select.scores:
+            raise wrong("select.keep", "is needed by `strategy: top` and `bottom`")
         if self.select.keep is not None and self.select.keep > self.windows:
             raise wrong("select.keep", f"{self.select.keep} is more than the candidates (`windows: {self.windows}`)")
         return self
@@ -216,13 +229,12 @@ class Search(Section):
         pairs = {name: tuple(pair) if isinstance(pair, list) else pair for name, pair in bounds.items()}
         return {**value, "bounds": pairs}
 
-    @model_validator(mode="after")
-    def _variables_have_their_own_keys(self) -> Search:
-        other = _OF_RATIOS if self.variables == "loss-scales" else ("largest_scale",)
-        for key in other:
-            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
-                raise wrong(key, f"says nothing to `variables: {self.variables}`; leave it out")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Ratios and scales have their own keys."""
+        variables = given.get("variables", cls.default_of("variables"))
+        other = _OF_RATIOS if variables == "loss-scales" else ("largest_scale",)
+        return dict.fromkeys(other, f"says nothing to `variables: {variables}`; leave it out")
 
     @model_validator(mode="after")
     def _initial_points_fit(self) -> Search:
@@ -280,11 +292,13 @@ class Tuning(Section):
             return value
         return {**value, "epochs": 2}
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Tuning:
-        if self.steps is not None and self.epochs is not None:
-            raise wrong("epochs", f"{self.epochs:g}, and `steps: {self.steps}` says how long too; keep one of them")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Steps or epochs say how long."""
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if given.get(one) is not None:
+                return {other: f"`{one}: {given[one]}` says how long too; keep one of them"}
+        return {}
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Tuning:
@@ -351,10 +365,12 @@ class MethodSettings(Section):
         reads: what the method reads of its calibration besides: `statistics` (moments of the inputs of all layers),
             `gradients` (second moments of the loss gradients at their outputs), `tokens` (the windows themselves).
         makes_pairs: its compressed layers are low-rank pairs, which have ranks to show and scales to train.
+        beside_ratio: a key that may decide what is kept whatever a row's ratio says; left out, the ratio decides.
     """
 
     reads: ClassVar[Reads] = ()
     makes_pairs: ClassVar[bool] = True
+    beside_ratio: ClassVar[str] = ""
 
     kind: str
     calibration: Name | None = None
@@ -363,17 +379,20 @@ class MethodSettings(Section):
     search: Name | None = None
     transfer: Transfer | None = None
 
-    @model_validator(mode="after")
-    def _names_only_what_it_reads(self) -> MethodSettings:
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """A key that the method's own class does not declare would be computed for nothing."""
-        above = [cls for cls in type(self).__mro__ if issubclass(cls, MethodSettings) and cls is not MethodSettings]
-        own = {name for cls in above for name in inspect.get_annotations(cls)}
-        for name in ("calibration", "covariance", "validation", "search"):
-            if getattr(self, name) is not None and name not in own:
-                raise wrong(name, f"methods of kind '{self.kind}' read no {name}; leave it out, or take another `kind`")
-        if self.transfer is not None and self.search is None:
-            raise wrong("transfer", f"methods of kind '{self.kind}' have no search that could begin with it")
-        return self
+        above = [each for each in cls.__mro__ if issubclass(each, MethodSettings) and each is not MethodSettings]
+        own = {name for each in above for name in inspect.get_annotations(each)}
+        of_kind = f"methods of kind '{given.get('kind')}'"
+        reasons = {
+            name: f"{of_kind} read no {name}; leave it out, or take another `kind`"
+            for name in ("calibration", "covariance", "validation", "search")
+            if name not in own
+        }
+        if "search" in reasons or given.get("search") is None:
+            reasons["transfer"] = f"{of_kind} have no search that could begin with it"
+        return reasons
 
     @property
     def needs(self) -> Reads:
@@ -388,6 +407,11 @@ class MethodSettings(Section):
     def has_pairs(self) -> bool:
         """Whether low-rank pairs come out of this very preset."""
         return self.makes_pairs
+
+    @property
+    def sets_aside_ratio(self) -> bool:
+        """Whether the key of `beside_ratio` is in use."""
+        return bool(self.beside_ratio) and getattr(self, self.beside_ratio) != self.default_of(self.beside_ratio)
 
     @property
     def is_random(self) -> bool:
@@ -408,3 +432,20 @@ class MethodSettings(Section):
             (a key of the preset, or "" for the ratio; what is wrong, and what to do).
         """
         yield from ()
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Parameters of the decoder's linear layers in the checkpoint, where shapes alone decide them.
+
+        Counted as `model.parameters.count_parameters` does: with the biases, indices and shortcuts that are added.
+
+        Args:
+            budget: of the model, in the form of the preset's pairs if it makes any.
+            ratio: percent of its linear weights to remove, at least 1.
+
+        Returns:
+            The number; None where it is a matter of data or of a search.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+        return None

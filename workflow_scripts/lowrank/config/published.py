@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lowrank.config.outputs import ArithmeticRow, ArithmeticTable, PublishedRow, Table
+from lowrank.config.outputs import ArithmeticTable, PublishedRow, Table
 from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 
@@ -110,31 +110,57 @@ def read_comments(path: Path) -> tuple[str, tuple[str, ...]]:
     return lines[0].removeprefix("source: "), tuple(lines[1:])
 
 
+def single_values(published: Published, place: str) -> dict[str, float | None]:
+    """The one line of a published row.
+
+    Raises:
+        RankwiseError: the file has several lines for it.
+    """
+    if len(published.values) != 1:
+        raise RankwiseError(
+            f"{place}: {len(published.values)} lines of {published.reference.file}.csv answer to it, and a table of "
+            "this kind shows one"
+        )
+    return published.values[0]
+
+
 def published_problems(tables: dict[str, Table], folder: str | Path) -> list[str]:
-    """The message of every reference to published values that leads nowhere, for a check before anything runs."""
+    """The message of every reference to published values that leads nowhere, or to what its table cannot show."""
     problems = []
     for name, table in tables.items():
         for place, reference in published_references(table):
+            path = f"tables.{name}.{place}"
             try:
-                find_published(folder, reference, f"tables.{name}.{place}")
+                found = find_published(folder, reference, path)
             except RankwiseError as error:
                 problems.append(str(error))
-        for index, check in enumerate(table.checks if isinstance(table, ArithmeticTable) else ()):
-            if why := why_other_row(check):
-                problems.append(f"tables.{name}.checks[{index}]: {why}")
+                continue
+            if why := _why_not_shown(table.kind, found):
+                others = ", ".join(_other_files(table.kind, reference, Path(folder)))
+                cure = f"name another `file` ({others}), or leave it out" if others else "leave it out"
+                problems.append(f"{path}: {why}; {cure}")
     return problems
 
 
-def why_other_row(check: ArithmeticRow) -> str | None:
-    """Why ranks and statistics cannot be of one published row, or None if they are."""
-    for key in KEY_COLUMNS:
-        ranks, statistics = getattr(check.ranks, key), getattr(check.statistics, key)
-        if ranks != statistics:
-            return (
-                f"the ranks are of {key} '{ranks}', the statistics of '{statistics}'; both must be published of one "
-                "model, ratio and method"
-            )
+def _why_not_shown(kind: str, published: Published) -> str | None:
+    """Why a table of some kind cannot show what was published, or None if it can."""
+    lines, file = len(published.values), published.reference.file
+    if kind in ("accuracy", "statistics") and lines != 1:
+        return f"{lines} lines of {file}.csv answer to it, and a table of {kind} shows one"
+    if kind == "allocations" and "group" not in published.values[0]:
+        return f"{file}.csv prints no ranks (it has no column `group`)"
     return None
+
+
+def _other_files(kind: str, reference: PublishedRow, folder: Path) -> Iterator[str]:
+    """The files that have the same row in a form that a table of this kind can show."""
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            found = find_published(folder, reference.model_copy(update={"file": path.stem}), "")
+        except RankwiseError:
+            continue
+        if _why_not_shown(kind, found) is None:
+            yield path.stem
 
 
 def published_references(table: Table) -> Iterator[tuple[str, PublishedRow]]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    Tag,
+    field_serializer,
+    model_validator,
+)
 
 from lowrank.config.base import Documents, Name, Positive, Says, Section, Seed, Sha256, Text, wrong
 
@@ -110,14 +118,43 @@ class ModelShape(Section):
         return self
 
 
+class FoundShape(ModelShape):
+    """A shape that the config leaves out, and that was read from the model."""
+
+
+def _no_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class Model(Section):
     """A causal language model."""
 
     source: ModelSource
-    shape: ModelShape
+    shape: ModelShape = Field(
+        default=cast(ModelShape, None),  # only for `snakemake data`, which fetches models that nothing knows yet
+        json_schema_extra=_no_default,
+        description="left out: read from the model, once it is on this machine",
+    )
     dtype: DtypeName = "float32"
     max_length: Positive = Field(default=2048, description="longest context that is ever evaluated")
     license: Text | None = None
+
+    @field_serializer("shape", mode="wrap")
+    def _none_is_no_shape(self, shape: ModelShape | None, dump: SerializerFunctionWrapHandler) -> Any:
+        return None if shape is None else dump(shape)
+
+    @model_validator(mode="after")
+    def _random_weights_have_a_shape(self) -> Model:
+        if isinstance(self.source, RandomSource) and self.shape is None:
+            raise wrong("shape", "missing; a model with random weights is made of it")
+        return self
+
+    def as_stated(self) -> dict[str, Any]:
+        """The plain form without a shape that the config leaves out."""
+        plain = self.plain()
+        if self.shape is None or isinstance(self.shape, FoundShape):
+            del plain["shape"]
+        return plain
 
 
 class Corpus(Section):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from lowrank.config.base import Distinct, Name, Section, Seed, Text
 from lowrank.config.messages import suggestion as suggestion
@@ -25,10 +25,25 @@ from lowrank.methods import settings_classes
 MethodPreset = Annotated[Union[tuple(settings_classes())], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007
 
 
+def _or_use(schema: dict[str, Any]) -> None:
+    """For editors: sections that must be there may come from the file that `use` names."""
+    sections = [key for key in schema["required"] if key != "run"]
+    schema["required"] = ["run"]
+    schema["anyOf"] = [{"required": ["use"]}, {"required": sections}]
+
+
 class Study(Section):
     """A whole study: what `snakemake --configfile FILE` reads."""
 
+    model_config = ConfigDict(json_schema_extra=_or_use)
+
     run: Name = Field(description="results go to results/<run>")
+    use: Text | None = Field(
+        default=None,
+        exclude=True,
+        description="a file of presets, beside this one or in the repository's `config`: `presets/default.yaml`. Of a "
+        "name that both have, the entry of this file counts, whole; presets that nothing here leads to are left out",
+    )
     cache: Text = Field(default="cache", description="folder of downloads, shared by all runs")
     smoke: bool = Field(default=False, description="a quick look, not a measurement: allows `limit`, and tables say so")
     seeds: Distinct[Seed] = Field(default=[0], min_length=1)

@@ -10,9 +10,9 @@ budget is that of the decoder's linear layers, so the head, which they also fact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,10 +63,14 @@ class Settings(UniformSettings):
         """The randomised decomposition begins with random directions."""
         return super().is_random or self.decomposition == "randomised"
 
-    @property
-    def rounds_down(self) -> bool:
+    @classmethod
+    def authors_rule(cls, given: Mapping[str, Any]) -> bool:
         """Not the ranks that the search tries."""
-        return super().rounds_down and self.allocation == "uniform"
+        return super().authors_rule(given) and given.get("allocation") == "uniform"
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """The search decides by losses."""
+        return super().kept_parameters(budget, ratio) if self.allocation == "uniform" else None
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """The smallest ranks that the search tries may be too large."""

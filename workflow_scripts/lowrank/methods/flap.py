@@ -11,8 +11,8 @@ The released code squares the scores of attention channels before it standardise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.replacements import Replacements
     from lowrank.ranks.budget import Budget
+
+
+_OF_MM = "is needed by `structure: AL-MM` and `UL-MM`, and only by them"
 
 
 class Settings(MethodSettings):
@@ -48,10 +51,16 @@ class Settings(MethodSettings):
     remove_heads: Positive | None = Field(default=None, description="MM only: query heads to remove from the model")
     square_attention: bool = Field(default=True, description="square the scores of attention, as the released code")
 
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """A number of heads goes with MM."""
+        needs = given.get("structure") in ("AL-MM", "UL-MM")
+        return super().unread(given) | ({} if needs else {"remove_heads": _OF_MM})
+
     @model_validator(mode="after")
-    def _heads_go_with_mm(self) -> Settings:
-        if self.structure.endswith("MM") != (self.remove_heads is not None):
-            raise wrong("remove_heads", "is needed by `structure: AL-MM` and `UL-MM`, and only by them")
+    def _mm_needs_heads(self) -> Settings:
+        if self.structure.endswith("MM") and self.remove_heads is None:
+            raise wrong("remove_heads", _OF_MM)
         return self
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
@@ -69,6 +78,14 @@ class Settings(MethodSettings):
             fixed_removal(self, structure, allowed)
         except RankwiseError as error:
             yield "remove_heads" if self.remove_heads else "", str(error)
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Where all blocks lose the same; else scores decide where biases are added, and which units overshoot."""
+        from lowrank.compression.branches import Structure
+
+        structure = Structure.of(budget)
+        fixed = fixed_removal(self, structure, budget.allowed(ratio))
+        return None if isinstance(fixed, int) else structure.remaining(fixed)
 
 
 def compress(task: CompressionTask) -> Replacements:

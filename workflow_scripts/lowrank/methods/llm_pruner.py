@@ -40,6 +40,7 @@ class Settings(MethodSettings):
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
     makes_pairs: ClassVar[bool] = False
+    beside_ratio: ClassVar[str] = "own_ratio"
 
     kind: Literal["llm-pruner"]
     calibration: Name
@@ -83,6 +84,13 @@ class Settings(MethodSettings):
         except RankwiseError as error:
             whole = f" (`skip_first: {self.skip_first}`, `skip_last: {self.skip_last}`)"
             yield ("", f"{error}{whole}") if self.own_ratio is None else ("own_ratio", str(error))
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Which units go is a matter of their importance, how many is not."""
+        from lowrank.compression.branches import Structure
+
+        structure = Structure.of(replace(budget, adds_bias=False))
+        return structure.remaining(removal(structure, self, budget.allowed(ratio)))
 
     def too_few(self, windows: int, length: int) -> str | None:
         """Why a calibration of so many windows of so many tokens is too small, or None."""

@@ -15,7 +15,8 @@ from lowrank.config.base import Name
 from lowrank.config.low_rank import RoundedSettings
 from lowrank.config.presets import Calibration
 from lowrank.errors import RankwiseError
-from lowrank.ranks.budget import Budget, lord_kept
+from lowrank.ranks.budget import Budget, Ranks, lord_kept
+from lowrank.ranks.by_type import lord_ranks
 from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Settings(RoundedSettings):
         """v dense, and q and k pay for it."""
         return lord_kept(budget, ratio)
 
+    def ranks(self, budget: Budget, ratio: int) -> Ranks:
+        """LoRD's."""
+        return lord_ranks(budget, ratio, self.rounding)
+
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """q and k may be too small to pay for v."""
         try:
@@ -51,7 +56,6 @@ class Settings(RoundedSettings):
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""
-    from lowrank.search.allocation import lord_ranks, sliced_factors
+    from lowrank.search.allocation import sliced_factors
 
-    ranks = lord_ranks(task.budget, task.ratio, task.settings.rounding)
-    return sliced_factors(task.required_bases(), task.budget, ranks)
+    return sliced_factors(task.required_bases(), task.budget, task.settings.ranks(task.budget, task.ratio))

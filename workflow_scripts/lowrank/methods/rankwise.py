@@ -11,12 +11,12 @@ the neurons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import Name, Positive, wrong
+from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Calibration, Reads
 from lowrank.ranks.budget import ALIGNMENT
@@ -53,15 +53,23 @@ class Settings(LowRankSettings):
         default=ALIGNMENT, description="not with `mlp: pairs`; numbers of neurons that stay are multiples of it"
     )
 
-    @model_validator(mode="after")
-    def _numbers_of_neurons_are_for_those_who_prune(self) -> Settings:
-        if self.widths == "one" and self.mlp != "neurons":
-            raise wrong(
-                "widths", f"`one` makes plain matrices of one shape, and `mlp: {self.mlp}` does not; leave it out"
-            )
-        if self.mlp == "pairs" and self.multiple != ALIGNMENT:
-            raise wrong("multiple", "says nothing to `mlp: pairs`, which removes no neurons; leave it out")
-        return self
+    evenness: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="how far the predicted losses of blocks are drawn together before they compete: 0 takes them as "
+        "predicted, 1 takes all blocks as equally costly",
+    )
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Numbers of neurons are for those who prune."""
+        reasons, mlp = super().unread(given), given.get("mlp", "pairs")
+        if mlp != "neurons":
+            reasons["widths"] = f"`one` makes plain matrices of one shape, and `mlp: {mlp}` does not; leave it out"
+        if mlp == "pairs":
+            reasons["multiple"] = "says nothing to `mlp: pairs`, which removes no neurons; leave it out"
+        return reasons
 
     @property
     def needs(self) -> Reads:
@@ -132,7 +140,7 @@ def compress(task: CompressionTask) -> Replacements:
     prunes = settings.mlp != "pairs" and task.ratio > 0
     mlps = Mlps(task, settings.multiple, settings.widths == "one", settings.mlp == "both") if prunes else None
     groups = mlps.groups() if mlps else {}
-    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups)
+    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups, settings.evenness)
     task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
     log.info(
         "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING

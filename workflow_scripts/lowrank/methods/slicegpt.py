@@ -30,6 +30,7 @@ class Settings(MethodSettings):
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
     makes_pairs: ClassVar[bool] = False
+    beside_ratio: ClassVar[str] = "slice"
 
     kind: Literal["slicegpt"]
     calibration: Name
@@ -47,6 +48,12 @@ class Settings(MethodSettings):
             widths_of(self.slice, budget, ratio)
         except RankwiseError as error:
             yield "slice" if self.slice is not None else "", str(error)
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """The widths of the stream decide, with the matrices in its residual connections."""
+        from lowrank.compression.slicing import sliced_parameters
+
+        return sliced_parameters(budget, widths_of(self.slice, budget, ratio))
 
 
 def compress(task: CompressionTask) -> Replacements:

@@ -12,12 +12,13 @@ inputs that its own earlier layers do not change yet; here they do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from lowrank.config.base import Name, Positive, wrong
+from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import UniformSettings
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Settings(UniformSettings):
         default=None, description="update: calibration windows to refit on, the first ones; null: all"
     )
 
-    @model_validator(mode="after")
-    def _windows_are_for_the_update(self) -> Settings:
-        if self.windows is not None and not self.update:
-            raise wrong("windows", "is for `update: true` only; the whitening reads the statistics of all windows")
-        return self
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Windows are for the update."""
+        reason = "is for `update: true` only; the whitening reads the statistics of all windows"
+        return super().unread(given) | ({} if given.get("update") else {"windows": reason})
 
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:

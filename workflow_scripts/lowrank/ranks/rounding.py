@@ -122,7 +122,8 @@ class Rounder:
 
         def cut(index: int) -> float:
             choice = choices[index]
-            return self._rank(index, ratios[index]) - (self._rank(index, 1.0) if choice is None else choice)
+            exact = self._rank(index, ratios[index]) - (self._rank(index, 1.0) if choice is None else choice)
+            return round(exact, 9)  # equal cuts are told apart by their place, not by rounding errors
 
         left = allowed - sum(self.cost(index, choice) for index, choice in enumerate(choices))
         units = [(-cut(index), index) for index in range(len(choices))]

@@ -18,6 +18,7 @@ from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget, Ranks
+from lowrank.ranks.by_type import WHOLE
 from lowrank.ranks.reach import limits_of, why_out_of_reach
 from lowrank.ranks.rounding import DENSE, Rounder, Rounding, Unit
 from lowrank.search.space import Space
@@ -26,7 +27,6 @@ _BURN_IN, _THINNING = 500, 20
 _DRAWS, _DRAWS_AT_ONCE = 2_000_000, 50_000
 _HALVINGS = 60
 _DENSE_WHEN_SCALED = 1e6
-_WHOLE = 1e-3  # of one parameter: more than the rounding error of the budget's product
 
 
 class SearchSpace(Space):
@@ -248,7 +248,7 @@ class SearchSpace(Space):
 
     def ranks(self, x: np.ndarray) -> Ranks:
         """The ranks of a point; the budget is never exceeded, see `Rounder`."""
-        allowed = math.floor(self.budget.allowed(self.ratio) + _WHOLE) - self._fixed
+        allowed = math.floor(self.budget.allowed(self.ratio) + WHOLE) - self._fixed
         dense = self.budget.dense_parameters
         wanted = round(allowed - (self.total - float(self.share(x))) * dense)
         choices = self._rounder.choose([float(x[unit.variable]) for unit in self.units], allowed, wanted)

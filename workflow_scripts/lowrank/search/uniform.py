@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget, Ranks
+from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.rounding import Rounding
-from lowrank.search.allocation import uniform_ranks
 
 
 def uniform_layers(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowrank.config.shapes import found_shape
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
@@ -74,6 +75,20 @@ def _load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a strange value raises in the class of the architecture
         raise RankwiseError(f"its config.json cannot be read by transformers ({error}).") from error
+
+
+def with_shape(model: Model, folder: Path) -> Model:
+    """The section, with the shape of the checkpoint if it states none.
+
+    Raises:
+        RankwiseError: the architecture is unknown, or its numbers are impossible.
+    """
+    if model.shape is not None:
+        return model
+    raw = read_record(folder / "config.json")
+    _check_architecture(raw)
+    _check_remote_code(folder, raw)
+    return model.model_copy(update={"shape": found_shape(model_numbers(_load_config(folder)))})
 
 
 def model_numbers(config: Any) -> dict[str, Any]:

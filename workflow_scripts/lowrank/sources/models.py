@@ -55,6 +55,7 @@ def fetch_model(name: str, model: Model, cache: Path, target: Path, tokenizer: P
             convert_gguf(files[0], folder, parse_dtype(model.dtype))
         else:
             copy_checkpoint(files, folder, link=isinstance(model.source, HubSource))
+        model = checks.with_shape(model, folder)
         parameters = checks.check_checkpoint(name, model, folder, weight_files(folder))
         manifest = {
             "model": name,

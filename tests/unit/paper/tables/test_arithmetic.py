@@ -9,10 +9,10 @@ import pytest
 
 from lowrank.config.outputs import ArithmeticTable
 from lowrank.errors import RankwiseError
-from lowrank.paper.counts import count, module_ranks
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, TableData, build_table
-from tests.unit.paper.test_counts import LLAMA_7B, LLAMA_13B
+from lowrank.ranks.counts import count, module_ranks
+from tests.unit.ranks.test_counts import LLAMA_7B, LLAMA_13B
 
 PUBLISHED = Path(__file__).parents[4] / "config" / "published"
 SHAPES = {"llama-2-7b": LLAMA_7B, "llama-2-13b": LLAMA_13B}
@@ -132,6 +132,20 @@ def test_statistics_without_the_counts_are_refused() -> None:
 
 def test_ranks_that_are_no_smaller_than_the_matrix_are_refused_with_a_hint() -> None:
     narrow = LLAMA_7B.model_copy(update={"hidden": 1024, "heads": 8})
+    shapes = SHAPES | {"narrow": narrow}
     table = ArithmeticTable(kind="arithmetic", title="Title", checks=[check() | {"model": "narrow"}])
-    with pytest.raises(RankwiseError, match=r"'Title', checks\[0\]: rank 744 of .*q_proj .*`units_of`"):
-        build_table(table, [], Context(shapes={"narrow": narrow}, published_folder=PUBLISHED))
+    with pytest.raises(RankwiseError, match=r"'Title', checks\[0\]: rank 744 of .*q_proj .*`units_of: llama-2-7b or"):
+        build_table(table, [], Context(shapes=shapes, published_folder=PUBLISHED))
+
+
+def test_ranks_that_only_their_conversion_makes_possible() -> None:
+    """Ranks of a wide model mean the same shares of a narrow one, which cannot have them as they are printed."""
+    narrow = LLAMA_7B.model_copy(update={"hidden": 1024, "heads": 8})
+    table = ArithmeticTable(
+        kind="arithmetic", title="Title", checks=[check() | {"model": "narrow", "units_of": "llama-2-7b"}]
+    )
+    built = build_table(table, [], Context(shapes=SHAPES | {"narrow": narrow}, published_folder=PUBLISHED))
+    (found,) = built.frame.to_dict("records")
+    assert found["parameters_as_printed"] is None
+    assert "as printed they are none that this model can have" in found["parameters_reason"]
+    assert any("Converted ranks" in note for note in built.notes)

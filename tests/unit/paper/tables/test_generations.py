@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lowrank.config.suites import GenerationSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, TableData, build_table
-from tests.unit.paper.paper_samples import ENVIRONMENT, subject
+from tests.unit.paper.paper_samples import ENVIRONMENT, manifest, subject
 from tests.unit.paper.test_render import Cells
 
 PROMPTS = ["The river", "Bread:\n- flour | water"]
@@ -42,7 +43,8 @@ def generation(row: Row, texts: list[str], seed: int = 0, prompts: list[str] | N
 def results(texts: list[str], *more_seeds: list[str], prompts: list[str] | None = None, **row: Any) -> RowResults:
     chosen = Row(**{"model": "tiny", **row})
     found = [generation(chosen, given, seed, prompts) for seed, given in enumerate((texts, *more_seeds))]
-    return RowResults(chosen, {"g": found}, place="tables.t.rows[0]", evidence=["../e/g.json"])
+    manifests = [manifest(chosen, chosen.ratio)] if chosen.ratio else []
+    return RowResults(chosen, {"g": found}, manifests, place="tables.t.rows[0]", evidence=["../e/g.json"])
 
 
 def build(*rows: RowResults, **changes: Any) -> TableData:
@@ -158,3 +160,11 @@ def test_texts_of_another_row_are_refused() -> None:
     other = RowResults(Row(model="tiny", method="svd", ratio=20), results([" a", " b"], **SMALL).evaluations)
     with pytest.raises(RankwiseError, match=r"the evaluation 'g' is of kind generation for .*'bolaco'"):
         build(other)
+
+
+def test_a_row_that_missed_its_ratio_is_refused() -> None:
+    missed = results([" flows on.", " salt"], **SMALL)
+    missed = replace(missed, manifests=[manifest(missed.row, 25)])
+    with pytest.raises(RankwiseError, match=r"removed 25\.00 % .* not 20 %.*write `tolerance: 5` on the row"):
+        build(missed)
+    build(replace(missed, row=missed.row.model_copy(update={"tolerance": 5.0})))

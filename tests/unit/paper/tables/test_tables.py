@@ -199,7 +199,8 @@ def test_a_name_that_two_suites_share_is_told_apart() -> None:
 
 def test_a_row_that_missed_its_ratio_is_refused() -> None:
     build("accuracy", [row_results(removed=20.5)])
-    for kind, suites in (("accuracy", None), ("statistics", {"cost": COST}), ("allocations", {})):
+    counted = {"cost": COST}
+    for kind, suites in (("accuracy", None), ("statistics", counted), ("times", counted), ("allocations", {})):
         given_context = context() if suites is None else context(suites=suites)
         with pytest.raises(RankwiseError, match=r"tables\.t\.rows\[0\]: lord removed 20\.60 % .* not 20 %"):
             build(kind, [row_results(removed=20.6)], given_context)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
+from lowrank.config.outputs import namesakes
 from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.axes import (
@@ -36,7 +37,7 @@ from lowrank.paper.figures.panels import (
 from lowrank.paper.figures.style import DENSE_COLOUR, DENSE_DASHES, TEXT, series_style, style
 from lowrank.paper.figures.values import NUMBERS, perplexity_over_seeds
 from lowrank.paper.tables.data import RowResults
-from lowrank.paper.tables.rows import evaluations_of, method_title, number_text
+from lowrank.paper.tables.rows import evaluations_of, number_text
 
 UNTUNED = "none"
 ROW_HEIGHT, LINE_HEIGHT = 0.2, 0.12  # inches: of a row, and of each further line of its label
@@ -80,7 +81,7 @@ def comparison_frame(rows: Sequence[RowResults], suite_name: str, suite: Perplex
     records = [
         {
             "model": results.row.model,
-            "label": method_title(results),
+            "label": results.row.title,
             "method": results.row.method,
             "tuning": results.row.tuning,
             "ratio": results.row.ratio,
@@ -121,15 +122,12 @@ def draw_comparison(frame: pd.DataFrame, title: str, smoke: bool = False) -> Fig
 
 
 def _refuse_equal_names(rows: Sequence[RowResults]) -> None:
-    seen: dict[tuple[str, int, str], str] = {}
-    for results in rows:
-        key = (results.row.model, results.row.ratio, method_title(results))
-        if key in seen:
-            raise RankwiseError(
-                f"{results.place}: '{key[2]}' of {key[0]} at {key[1]} % stands in {seen[key]} already; leave one out, "
-                "or give it a `label` of its own."
-            )
-        seen[key] = results.place
+    for index, earlier in namesakes([results.row for results in rows]):
+        row = rows[index].row
+        raise RankwiseError(
+            f"{rows[index].place}: '{row.title}' of {row.model} at {row.ratio} % stands in {rows[earlier].place} "
+            "already; leave one out, or give it a `label` of its own."
+        )
 
 
 def _entries(part: pd.DataFrame, characters: int) -> tuple[list[Entry], float]:

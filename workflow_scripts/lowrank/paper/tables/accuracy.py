@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lowrank.config.outputs import RowTable
-from lowrank.config.published import Published
+from lowrank.config.published import Published, single_values
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
@@ -111,7 +111,7 @@ def _beside(rows: Sequence[RowResults], measures: Sequence[Measure], context: Co
         for index, results in enumerate(rows)
         if (published := shared.published_of(results, context)) is not None
     }
-    printed = {index: shared.single_values(published, rows[index].place) for index, published in found.items()}
+    printed = {index: single_values(published, f"{rows[index].place}.published") for index, published in found.items()}
     corpora, alone = match_corpora(measures, [name for values in printed.values() for name in values])
     if not any(measure.kind == "perplexity" for measure in measures):
         alone = []  # the table is not about perplexity

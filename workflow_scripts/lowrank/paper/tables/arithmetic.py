@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank.config.arithmetic import TOKENS, arithmetic_of
 from lowrank.config.outputs import ArithmeticRow, ArithmeticTable
-from lowrank.config.published import Published, find_published, why_other_row
+from lowrank.config.published import Published, find_published
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.paper.counts import Counts, count, module_ranks
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import Cell, Column, Context, Line, RowResults, TableData
+from lowrank.ranks.counts import Counts
 
-TOKENS = 64  # of the pass whose multiply-accumulates the paper prints
 HALF_A_DIGIT = 0.005  # values are printed with two decimals
 CLOSE = 0.005  # relative
 EXPLAINS = 0.02  # relative
@@ -59,7 +59,7 @@ class Check:
     Attributes:
         row: of the config.
         counts: from the ranks, converted if the config says so.
-        as_printed: from the ranks as they are printed; None where nothing was converted.
+        as_printed: from the ranks as they are printed; None where nothing was converted, or the model cannot have them.
         parameters, macs: billions.
     """
 
@@ -84,7 +84,7 @@ def build_arithmetic(table: ArithmeticTable, rows: Sequence[RowResults], context
         statistics = find_published(context.published_folder, row.statistics, f"{place}.statistics")
         published += [ranks, statistics]
         try:
-            checks.append(_check(row, ranks, shared.single_values(statistics, place), context.shapes))
+            checks.append(_check(row, ranks, statistics, context.shapes))
         except RankwiseError as error:
             raise RankwiseError(f"{place}: {error}") from error
     lines = [line for index, check in enumerate(checks) for line in _lines(check, starts_block=index > 0)]
@@ -108,28 +108,15 @@ def build_arithmetic(table: ArithmeticTable, rows: Sequence[RowResults], context
     )
 
 
-def _check(
-    row: ArithmeticRow, ranks: Published, printed: Mapping[str, float | None], shapes: Mapping[str, ModelShape]
-) -> Check:
-    if why := why_other_row(row):
-        raise RankwiseError(why)
-    shape, units = shapes[row.model], shapes[row.units_of] if row.units_of else None
-    counts = count(shape, module_ranks(ranks.values, shape, units), TOKENS)
-    as_printed = count(shape, module_ranks(ranks.values, shape), TOKENS) if units else None
+def _check(row: ArithmeticRow, ranks: Published, statistics: Published, shapes: Mapping[str, ModelShape]) -> Check:
+    found = arithmetic_of(row, ranks, statistics, shapes)
     return Check(
         row,
-        counts,
-        as_printed,
-        _parameters(counts, as_printed, _printed(printed, "parameters_billion"), row),
-        _macs(counts, _printed(printed, "macs_giga"), row),
+        found.counts,
+        found.as_printed,
+        _parameters(found.counts, found.as_printed, found.parameters, row),
+        _macs(found.counts, found.macs, row),
     )
-
-
-def _printed(values: Mapping[str, float | None], column: str) -> float:
-    value = values.get(column)
-    if value is None:
-        raise RankwiseError(f"the file of the statistics prints no `{column}` for this row")
-    return value
 
 
 def _parameters(counts: Counts, as_printed: Counts | None, printed: float, row: ArithmeticRow) -> Verdict:
@@ -137,11 +124,13 @@ def _parameters(counts: Counts, as_printed: Counts | None, printed: float, row: 
     ours = counts.parameters / 1e9
     word = _word(ours, printed)
     reasons = [_off_target(counts, row)] if word == NOT_DERIVED else []
-    if as_printed is not None:
-        reasons.append(
-            f"ranks converted from units of {row.units_of}; as printed they give {as_printed.parameters / 1e9:.2f} "
-            f"and keep {100 * as_printed.kept:.2f} % of the linears"
+    if row.units_of is not None:
+        printed_so = (
+            f"give {as_printed.parameters / 1e9:.2f} and keep {100 * as_printed.kept:.2f} % of the linears"
+            if as_printed
+            else "are none that this model can have"
         )
+        reasons.append(f"ranks converted from units of {row.units_of}; as printed they {printed_so}")
     return Verdict(ours, printed, word, "; ".join(reasons))
 
 
@@ -227,7 +216,7 @@ def _notes(checks: Sequence[Check], published: Sequence[Published]) -> tuple[str
     tally = ", ".join(
         f"{sum(verdict.word == word for verdict in verdicts)} {word}" for word in (REPRODUCED, NEAR, NOT_DERIVED)
     )
-    converted = [check for check in checks if check.as_printed is not None]
+    converted = [check for check in checks if check.row.units_of is not None]
     sources = {
         source.citation: f"Ranks and printed values: {source.citation}. "
         + " ".join(f"{note}." for note in source.notes)

@@ -29,7 +29,7 @@ def build_generations(table: RowTable, rows: Sequence[RowResults], context: Cont
     """Build a table of texts: a block a prompt, in it a line a row; in HTML a line a prompt and a column a row.
 
     Raises:
-        RankwiseError: results are missing, of another row, or of other prompts.
+        RankwiseError: results are missing, of another row, or of other prompts, or a method missed its ratio.
     """
     prompts = [prompt for name in context.suites for prompt in _prompts(name, rows, context)]
     leading = shared.leading_columns(rows)
@@ -61,6 +61,7 @@ def _prompts(suite: str, rows: Sequence[RowResults], context: Context) -> list[P
     assert isinstance(settings, GenerationSuite)
     evaluations = [shared.evaluations_of(results, suite, "generation")[0] for results in rows]
     for results, evaluation in zip(rows, evaluations, strict=True):
+        shared.kept_percent(results)  # refuses a row that missed its ratio
         if [entry["prompt"] for entry in evaluation["completions"]] != settings.prompts:
             raise RankwiseError(
                 f"{results.place}: the evaluation '{suite}' is of other prompts. Delete it and run the workflow again."

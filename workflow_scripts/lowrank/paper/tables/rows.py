@@ -50,9 +50,7 @@ def over_seeds(values: Sequence[float], stderrs: Sequence[float | None] = ()) ->
 
 def method_title(results: RowResults) -> str:
     """Label or preset name, and the preset of post-training if there was one."""
-    row = results.row
-    name = row.label or row.method
-    return name if row.tuning == "none" else f"{name} + {row.tuning}"
+    return results.row.title
 
 
 def evaluations_of(results: RowResults, suite: str, kind: str) -> Sequence[Json]:
@@ -119,12 +117,13 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     """
     row = results.row
     for percent in kept:
-        if row.ratio and abs(100 - percent - row.ratio) > row.tolerance:
+        if not row.met_by(percent):
+            tolerance = max(row.tolerance_for(share) for share in kept)
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the "
-                "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, set the "
-                f"row's `tolerance` (now {row.tolerance:g} points)."
+                "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, write "
+                f"`tolerance: {tolerance:g}` on the row (now {row.tolerance:g} points)."
             )
     return over_seeds(kept)
 
@@ -140,20 +139,6 @@ def published_of(results: RowResults, context: Context) -> Published | None:
     if reference is None:
         return None
     return find_published(context.published_folder, reference, f"{results.place}.published")
-
-
-def single_values(published: Published, place: str) -> dict[str, float | None]:
-    """The one line of a published row.
-
-    Raises:
-        RankwiseError: the file has several lines for it.
-    """
-    if len(published.values) != 1:
-        raise RankwiseError(
-            f"{place}.published: {len(published.values)} lines of {published.reference.file}.csv answer to it; "
-            "a table of this kind shows one."
-        )
-    return published.values[0]
 
 
 def leading_columns(rows: Sequence[RowResults]) -> tuple[Column, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank.config.outputs import RowTable
+from lowrank.config.published import single_values
 from lowrank.config.suites import CostSuite
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Json, Line, RowResults, TableData
@@ -31,7 +32,7 @@ def build_statistics(table: RowTable, rows: Sequence[RowResults], context: Conte
         records.append(shared.record_start(results, number) | values | shared.evidence_record(results))
         published = shared.published_of(results, context)
         if published is not None:
-            printed = _printed(shared.single_values(published, results.place))
+            printed = _printed(single_values(published, f"{results.place}.published"))
             lines.append(_line(shared.published_texts(rows, published), printed, units, False, published=True))
             records.append(shared.published_record(published, number) | printed)
     leading = shared.leading_columns(rows)

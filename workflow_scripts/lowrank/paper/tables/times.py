@@ -22,7 +22,8 @@ def build_times(table: RowTable, rows: Sequence[RowResults], context: Context) -
     """Build a table of measured times; values are means over seeds.
 
     Raises:
-        RankwiseError: results are missing or of another row, or a manifest lacks its seconds.
+        RankwiseError: results are missing or of another row, a method missed its ratio, or a manifest lacks its
+            seconds.
     """
     suite = next(iter(context.suites))
     measured = [_measured(results, suite) for results in rows]
@@ -63,6 +64,7 @@ def _measured(results: RowResults, suite: str) -> dict[str, float | None]:
                     f"{results.place}: the manifest of the {stage} lacks `seconds`. Delete it and run again."
                 )
         values[stage] = shared.over_seeds([m["seconds"] for m in manifests]).value if manifests else None
+    shared.kept_percent(results)  # refuses a row that missed its ratio
     evaluations = [e["measured"] for e in shared.evaluations_of(results, suite, "cost")]
     for key in SPEEDS:
         values[key] = shared.over_seeds([measured[key] for measured in evaluations]).value

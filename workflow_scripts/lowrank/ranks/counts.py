@@ -7,16 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.model.families import LinearModule, LinearType, linear_modules
+from lowrank.model.families import Dimensions, LinearModule, LinearType, linear_modules
 from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank
 
 ATTENTION_SITES = ("attention", "attention_output")
 """What q, k, v and o read."""
+
+
+class Sizes(Dimensions, Protocol):
+    """The numbers of a model's configuration that decide all of its parameters."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def tied_embeddings(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Counts:
     macs_attention_dense: int
 
 
-def count(shape: ModelShape, ranks: Mapping[str, int | None], tokens: int) -> Counts:
+def count(shape: Sizes, ranks: Mapping[str, int | None], tokens: int) -> Counts:
     """Count a model's parameters and multiply-accumulates.
 
     Args:
@@ -53,7 +63,7 @@ def count(shape: ModelShape, ranks: Mapping[str, int | None], tokens: int) -> Co
         if rank is not None and not 1 <= rank <= most:
             raise RankwiseError(
                 f"rank {rank} of {module.name} ({module.out_features} x {module.in_features}): a pair is smaller than "
-                f"the matrix at ranks 1 to {most} only. Are the ranks in units of another model (`units_of`)?"
+                f"the matrix at ranks 1 to {most} only"
             )
     attention_dense = {m.name: None if m.type.site in ATTENTION_SITES else ranks.get(m.name) for m in budget.modules}
     linears = budget.parameters(ranks)
@@ -65,7 +75,7 @@ def count(shape: ModelShape, ranks: Mapping[str, int | None], tokens: int) -> Co
     )
 
 
-def other_parameters(shape: ModelShape) -> int:
+def other_parameters(shape: Sizes) -> int:
     """Parameters outside the decoder's linear weights: embeddings, head, norms, native biases.
 
     Raises:
@@ -82,9 +92,7 @@ def other_parameters(shape: ModelShape) -> int:
     return embeddings + norms
 
 
-def module_ranks(
-    printed: Sequence[Mapping[str, float | None]], shape: ModelShape, units: ModelShape | None = None
-) -> Ranks:
+def module_ranks(printed: Sequence[Mapping[str, float | None]], shape: Sizes, units: Sizes | None = None) -> Ranks:
     """The rank of every linear layer, from ranks that are printed by type and group of layers.
 
     Args:
@@ -117,7 +125,7 @@ def _printed_rank(group: Mapping[str, float | None], linear: LinearType) -> floa
     return group.get(linear.name, group.get(linear.tied))
 
 
-def _unit_factors(modules: Sequence[LinearModule], units: ModelShape | None) -> dict[str, float]:
+def _unit_factors(modules: Sequence[LinearModule], units: Sizes | None) -> dict[str, float]:
     """Type -> break-even rank of the model over that of the model whose units the ranks are in."""
     if units is None:
         return dict.fromkeys([module.type.name for module in modules], 1.0)
@@ -129,6 +137,6 @@ def _unit_factors(modules: Sequence[LinearModule], units: ModelShape | None) -> 
     return {m.type.name: break_even_rank(m.out_features, m.in_features) / others[m.type.name] for m in modules}
 
 
-def _macs(shape: ModelShape, linears: int, tokens: int) -> int:
+def _macs(shape: Sizes, linears: int, tokens: int) -> int:
     attention = shape.layers * 2 * tokens**2 * shape.heads * shape.head_dim
     return tokens * linears + attention + tokens * shape.vocabulary * shape.hidden

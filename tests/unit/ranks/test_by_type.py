@@ -1,0 +1,66 @@
+"""Ranks from kept ratios by type: those that the search's space gives for the same point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
+from lowrank.ranks.budget import Budget, Ranks
+from lowrank.ranks.by_type import lord_ranks, uniform_ranks
+from lowrank.ranks.rounding import Rounder
+from lowrank.search.allocation import lord_point
+from lowrank.search.kept_ratios import SearchSpace
+from tests.config.test_fit import shapes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _the_last_bits_decide_no_tie() -> Iterator[None]:
+    """A space finds its uniform point by bisection; between matrices of one shape the last bit would give the step."""
+    exact = Rounder._rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rounder, "_rank", lambda self, index, ratio: round(exact(self, index, ratio), 6))
+        yield
+
+
+def of_space(budget: Budget, ratio: int, uncompressed: list[str], lord: bool) -> Ranks | None:
+    try:
+        space = SearchSpace(budget, ratio, 1, uncompressed, lower=0.0)
+        return space.ranks(lord_point(space) if lord else space.uniform())
+    except RankwiseError:
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shapes(),
+    st.integers(1, 90),
+    st.lists(st.sampled_from("qkvo"), unique=True),
+    st.booleans(),
+    st.booleans(),
+)
+def test_uniform_ranks_are_those_of_the_uniform_point(
+    shape: ModelShape, ratio: int, uncompressed: list[str], adds_bias: bool, block: bool
+) -> None:
+    budget = replace(Budget.of(shape), adds_bias=adds_bias, identity_block=block)
+    try:
+        ranks: Ranks | None = uniform_ranks(budget, ratio, uncompressed)
+    except RankwiseError:
+        ranks = None
+    assert ranks == of_space(budget, ratio, uncompressed, lord=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shapes(), st.integers(1, 60), st.booleans())
+def test_lords_ranks_are_those_of_its_point(shape: ModelShape, ratio: int, block: bool) -> None:
+    budget = replace(Budget.of(shape), identity_block=block)
+    try:
+        ranks: Ranks | None = lord_ranks(budget, ratio, "give-back")
+    except RankwiseError:
+        ranks = None
+    assert ranks == of_space(budget, ratio, ["v"], lord=True)

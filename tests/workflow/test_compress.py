@@ -1,0 +1,99 @@
+"""`make compress` from the command to the checkpoint, on a tiny model, through the real rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank.config.load import load_study
+from lowrank.model.checkpoint import load_checkpoint
+from tests import tiny
+from tests.warm import ENVIRONMENT, REPOSITORY, Warm
+
+sys.path.insert(0, str(REPOSITORY / "workflow_scripts"))
+import compress
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without a config, and two texts."""
+    folder = tmp_path_factory.mktemp("own model")
+    trained = tiny.tokenizer()
+    tiny.model("llama-gqa", len(trained)).save_pretrained(folder / "model")
+    trained.save_pretrained(folder / "model")
+    (folder / "calibration.txt").write_text(" ".join(tiny.text(seed, 300) for seed in range(12)))
+    tiny.write_lines(folder / "test.jsonl", [{"text": tiny.text(500 + seed, 300)} for seed in range(6)])
+    return folder
+
+
+def command(inputs: Path, out: Path, *more: str) -> list[str]:
+    texts = ("--calibration", str(inputs / "calibration.txt"), "--test", str(inputs / "test.jsonl"))
+    return ["--out", str(out), *texts, *more, "--", str(inputs / "model"), "20"]
+
+
+def test_a_folder_becomes_a_checkpoint_and_a_table(
+    inputs: Path, warm: Warm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[str] = []
+
+    def run(arguments: Sequence[str]) -> int:
+        done = warm.run(arguments, os.environ | ENVIRONMENT)
+        runs.append(done.stdout)
+        return done.returncode
+
+    out = inputs / "out"
+    assert compress.main(command(inputs, out), run) == 0, runs
+    said = capsys.readouterr().out
+    places = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("checkpoint:", "config:")))
+    assert places["config:"] == str(out / "study.yaml")
+    assert len((out / "study.yaml").read_text().splitlines()) < 15
+    model = load_checkpoint(places["checkpoint:"], torch.float32)
+    dense = tiny.model("llama-gqa", len(tiny.tokenizer()))
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
+    assert load_study(out / "study.yaml").tables
+    lines = {line[:24].strip(): line[24:].split("  ") for line in said.splitlines()}
+    for method, ratio, column in (("dense", 0, 0), ("rankwise", 20, 1)):
+        folder = out / f"results/model/evaluation/model/{method}/{ratio}/none/seed0"
+        found = json.loads((folder / "perplexity.json").read_text())["corpora"]["test"]
+        cost = json.loads((folder / "cost.json").read_text())
+        values = [value.strip() for value in lines["perplexity (test)"] if value.strip()]
+        assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.06)
+        assert f"{cost['measured']['decode_tokens_per_second']:,.1f}" in "".join(lines["generation, tokens/s"])
+    assert (out / "results/model/report.html").is_file()
+    assert compress.main(command(inputs, out), run) == 0
+    assert "Nothing to be done" in runs[1]
+
+
+def test_what_stops_says_how_to_go_on(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: 3) == 3
+    assert "The same command goes on from here; the config is" in capsys.readouterr().err
+    assert compress.main(command(inputs, tmp_path / "other", "--method", "svdd")) == 1
+    assert "METHOD: 'svdd' is no method - did you mean 'svd'?" in capsys.readouterr().err
+
+
+def test_make_hands_on_what_is_typed_and_nothing_of_the_environment(tmp_path: Path) -> None:
+    """The recipe as make would run it: a variable of the environment is no option."""
+    (tmp_path / ".installed").touch()
+    typed = ["MODEL=/data/it's mine", "RATIO=20", "METHOD=svd", "TEST=a b.txt", f"VENV={tmp_path}"]
+    made = subprocess.run(
+        ["make", "--dry-run", "--old-file", f"{tmp_path}/.installed", "compress", *typed],
+        cwd=REPOSITORY,
+        env=os.environ | {"OUT": "/elsewhere", "DTYPE": "float16"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = subprocess.run(
+        ["bash", "-c", made.stdout.replace("python workflow_scripts/compress.py", "printf '%s\\n'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert given.stdout.splitlines() == ["--method=svd", "--test=a b.txt", "--", "/data/it's mine", "20"]

@@ -1,0 +1,112 @@
+"""The numbers of a model's shape, read from its `config.json` or from the metadata of a GGUF file, without torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import RankwiseError
+from lowrank.files import read_record
+from lowrank.model.families import FAMILIES
+
+_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+}
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "opt": {"tie_word_embeddings": True},
+}
+"""What transformers takes for a key that a config.json leaves out, where that does not follow from others."""
+
+_GGUF_KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
+_GGUF_HEAD_DIM = {"llama": "rope.dimension_count", "mistral": "rope.dimension_count", "qwen3": "attention.key_length"}
+
+
+def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `models.<name>.shape` from what a `config.json` holds, with the defaults of transformers.
+
+    Raises:
+        RankwiseError: an unknown architecture, or a number is missing.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise RankwiseError(
+            f"its architecture (`model_type: {family}`) is unknown here; known families: {', '.join(sorted(FAMILIES))}."
+        )
+    names = _KEYS | ({"intermediate": "ffn_dim"} if family == "opt" else {})
+    if missing := [key for key in names.values() if config.get(key) is None]:
+        raise RankwiseError(f"its config.json has no {', '.join(f'`{key}`' for key in missing)}.")
+    found = _LEFT_OUT.get(family, {}) | config
+    heads = found[names["heads"]]
+    return {
+        "family": family,
+        **{key: found[name] for key, name in names.items()},
+        "kv_heads": heads if family == "opt" else found.get("num_key_value_heads") or heads,
+        "head_dim": found.get("head_dim") or found["hidden_size"] // heads,
+        "tied_embeddings": found.get("tie_word_embeddings", False),
+    }
+
+
+def model_config(files: list[Path]) -> dict[str, Any]:
+    """What says how a model is built: its `config.json`, or the same keys from the metadata of a GGUF file.
+
+    Args:
+        files: the GGUF file, or the files of a checkpoint.
+
+    Raises:
+        RankwiseError: they are no model, or cannot be read.
+    """
+    if len(files) == 1 and files[0].suffix == ".gguf":
+        return gguf_config(files[0])
+    configs = [file for file in files if file.name == "config.json"]
+    if len(configs) != 1:
+        raise RankwiseError(
+            f"a model is a GGUF file or a folder with one `config.json`, and here are {len(configs)} of those."
+        )
+    return read_record(configs[0])
+
+
+def gguf_config(file: Path) -> dict[str, Any]:
+    """The keys of a `config.json`, as transformers finds them in a GGUF file.
+
+    Raises:
+        RankwiseError: it cannot be read.
+    """
+    state = file.stat()
+    return dict(_gguf_config(file, state.st_mtime_ns, state.st_size))
+
+
+@cache
+def _gguf_config(file: Path, changed: int, size: int) -> dict[str, Any]:
+    """Read once, since the tokens of a vocabulary take seconds."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        tokens = reader.fields.get("tokenizer.ggml.tokens")
+        names = {tensor.name for tensor in reader.tensors}
+    except Exception as error:  # the reader has no error type of its own: ValueError, IndexError, OSError, ...
+        raise RankwiseError(f"{file}: truncated, or no GGUF file ({error}).") from error
+    architecture = fields.get("general.architecture")
+    # llama.cpp calls Mistral's architecture by that of Llama; transformers goes by the model's name.
+    family = "mistral" if architecture == "llama" and fields.get("general.name") == "mistral" else architecture
+    keys = _GGUF_KEYS | ({_GGUF_HEAD_DIM[family]: "head_dim"} if family in _GGUF_HEAD_DIM else {})
+    found = {name: fields[f"{architecture}.{key}"] for key, name in keys.items() if f"{architecture}.{key}" in fields}
+    vocabulary = {"vocab_size": len(tokens.data)} if tokens else {}
+    return {"model_type": family, **vocabulary, **found, "tie_word_embeddings": "output.weight" not in names}

@@ -1,0 +1,348 @@
+"""A model and texts of one's own: from their paths to the small config of a study that compresses the model once.
+
+`make compress MODEL=/data/my-model RATIO=20` runs it. Everything that the config does not say is a preset of
+`config/presets/default.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank.config.load import check_study, models_without_shape
+from lowrank.config.messages import did_you_mean
+from lowrank.config.shapes import found_shape, model_files
+from lowrank.config.sources import Model
+from lowrank.config.study import Study
+from lowrank.config.use import SHIPPED
+from lowrank.config.yaml_file import read_yaml
+from lowrank.errors import RankwiseError
+from lowrank.model.shapes import model_config, shape_numbers
+from lowrank.sources.readers import iter_texts
+
+PRESETS = "presets/default.yaml"
+CONFIG = "study.yaml"
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+CHARACTERS_PER_TOKEN = 8
+"""A cautious guess, to take no more windows than a short text has; English has about 4.5 characters a token."""
+FEWEST = {"calibration": 8, "test": 1}
+"""Windows: the presets' covariances pool eight groups."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be compressed, and how, as it is asked for: nothing of it is checked yet.
+
+    Attributes:
+        model: a folder in the Hugging Face layout, or a GGUF file.
+        ratio: percent of the decoder's linear weights to remove.
+        method: a preset's name.
+        out: the folder of everything that comes out; empty: `compressed/<model>-<method>-<ratio>`.
+        calibration: a text file or a folder of such; empty: the presets' texts, from the package index.
+        test: likewise.
+        dtype: of the weights; empty: that of the model, `float32` of a GGUF file.
+    """
+
+    model: str
+    ratio: str
+    method: str = "rankwise"
+    out: str = ""
+    calibration: str = ""
+    test: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Own:
+    """A wish as a study.
+
+    Attributes:
+        study: the study.
+        text: its config.
+        out: the folder in which Snakemake runs it.
+    """
+
+    study: Study
+    text: str
+    out: Path
+
+    @property
+    def config(self) -> Path:
+        """Where the config lies."""
+        return self.out / CONFIG
+
+
+def own_study(wish: Wish, cache: Path) -> Own:
+    """The study that grants a wish.
+
+    Args:
+        wish: what is asked for.
+        cache: folder of downloads.
+
+    Raises:
+        RankwiseError: what of the wish is wrong, and what would be right.
+    """
+    path = _absolute(wish.model)
+    built = _built(wish, path)
+    name, ratio = _name(path), _ratio(wish.ratio)
+    shortened = _texts(wish, built)
+    model: dict[str, Any] = {"source": {"path": str(path)}, "dtype": _dtype(wish, built)}
+    longest: int = Model.model_fields["max_length"].default
+    if (reads := built.get("max_position_embeddings") or longest) < longest:
+        model["max_length"] = reads
+    parts = {"run": name, "cache": str(cache.absolute()), "models": {name: model}} | shortened
+
+    def text_for(method: str) -> str:
+        rows: list[dict[str, Any]] = [
+            {"model": name, "method": "dense"},
+            {"model": name, "method": method, "ratio": ratio, "tolerance": 5},
+        ]
+        return _written(wish, parts, rows)
+
+    study = _checked(wish, text_for)
+    default = Path("compressed") / f"{name}-{wish.method}-{ratio}"
+    return Own(study, text_for(wish.method), Path(wish.out).expanduser() if wish.out else default)
+
+
+def write_config(own: Own) -> None:
+    """Write the config into its folder; if it is there already, the run goes on where it stopped.
+
+    Raises:
+        RankwiseError: the folder is in use for something else.
+    """
+    out, config = own.out, own.config
+    if out.exists() and not out.is_dir():
+        raise RankwiseError(f"OUT: {out} is a file; name a folder")
+    if config.is_file():
+        if read_yaml(config) != yaml.safe_load(own.text):
+            raise RankwiseError(
+                f"OUT: {config} says something else: another wish was granted there, or the file was edited. Choose "
+                f"another OUT, or run it as it is: {again(own)}"
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise RankwiseError(f"OUT: {out} holds other files; choose a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    config.write_text(own.text.replace("{again}", again(own)), encoding="utf-8")
+
+
+def again(own: Own) -> str:
+    """The command that runs a config again, after a change too, in this repository."""
+    config, out = shlex.quote(str(own.config)), shlex.quote(str(own.out))
+    return f"snakemake --configfile {config} --directory {out} --profile profiles/local"
+
+
+# --- the parts of a wish ---
+
+
+def _absolute(given: str) -> Path:
+    """Without `..`; links stay, since their names are better than those of what they lead to."""
+    return Path(os.path.abspath(Path(given).expanduser()))
+
+
+def _built(wish: Wish, path: Path) -> dict[str, Any]:
+    """What the model's `config.json`, or its GGUF file, says."""
+    if not wish.model:
+        raise RankwiseError("MODEL: missing; name a folder in the Hugging Face layout, or a .gguf file")
+    if not path.exists():
+        raise RankwiseError(f"MODEL: there is no {path}")
+    if path.is_file() and path.suffix != ".gguf":
+        raise RankwiseError(f"MODEL: {path} is neither a folder in the Hugging Face layout nor a .gguf file")
+    try:
+        built = model_config(model_files({"path": str(path)}))
+        found_shape(shape_numbers(built))
+    except RankwiseError as error:
+        raise RankwiseError(f"MODEL: {path}: {error}") from error
+    return built
+
+
+def _name(path: Path) -> str:
+    """A model's name in the config: that of its folder or file, with the characters that names may have."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path.suffix == ".gguf" else path.name)
+    return name.strip("._-")[:60] or "model"
+
+
+def _ratio(given: str) -> int:
+    try:
+        ratio = int(given)
+    except ValueError:
+        ratio = 0
+    if not 1 <= ratio <= 90:
+        raise RankwiseError(
+            f"RATIO: must be a whole number from 1 to 90, the percentage to remove, not {given or 'nothing'}"
+        )
+    return ratio
+
+
+def _dtype(wish: Wish, built: dict[str, Any]) -> str:
+    if wish.dtype and wish.dtype not in DTYPES:
+        raise RankwiseError(
+            f"DTYPE: '{wish.dtype}' is not one of {', '.join(DTYPES)}{did_you_mean(wish.dtype, DTYPES)}"
+        )
+    stored = built.get("dtype") or built.get("torch_dtype")
+    return wish.dtype or (stored if stored in DTYPES else "float32")
+
+
+def _texts(wish: Wish, built: dict[str, Any]) -> dict[str, Any]:
+    """Sections for texts of one's own, and windows that fit a short text or a model that reads little at once."""
+    presets = read_yaml(SHIPPED / PRESETS)
+    sections: dict[str, Any] = {}
+    for key, given, section, preset in (
+        ("calibration", wish.calibration, "calibration", "standard"),
+        ("test", wish.test, "suites", "perplexity"),
+    ):
+        entry = presets[section][preset]
+        length = min(entry["length"], built.get("max_position_embeddings") or entry["length"])
+        windows = entry["windows"]
+        if given:
+            corpus = own_corpus(given, key.upper())
+            sections.setdefault("corpora", {})[key] = corpus
+            windows = min(windows, _windows(corpus, key, windows, length))
+        if (windows, length) != (entry["windows"], entry["length"]):
+            sections[section] = {preset: entry | {"windows": windows, "length": length}}
+    return sections
+
+
+def own_corpus(given: str, key: str) -> dict[str, Any]:
+    """The section of a corpus for a text file, or a folder of text files of one kind.
+
+    Args:
+        given: its path.
+        key: what messages call it.
+
+    Raises:
+        RankwiseError: nothing is there, or no text that can be read.
+    """
+    path = _absolute(given)
+    kinds = ", ".join(FORMATS)
+    if path.is_file():
+        if (kind := _kind(path)) is None:
+            raise RankwiseError(f"{key}: {path} is no text file of a known kind ({kinds})")
+        return {"source": {"path": str(path)}, "format": FORMATS[kind]}
+    if not path.is_dir():
+        raise RankwiseError(f"{key}: there is no {path}")
+    found = sorted({kind for file in path.iterdir() if (kind := _kind(file))})
+    if len(found) != 1:
+        what = f"files of several kinds ({', '.join(found)})" if found else f"no text file ({kinds})"
+        raise RankwiseError(f"{key}: {path} holds {what}; name a folder with one kind of text files, or a file")
+    return {"source": {"path": str(path), "file": f"*{found[0]}*"}, "format": FORMATS[found[0]]}
+
+
+def _kind(file: Path) -> str | None:
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    return suffix if suffix in FORMATS and not file.name.startswith(".") else None
+
+
+def _windows(corpus: dict[str, Any], key: str, wanted: int, length: int) -> int:
+    """For how many windows a text is surely enough; it is read only as far as needed.
+
+    Raises:
+        RankwiseError: it cannot be read, or is too short for the fewest.
+    """
+    path, pattern = Path(corpus["source"]["path"]), corpus["source"].get("file")
+    files = sorted(path.glob(pattern)) if pattern else [path]
+    size = length * CHARACTERS_PER_TOKEN
+    try:
+        characters = sum(_until(map(len, iter_texts(files, corpus["format"], "text")), wanted * size))
+    except RankwiseError as error:
+        raise RankwiseError(f"{key.upper()}: {error}") from error
+    if (windows := characters // size) < FEWEST[key]:
+        raise RankwiseError(
+            f"{key.upper()}: {path} has {characters:,} characters, and {FEWEST[key] * size:,} are the least "
+            f"({FEWEST[key]} x {length} tokens); give more text"
+        )
+    return windows
+
+
+def _until(sizes: Iterable[int], enough: int) -> Iterator[int]:
+    """The first numbers whose sum is enough."""
+    total = 0
+    for size in sizes:
+        yield size
+        total += size
+        if total >= enough:
+            return
+
+
+# --- the config ---
+
+
+def _written(wish: Wish, parts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The config, for people to read and edit: one line an entry."""
+    asked = {
+        "MODEL": wish.model,
+        "RATIO": wish.ratio,
+        "METHOD": wish.method,
+        "CALIBRATION": wish.calibration,
+        "TEST": wish.test,
+    }
+    words = " ".join(f"{key}={' '.join(value.split())}" for key, value in asked.items() if value)
+    lines = [f"# make compress {words}; again, after a change too: {{again}}", f"use: {PRESETS}"]
+    for key, value in parts.items():
+        if isinstance(value, dict) and len(value) > 1:
+            lines += [f"{key}:", *(f"  {_flow(name)}: {_flow(entry)}" for name, entry in value.items())]
+        else:
+            lines.append(f"{key}: {_flow(value)}")
+    model = rows[0]["model"]
+    quality = {"kind": "accuracy", "title": f"Perplexity of {model}", "suites": ["perplexity"]}
+    speed = {"kind": "times", "title": "Measured times and memory", "suites": ["cost"]}
+    shown = ", ".join(map(_flow, rows))
+    return "\n".join(
+        [
+            *lines,
+            "tables:",
+            f"  quality: {_flow(quality)[:-1]}, rows: &rows [{shown}]}}",
+            f"  speed: {_flow(speed)[:-1]}, rows: *rows}}\n",
+        ]
+    )
+
+
+def _flow(value: Any) -> str:
+    """A value on one line. JSON is YAML too; keys need no quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w/. -]*[\w/.]", value, re.ASCII)
+    return value if plain and yaml.safe_load(value) == value else json.dumps(value)
+
+
+def _checked(wish: Wish, text_for: Callable[[str], str]) -> Study:
+    """The study with the method of the wish.
+
+    Raises:
+        RankwiseError: there is no such method, or it does not fit the model; those that do are named.
+    """
+    known = [name for name, entry in read_yaml(SHIPPED / PRESETS)["methods"].items() if entry["kind"] != "dense"]
+    try:
+        if wish.method not in known:
+            raise RankwiseError(f"'{wish.method}' is no method{did_you_mean(wish.method, known)}")
+        return _study(text_for(wish.method))
+    except RankwiseError as error:
+        fitting = [name for name in known if name != wish.method and _fits(text_for(name))]
+        if wish.method in known and not fitting:  # it is not the method that is wrong
+            raise
+        raise RankwiseError(f"METHOD: {error}\nThese work with this model and ratio: {', '.join(fitting)}") from error
+
+
+def _study(text: str) -> Study:
+    study = check_study(yaml.safe_load(text), "the study")
+    assert not models_without_shape(study)
+    return study
+
+
+def _fits(text: str) -> bool:
+    try:
+        _study(text)
+    except RankwiseError:
+        return False
+    return True
