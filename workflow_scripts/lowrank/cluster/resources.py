@@ -329,7 +329,7 @@ class Estimator:
         device = DOUBLE * (5 * square + 2 * shape.hidden**2 + (2 if dense.gated else 1) * square + 8 * matrix)
         bases = method.own_bases(Budget.of(shape)) * dense.decompositions()
         read = dense.statistics(0) + dense.output_moments(SINGLE)
-        host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": DOUBLE * dense.linears}
+        host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": dense.weights}
         return replace(
             sliced,
             gpu=True,

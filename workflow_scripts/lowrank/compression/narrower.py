@@ -21,6 +21,7 @@ from lowrank.bases.block import basis_of, estimate
 from lowrank.bases.principal import PrincipalBasis
 from lowrank.compression.branches import Structure
 from lowrank.compression.neurons import Elimination, Neurons
+from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.replacements import Replacement, SmallerLinear
 from lowrank.model.runtime import pick_device
@@ -163,6 +164,8 @@ class Mlps:
     def replacements(self, picked: Mapping[str, int]) -> dict[str, Replacement]:
         """The layers of the MLPs that do not stay as they are.
 
+        Plain ones are in the dtype of the model, pairs in float32, as bases are stored.
+
         Args:
             picked: as of `chosen`.
         """
@@ -174,9 +177,9 @@ class Mlps:
             block, kept = self._block(layer), self._eliminations[layer].kept(choice.neurons)
             for part, rank in zip(block.parts(kept), choice.ranks, strict=True):
                 if rank is not None:
-                    changed[part.module.name] = block.basis(part, kept).factors(rank)
+                    changed[part.module.name] = _in_single(block.basis(part, kept).factors(rank))
                 elif narrower:
-                    changed[part.module.name] = SmallerLinear(part.weight, part.bias)
+                    changed[part.module.name] = _as_written(part, self._task.model.dtype)
         return changed
 
     def _block(self, layer: int) -> Block:
@@ -231,3 +234,13 @@ class Mlps:
             for size, loss, pick in zip(curve.parameters, curve.losses, picks.tolist(), strict=True):
                 ranks = tuple(choices.ranks[index] for choices, index in zip(curves, pick, strict=True))
                 yield Choice(width, ranks), float(size), float(loss) + float(elimination.losses[gone])
+
+
+def _in_single(pair: LowRankFactors) -> LowRankFactors:
+    bias = None if pair.bias is None else pair.bias.float().cpu()
+    return LowRankFactors(pair.down.float().cpu(), pair.up.float().cpu(), bias)
+
+
+def _as_written(part: Layer, dtype: torch.dtype) -> SmallerLinear:
+    bias = None if part.bias is None else part.bias.to("cpu", dtype)
+    return SmallerLinear(part.weight.to("cpu", dtype), bias)
