@@ -142,13 +142,10 @@ def test_a_checkpoint_is_the_model_and_nothing_removed_changes_nothing(kind: str
 @pytest.mark.parametrize("ratio", [20, 40, 60])
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
 def test_a_wider_choice_is_never_predicted_to_lose_more(kind: str, ratio: int) -> None:
-    """But for what rounding leaves: `both` has all choices of `neurons`, which has those of `widths: one`.
-
-    With blocks drawn together the choices are no longer those of least predicted loss.
-    """
+    """But for what rounding leaves: `both` has all choices of `neurons`, which has those of `widths: one`."""
 
     def predicted(mlp: str, **options: Any) -> float:
-        account = compressed(kind, ratio, mlp, evenness=0, **options)[2]
+        account = compressed(kind, ratio, mlp, **options)[2]
         return float(account["predicted_loss_rise"]["nats_per_token"])
 
     both, pairs, own, one = (

@@ -53,14 +53,6 @@ class Settings(LowRankSettings):
         default=ALIGNMENT, description="not with `mlp: pairs`; numbers of neurons that stay are multiples of it"
     )
 
-    evenness: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="how far the predicted losses of blocks are drawn together before they compete: 0 takes them as "
-        "predicted, 1 takes all blocks as equally costly",
-    )
-
     @classmethod
     def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """Numbers of neurons are for those who prune."""
@@ -140,7 +132,7 @@ def compress(task: CompressionTask) -> Replacements:
     prunes = settings.mlp != "pairs" and task.ratio > 0
     mlps = Mlps(task, settings.multiple, settings.widths == "one", settings.mlp == "both") if prunes else None
     groups = mlps.groups() if mlps else {}
-    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups, settings.evenness)
+    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups)
     task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
     log.info(
         "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING

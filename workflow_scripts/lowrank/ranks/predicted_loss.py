@@ -6,10 +6,6 @@ neurons: such a group has a list of what it may become, with parameters and loss
 losses under a budget of parameters is a multiple choice knapsack; its Lagrangian relaxation splits into one choice a
 matrix or group, and with the right multiplier it is exact on the convex hulls of their curves. What the rounding of
 that solution leaves of the budget goes, step by step, to the matrix or group that gains most for a parameter.
-
-Predictions are better at telling matrices of one block apart than at telling blocks apart, which calibration text alone
-decides and later blocks change. So the losses of blocks may be drawn together before they compete: with P_l what block
-l would lose if all its matrices kept the budget's share, all its losses are divided by P_l^evenness.
 """
 
 from __future__ import annotations
@@ -95,7 +91,6 @@ def allocate(
     losses: Losses,
     uncompressed: Sequence[str] = (),
     groups: Mapping[str, Group] | None = None,
-    evenness: float = 0.0,
 ) -> PredictedAllocation:
     """Choose all ranks of a model, and what its groups become.
 
@@ -105,7 +100,6 @@ def allocate(
         losses: module -> predicted loss of leaving out each direction, in the order in which ranks grow.
         uncompressed: types that stay dense.
         groups: name (that is no module's) -> what some matrices may become together; none of an uncompressed type.
-        evenness: how far the losses of blocks are drawn together, from 0 (as predicted) to 1 (all blocks alike).
 
     Raises:
         RankwiseError: the smallest choices exceed the budget, or a type is unknown.
@@ -130,8 +124,7 @@ def allocate(
             f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and {smallest}, "
             f"{stays:.1f} % stays. Compress more types, or remove less."
         )
-    competing = _drawn_together(curves, _blocks(budget, groups), allowed, evenness) if evenness else curves
-    picked = _spend_rest(competing, _by_multiplier(competing, allowed), allowed)
+    picked = _spend_rest(curves, _by_multiplier(curves, allowed), allowed)
     ranks |= {name: choice.ranks[picked[name]] for name, choice in choices.items()}
     loss = sum(float(curves[name].losses[index]) for name, index in picked.items())
     return PredictedAllocation(ranks, loss, {name: picked[name] for name in groups})
@@ -148,38 +141,6 @@ def choices_of(budget: Budget, module: LinearModule, losses: npt.NDArray[np.floa
         np.array([*left_out[ranks], 0.0]) if ranks else np.zeros(1),
         (*ranks, None),
     )
-
-
-def _blocks(budget: Budget, groups: Mapping[str, Group]) -> dict[str, int]:
-    """Module or group -> its block; groups of several blocks have none."""
-    blocks = {module.name: module.layer for module in budget.modules}
-    for name, group in groups.items():
-        if len(owners := {blocks[module] for module in group.modules}) == 1:
-            blocks[name] = owners.pop()
-    return blocks
-
-
-def _drawn_together(
-    curves: Mapping[str, Curve], blocks: Mapping[str, int], allowed: float, evenness: float
-) -> dict[str, Curve]:
-    """The curves with the losses of each block divided by a power of what it would lose at the budget's share.
-
-    The powers' geometric mean is 1, so that choices which belong to several blocks compete as they did. A block that
-    would lose nothing keeps its losses.
-    """
-    share = allowed / sum(float(curve.parameters[-1]) for curve in curves.values())
-    lost: dict[int, float] = {}
-    for name, curve in curves.items():
-        if name in blocks:
-            loss = float(np.interp(share * curve.parameters[-1], curve.parameters, curve.losses))
-            lost[blocks[name]] = lost.get(blocks[name], 0.0) + loss
-    logs = {block: float(np.log(loss)) for block, loss in lost.items() if loss > 0}
-    mean = sum(logs.values()) / max(len(logs), 1)
-    factors = {block: float(np.exp(-evenness * (log - mean))) for block, log in logs.items()}
-    return {
-        name: Curve(curve.parameters, curve.losses * factors.get(blocks.get(name, -1), 1.0))
-        for name, curve in curves.items()
-    }
 
 
 def _by_multiplier(choices: Mapping[str, Curve], allowed: float) -> dict[str, int]:
