@@ -219,8 +219,13 @@ CHANGES = [
     Change("another method", code("lowrank/methods/lord.py", "compress"), method("lord"), configs=("paper",)),
     Change("the search", code("lowrank/search/search.py", "search_allocation"), rule("search_allocation"), configs=ALL),
     Change(
-        "what searches, selections and uniform allocations share",
+        "what searches and selections share",
         code("lowrank/search/kept_ratios.py", "SearchSpace.ranks"),
+        rule("search_allocation", "select_validation"),
+    ),
+    Change(
+        "what searches, selections and uniform allocations share",
+        code("lowrank/ranks/rounding.py", "Rounder._give_back"),
         either(rule("search_allocation", "select_validation"), method("svd"), method("lord")),
     ),
     Change("the choice of windows", code("lowrank/search/validation.py", "select_windows"), rule("select_validation")),
