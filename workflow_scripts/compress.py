@@ -68,7 +68,8 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
         write_config(own)
         if code := run(arguments_of(own)):
             print(
-                f"\nIt stopped, see above. The same command goes on from here; the config is {own.config}",
+                "\nIt stopped, see above. The same command goes on from here. If a kill has left a lock, first:\n"
+                f"{again(own)} --unlock",
                 file=sys.stderr,
             )
             return code

@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from lowrank.config.__main__ import main
+from lowrank.config.beside import check_beside
+from lowrank.config.lines import Lines
 from lowrank.config.load import check_study, load_study
 from lowrank.config.shapes import MANIFEST
 from lowrank.config.sources import FoundShape, Model
 from lowrank.config.use import SHIPPED
+from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from lowrank.files import write_json
 from lowrank.layout import Layout
@@ -141,3 +144,14 @@ def test_snakemake_data_is_planned_without_shapes(tmp_path: Path) -> None:
     line = 1 + path.read_text().splitlines().index("  m:")
     assert f"{path} has 1 error:\n  line {line}: models.m.shape: left out" in said
     assert load_study(path, unseen=True).models["m"].shape is None
+
+
+def test_published_ranks_of_a_model_without_a_shape_are_not_judged(tmp_path: Path) -> None:
+    """The paper's own config, with shapes left to `snakemake data`."""
+    raw = read_yaml(SHIPPED / "paper.yaml")
+    for described in raw["models"].values():
+        del described["shape"]
+    path = tmp_path / "paper.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    known = check_study(raw, str(path), [path], unseen=True)
+    assert check_beside(known, SHIPPED, str(path), Lines([path], raw)) is known

@@ -161,9 +161,22 @@ def test_a_folder_that_is_in_use(wish: Wish, tmp_path: Path) -> None:
     assert "is a file; name a folder" in refused(replace(wish, out=str(other / "file")))
 
 
-@pytest.mark.parametrize("name", ["a: b", "[x] {y}", "'q'", "#c", "yes", "é", "010", "a, b"])
+@pytest.mark.parametrize("name", ["a: b", "[x] {y}", "'q'", "#c", "yes", "é", "\U0001f600", "010", "a, b"])
 def test_any_path_can_be_written(name: str, tmp_path: Path) -> None:
     path = model(tmp_path / name)
     own = granted(Wish(path, "20", out=str(tmp_path / "out")))
     assert [entry["source"]["path"] for entry in yaml.safe_load(own.config.read_text())["models"].values()] == [path]
     load_study(own.config)
+
+
+def test_a_model_that_reads_little_at_once_is_timed_on_what_it_reads(tmp_path: Path) -> None:
+    own = granted(Wish(model(tmp_path / "m", max_position_embeddings=128), "20", out=str(tmp_path / "out")))
+    cost = load_study(own.config).suites["cost"]
+    assert (cost.prompt_tokens, cost.new_tokens) == (112, 16)
+
+
+def test_texts_that_share_a_source_are_not_blamed_on_the_method(wish: Wish, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(LONG)
+    said = refused(replace(wish, calibration=str(tmp_path / "a.txt"), test=str(tmp_path / "a.txt")))
+    assert "shares documents" in said
+    assert "METHOD" not in said

@@ -27,7 +27,7 @@ def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> 
     """
     published = Path(folder) / "published"
     problems = published_problems(study.tables, published)
-    shapes = {name: model.shape for name, model in study.models.items()}
+    shapes = {name: model.shape for name, model in study.models.items() if model.shape is not None}
     problems += arithmetic_problems(study.tables, published, shapes)
     for name, tuning in study.tuning.items():
         file = deepspeed_file(tuning, folder)

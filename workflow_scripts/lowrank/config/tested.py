@@ -1,4 +1,7 @@
-"""Which text is tested against which: no number is reported on text that calibration or validation saw."""
+"""Which text is tested against which: no number is reported on text that calibration or validation saw.
+
+Sensitivities are no test: they measure on what their config names, validation text as a rule, and say so.
+"""
 
 from __future__ import annotations
 

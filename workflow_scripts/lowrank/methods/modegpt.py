@@ -18,7 +18,7 @@ q and k are normed head by head (Qwen3), `qk` is not defined.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -64,6 +64,14 @@ class Settings(MethodSettings):
         default=1e-4, description="share of each neuron's own second moment that is added to it before C_KK is inverted"
     )
     multiple: Positive = Field(default=ALIGNMENT, description="widths are multiples of it")
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Two numbers are about neurons."""
+        parts = given.get("parts", ["mlp"])
+        if not isinstance(parts, list) or "mlp" in parts:
+            return super().unread(given)
+        return super().unread(given) | dict.fromkeys(("ridge", "damping"), "is about neurons, and `parts` has no mlp")
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """Norms of whole heads, multiples that leave no choice, and ratios out of reach."""

@@ -137,7 +137,7 @@ def write_config(own: Own) -> None:
 
 def again(own: Own) -> str:
     """The command that runs a config again, after a change too, in this repository."""
-    config, out = shlex.quote(str(own.config)), shlex.quote(str(own.out))
+    config, out = shlex.quote(str(own.config.absolute())), shlex.quote(str(own.out.absolute()))
     return f"snakemake --configfile {config} --directory {out} --profile profiles/local"
 
 
@@ -209,6 +209,10 @@ def _texts(wish: Wish, built: dict[str, Any]) -> dict[str, Any]:
             windows = min(windows, _windows(corpus, key, windows, length))
         if (windows, length) != (entry["windows"], entry["length"]):
             sections[section] = {preset: entry | {"windows": windows, "length": length}}
+    cost, reads = presets["suites"]["cost"], built.get("max_position_embeddings")
+    if reads and reads < cost["prompt_tokens"] + cost["new_tokens"]:
+        shorter = {"prompt_tokens": reads - reads // 8, "new_tokens": reads // 8}
+        sections.setdefault("suites", {})["cost"] = cost | shorter
     return sections
 
 
@@ -284,6 +288,8 @@ def _written(wish: Wish, parts: dict[str, Any], rows: list[dict[str, Any]]) -> s
         "METHOD": wish.method,
         "CALIBRATION": wish.calibration,
         "TEST": wish.test,
+        "DTYPE": wish.dtype,
+        "OUT": wish.out,
     }
     words = " ".join(f"{key}={' '.join(value.split())}" for key, value in asked.items() if value)
     lines = [f"# make compress {words}; again, after a change too: {{again}}", f"use: {PRESETS}"]
@@ -313,7 +319,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w/. -]*[\w/.]", value, re.ASCII)
-    return value if plain and yaml.safe_load(value) == value else json.dumps(value)
+    return value if plain and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
 
 
 def _checked(wish: Wish, text_for: Callable[[str], str]) -> Study:
@@ -329,9 +335,15 @@ def _checked(wish: Wish, text_for: Callable[[str], str]) -> Study:
         return _study(text_for(wish.method))
     except RankwiseError as error:
         fitting = [name for name in known if name != wish.method and _fits(text_for(name))]
-        if wish.method in known and not fitting:  # it is not the method that is wrong
+        if wish.method in known and not (fitting and _is_of_method(str(error))):
             raise
         raise RankwiseError(f"METHOD: {error}\nThese work with this model and ratio: {', '.join(fitting)}") from error
+
+
+def _is_of_method(listed: str) -> bool:
+    """Whether all errors of a list are about a method or its row, and none about texts or suites."""
+    _, *errors = listed.splitlines()
+    return all(re.match(r"\s+(line \d+: )?(methods|tables)\.", error) for error in errors)
 
 
 def _study(text: str) -> Study:
