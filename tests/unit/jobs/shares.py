@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lowrank.jobs.share import Share
 
@@ -43,6 +44,7 @@ class ThreadShare(Share):
 def together(world: int, work: Callable[[Share], Any]) -> list[Any]:
     """Run a function in so many threads, each with its share; returns what each gave, and raises what one raised."""
     meeting, given, raised = Meeting(world), [None] * world, []
+    tqdm.get_lock()  # without one of its own the first thread to end a progress bar takes it from the others
 
     def run(rank: int) -> None:
         try:
