@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank.config.presets import parse_tuning
+from lowrank.config.tuning import parse_tuning
 from lowrank.model.checkpoint import replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
 from lowrank.post_training.instructions import Examples

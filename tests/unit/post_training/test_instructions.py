@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lowrank.config.presets import ScaledSubspaceTuning, Tuning
+from lowrank.config.tuning import ScaledSubspaceTuning, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.post_training.instructions import IGNORED, Examples, prompt_of, read_rows, split, tokenise
 

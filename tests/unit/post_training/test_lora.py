@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning, parse_tuning
+from lowrank.config.tuning import LoraTuning, ScaledSubspaceTuning, parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json
 from lowrank.jobs.crew import Crew

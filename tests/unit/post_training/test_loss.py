@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from lowrank.config.presets import Tuning
+from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.post_training import loss as loss_module
 from lowrank.post_training.instructions import IGNORED

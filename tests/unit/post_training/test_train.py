@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning, Tuning
+from lowrank.config.tuning import LoraTuning, ScaledSubspaceTuning, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.jobs.crew import Crew

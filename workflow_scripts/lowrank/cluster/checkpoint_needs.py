@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from lowrank.cluster.needs import GIB, PROGRAM, Need
 from lowrank.cluster.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, either, in_dtype
-from lowrank.config.presets import Tuning
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
+from lowrank.config.tuning import Tuning
 
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB

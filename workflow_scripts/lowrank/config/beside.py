@@ -7,9 +7,9 @@ from pathlib import Path
 from lowrank.config.arithmetic import arithmetic_problems
 from lowrank.config.lines import Lines
 from lowrank.config.load import listing
-from lowrank.config.presets import Tuning
 from lowrank.config.published import published_problems
 from lowrank.config.study import Study
+from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from lowrank.config.low_rank import LowRankSettings, UniformSettings
 from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, Row, SearchFigure
-from lowrank.config.presets import Covariance, MethodSettings, ScaledSubspaceTuning, Search
+from lowrank.config.presets import Covariance, MethodSettings, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
+from lowrank.config.tuning import ScaledSubspaceTuning
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from lowrank.ranks import reach

@@ -9,17 +9,10 @@ from pydantic import ConfigDict, Field
 from lowrank.config.base import Distinct, Name, Section, Seed, Text
 from lowrank.config.messages import suggestion as suggestion
 from lowrank.config.outputs import Figure, Table
-from lowrank.config.presets import (
-    AnyTuning,
-    Calibration,
-    Covariance,
-    MethodSettings,
-    Search,
-    SensitivityStudy,
-    Validation,
-)
+from lowrank.config.presets import Calibration, Covariance, MethodSettings, Search, SensitivityStudy, Validation
 from lowrank.config.sources import Corpus, Instructions, Model, TaskFile
 from lowrank.config.suites import Suite
+from lowrank.config.tuning import AnyTuning
 from lowrank.methods import settings_classes
 
 MethodPreset = Annotated[Union[tuple(settings_classes())], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007

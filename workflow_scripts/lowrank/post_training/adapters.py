@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.config.presets import LoraTuning, ScaledSubspaceTuning
+from lowrank.config.tuning import LoraTuning, ScaledSubspaceTuning
 from lowrank.post_training.lora import LoraMatrices, attach_lora, learnt_matrices, merge_lora
 from lowrank.post_training.subspace import (
     ScaledSubspaceLinear,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowrank.config.presets import Tuning
+from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors
 

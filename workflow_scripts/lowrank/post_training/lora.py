@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.config.presets import LoraTuning
+from lowrank.config.tuning import LoraTuning
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear

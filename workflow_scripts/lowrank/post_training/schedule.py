@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lowrank.config.presets import Tuning
+from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
 
 # Keys of a DeepSpeed configuration that follow from the `tuning` preset, so that one number has one place.

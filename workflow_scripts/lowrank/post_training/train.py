@@ -19,7 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from lowrank.config.presets import parse_tuning
+from lowrank.config.tuning import parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors
 from lowrank.model.checkpoint import family_of, load_checkpoint

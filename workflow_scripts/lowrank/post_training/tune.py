@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.presets import Tuning, parse_tuning
+from lowrank.config.tuning import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_record, write_json
 from lowrank.jobs.crew import Crew
