@@ -1,13 +1,13 @@
-"""Attention heads of fewer dimensions: which go, what that costs, and the layers that are left.
+"""Attention heads of fewer dimensions: which go, and the layers that are left.
 
 v and o of a group of heads (a key/value head and the query heads that share it) meet in `head_dim` numbers, and any
 basis of these may stand between them: `T v` and `O T^-1` are the same map. So a direction can be cut without a second
-factor. With M = E[v v'] and N = sum_h O_h' G O_h over the query heads h of the group (G says what an error of the
-output costs; the identity: its square), the map `D E'` of rank r that loses least, tr(N (I - D E') M (I - D E')'), is
+factor. With M = E[v v'] and N = sum_h O_h' O_h over the query heads h of the group, the map `D E'` of rank r whose
+outputs have the least squared error, tr(N (I - D E') M (I - D E')'), is
 
-    M = L L',   N = R R',   R' L = U S V'   ->   E' = U_r' R',   D = L V_r S_r^-1,   loss = sum_{i > r} s_i^2.
+    M = L L',   N = R R',   R' L = U S V'   ->   E' = U_r' R',   D = L V_r S_r^-1,   error = sum_{i > r} s_i^2.
 
-With G = I and uncentred M that is the SVD of C^(1/2) W_v' [O_1' ... O_g'] (MoDeGPT, Lin et al., ICLR 2025), without a
+That is the SVD of C^(1/2) W_v' [O_1' ... O_g'] (MoDeGPT, Lin et al., ICLR 2025), without a
 root of C or its inverse. It is best for the values of single tokens; what a head passes on are averages of these.
 
 q and k meet in a sum of products over the dimensions of a head, of which some are left out (a CR decomposition). Rotary
@@ -19,7 +19,6 @@ E|q_i|^2 is summed over the query heads of the group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,19 +35,17 @@ class Inputs:
     """Moments of what q, k and v of a block read, in float64.
 
     Attributes:
-        second: n x n; the covariance, or E[x x'].
+        second: n x n, E[x x'].
         mean: n, E[x].
-        centred: whether `second` is the covariance.
     """
 
     second: torch.Tensor
     mean: torch.Tensor
-    centred: bool
 
     def of_outputs(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The same moment of y = W x + b, m x m: its covariance, or E[y y']."""
+        """E[y y'] of y = W x + b, m x m."""
         moment = weight @ self.second @ weight.T
-        if bias is None or self.centred:
+        if bias is None:
             return moment
         crossed = (weight @ self.mean)[:, None] * bias
         return moment + crossed + crossed.T + bias[:, None] * bias
@@ -56,7 +53,7 @@ class Inputs:
     def sizes_of_outputs(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The diagonal of `of_outputs`, m."""
         sizes = (weight @ self.second * weight).sum(dim=1)
-        if bias is None or self.centred:
+        if bias is None:
             return sizes
         return sizes + 2 * (weight @ self.mean) * bias + bias**2
 
@@ -68,12 +65,10 @@ class InnerBasis:
     Attributes:
         encode: k x k, the first r rows are E': they make r new dimensions of v.
         decode: k x k, the first r columns are D: they bring the old ones back.
-        losses: k, s_i^2, decreasing.
     """
 
     encode: torch.Tensor
     decode: torch.Tensor
-    losses: torch.Tensor
 
     @classmethod
     def of(cls, moment: torch.Tensor, metric: torch.Tensor) -> InnerBasis:
@@ -86,7 +81,7 @@ class InnerBasis:
         carries = s > _NO_ENERGY * s[0]
         encode, decode = u.T @ right.T, left @ vt.T * torch.where(carries, 1 / s, 0)
         scale = torch.where(carries, (decode.norm(dim=0) / encode.norm(dim=1)).sqrt(), 1)
-        return cls(encode * scale[:, None], decode / scale, s**2)
+        return cls(encode * scale[:, None], decode / scale)
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,6 @@ class ValueOutput:
         value_bias: groups x k, or None.
         output: groups x heads of a group x d x k, columns of o.
         output_bias: d, or None.
-        mean: groups x k, mean of v, or None; what is cut of it becomes a bias of o.
         bases: one a group.
     """
 
@@ -106,22 +100,18 @@ class ValueOutput:
     value_bias: torch.Tensor | None
     output: torch.Tensor
     output_bias: torch.Tensor | None
-    mean: torch.Tensor | None
     bases: tuple[InnerBasis, ...]
 
     @classmethod
-    def of(
-        cls, value: Any, output: Any, kv_heads: int, inputs: Inputs, where: str, metric: torch.Tensor | None = None
-    ) -> ValueOutput:
+    def of(cls, value: Any, output: Any, kv_heads: int, inputs: Inputs, where: str) -> ValueOutput:
         """Decompose a block, where its moments are.
 
         Args:
             value: v, a dense linear layer.
             output: o, another.
             kv_heads: groups of heads.
-            inputs: of v; if they are centred, o gets a bias.
+            inputs: of v.
             where: the block's name, for errors.
-            metric: G, d x d; None: the identity.
 
         Raises:
             RankwiseError: weights or moments that are not finite.
@@ -130,23 +120,13 @@ class ValueOutput:
         columns = output.weight.detach().to(weight)  # d x (groups, heads of a group, k)
         columns = columns.unflatten(1, (kv_heads, -1, weight.shape[1])).permute(1, 2, 0, 3)
         own = None if output.bias is None else output.bias.detach().to(weight)
-        weighed = columns if metric is None else metric.to(weight) @ columns
-        sizes = (columns.transpose(2, 3) @ weighed).sum(dim=1)
+        sizes = (columns.transpose(2, 3) @ columns).sum(dim=1)
         bases = []
         for group, size in enumerate(sizes):
             moment = inputs.of_outputs(weight[group], None if bias is None else bias[group])
             check_finite(where, moment, size)
             bases.append(InnerBasis.of(moment, size))
-        mean = None
-        if inputs.centred:
-            mean = weight @ inputs.mean if bias is None else weight @ inputs.mean + bias
-        return cls(weight, bias, columns, own, mean, tuple(bases))
-
-    @cached_property
-    def losses(self) -> torch.Tensor:
-        """k + 1 losses: of 0, 1, ... k dimensions that are left in every group."""
-        each = torch.stack([basis.losses for basis in self.bases]).sum(dim=0)
-        return torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)])
+        return cls(weight, bias, columns, own, tuple(bases))
 
     def narrower(self, rank: int) -> tuple[SmallerLinear, SmallerLinear]:
         """v and o with so many dimensions a head."""
@@ -154,12 +134,7 @@ class ValueOutput:
         decode = torch.stack([basis.decode[:, :rank] for basis in self.bases])
         bias = None if self.value_bias is None else (encode @ self.value_bias[:, :, None]).flatten()
         output = (self.output @ decode[:, None]).permute(2, 0, 1, 3).flatten(1)
-        output_bias = self.output_bias
-        if self.mean is not None:
-            lost = self.mean - (decode @ (encode @ self.mean[:, :, None])).squeeze(2)
-            added = (self.output.sum(dim=1) @ lost[:, :, None]).sum(dim=0).squeeze(1)
-            output_bias = added if output_bias is None else output_bias + added
-        return SmallerLinear((encode @ self.value).flatten(0, 1), bias), SmallerLinear(output, output_bias)
+        return SmallerLinear((encode @ self.value).flatten(0, 1), bias), SmallerLinear(output, self.output_bias)
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ class Block:
         from lowrank.compression.heads import Inputs, QueryKey
 
         second, groups = self._second("attention"), self._task.budget.dimensions.kv_heads
-        inputs = Inputs(second, self._moments["attention"].mean.to(self._device), centred=False)
+        inputs = Inputs(second, self._moments["attention"].mean.to(self._device))
         block = QueryKey.of(self._layer("q"), self._layer("k"), groups, inputs, self._rotary, self._where)
         kept = block.kept(width // 2 if self._rotary else width)
         layers = dict(zip((self._names["q"], self._names["k"]), block.narrower(kept), strict=True))
@@ -222,7 +222,7 @@ class Block:
         from lowrank.compression.heads import Inputs, ValueOutput
 
         second, groups = self._second("attention"), self._task.budget.dimensions.kv_heads
-        inputs = Inputs(second, self._moments["attention"].mean.to(self._device), centred=False)
+        inputs = Inputs(second, self._moments["attention"].mean.to(self._device))
         block = ValueOutput.of(self._layer("v"), self._layer("o"), groups, inputs, self._where)
         return dict(zip((self._names["v"], self._names["o"]), block.narrower(width), strict=True))
 
