@@ -73,7 +73,9 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
 
 def test_what_stops_says_how_to_go_on(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: 3) == 3
-    assert "The same command goes on from here; the config is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "The same command goes on from here" in said
+    assert f"--directory {tmp_path / 'out'} --profile profiles/local --unlock" in said
     assert compress.main(command(inputs, tmp_path / "other", "--method", "svdd")) == 1
     assert "METHOD: 'svdd' is no method - did you mean 'svd'?" in capsys.readouterr().err
 
