@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from transformers import AutoConfig
@@ -16,6 +15,7 @@ from lowrank.model.families import FAMILIES
 from lowrank.model.shapes import gguf_config, model_config, shape_numbers
 from lowrank.sources.checks import model_numbers
 from tests import tiny
+from tests.unit.model.gguf_samples import finish, started
 
 LEFT_OUT = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
@@ -57,24 +57,14 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("family", "name"), [("llama", "SmolLM"), ("mistral", "mistral"), ("qwen3", "x")])
 def test_metadata_of_a_gguf_file(family: str, name: str, tied: bool, tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
-    writer = gguf.GGUFWriter(file, "qwen3" if family == "qwen3" else "llama")
+    writer = started(file, "qwen3" if family == "qwen3" else "llama", head_dim=16)
     writer.add_name(name)
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
     writer.add_key_length(16)
     writer.add_token_list(["a", "b", "c"])
     writer.add_tensor("token_embd.weight", np.zeros((3, 32), dtype=np.float32))
     if not tied:
         writer.add_tensor("output.weight", np.zeros((3, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     found = gguf_config(file)
     assert found["max_position_embeddings"] == 64
     assert shape_numbers(found) == {

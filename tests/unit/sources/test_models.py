@@ -2,119 +2,37 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from lowrank.config.sources import Model
-from lowrank.errors import RankwiseError
 from lowrank.files import sha256_file
 from lowrank.sources import hub
 from lowrank.sources.models import fetch_model
-
-VOCABULARY = 300
-SHAPE = {
-    "family": "llama",
-    "layers": 2,
-    "hidden": 32,
-    "intermediate": 48,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 8,
-    "vocabulary": VOCABULARY,
-    "tied_embeddings": True,
-}
-PARAMETERS = 300 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32) + 32  # embedding, blocks, last norm
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["a model learns the language of the texts that it reads in the night"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def save_llama(folder: Path, **changes: Any) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        **changes,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with grouped-query attention and tied embeddings, in bfloat16."""
-    folder = tmp_path_factory.mktemp("original")
-    save_llama(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(original, tmp_path / "source"))
-
-
-def section(path: Path, **changes: Any) -> Model:
-    shape = {**SHAPE, **changes.pop("shape", {})}
-    return Model.model_validate({"source": {"path": str(path)}, "shape": shape, "max_length": 64, **changes})
-
-
-def fetch(path: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return fetch_model("tiny", section(path, **changes), tmp_path / "cache", tmp_path / "models" / "tiny")
-
-
-def refused(path: Path, tmp_path: Path, expected: str, **changes: Any) -> str:
-    """The message of a refusal that leaves nothing behind."""
-    with pytest.raises(RankwiseError, match=expected) as caught:
-        fetch(path, tmp_path, **changes)
-    assert str(caught.value).startswith("models.tiny: ")
-    models_folder = tmp_path / "models"
-    assert not models_folder.exists() or not list(models_folder.iterdir())
-    return str(caught.value)
-
-
-def change_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+from tests.unit.sources.model_samples import (
+    PARAMETERS,
+    SHAPE,
+    VOCABULARY,
+    add_head,
+    change_json,
+    change_weights,
+    fetch,
+    make_tokenizer,
+    refused,
+    save_llama,
+    section,
+)
 
 
 def test_a_checkpoint_folder_is_taken_over_and_described(folder: Path, tmp_path: Path) -> None:
@@ -265,13 +183,6 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "v_proj.weight holds torch.int8" in message
 
 
-def add_head(tensors: dict[str, torch.Tensor], change: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> None:
-    """A stored output head, equal to the embedding but for its last number."""
-    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
-    head[-1, -1] += change
-    tensors["lm_head.weight"] = head
-
-
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_head_of_its_own_that_the_configuration_ties_away(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
@@ -354,92 +265,3 @@ def test_a_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
 def test_too_small_a_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 3})())
     refused(folder, tmp_path, "the model needs .* larger disk")
-
-
-@pytest.fixture(scope="module")
-def gguf_file(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a float32 GGUF file, written by llama.cpp's own library."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    write_gguf(file, original, load_file(original / "model.safetensors"))
-    return file
-
-
-def write_gguf(file: Path, original: Path, tensors: dict[str, torch.Tensor]) -> None:
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(VOCABULARY)
-    backend = json.loads((original / "tokenizer.json").read_text())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
-    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    for name, tensor in tensors.items():
-        writer.add_tensor(gguf_name(name), gguf_layout(name, tensor.float().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_name(name: str) -> str:
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    found = mapping.get_name(name, try_suffixes=(".weight",))
-    assert isinstance(found, str)
-    return found
-
-
-def gguf_layout(name: str, weight: np.ndarray) -> np.ndarray:
-    """llama.cpp interleaves the two rotary halves of each head's rows."""
-    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-    if heads is None:
-        return weight
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-
-
-def test_a_gguf_file_becomes_the_same_model(gguf_file: Path, original: Path, tmp_path: Path) -> None:
-    manifest = fetch(gguf_file, tmp_path, dtype="float32")
-    target = tmp_path / "models" / "tiny"
-    assert manifest["parameters"] == PARAMETERS
-    ours, theirs = load_file(target / "model.safetensors"), load_file(original / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == torch.float32, name
-        assert torch.equal(tensor, theirs[name].float()), name
-    assert "quantization_config" not in json.loads((target / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer("the texts", add_special_tokens=False).input_ids == make_tokenizer()("the texts").input_ids
-
-
-def test_a_gguf_file_is_stored_in_the_configs_dtype(gguf_file: Path, tmp_path: Path) -> None:
-    fetch(gguf_file, tmp_path, dtype="bfloat16")
-    tensors = load_file(tmp_path / "models" / "tiny" / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-
-
-def test_a_gguf_file_with_a_head_of_its_own_keeps_it(original: Path, tmp_path: Path) -> None:
-    tensors = load_file(original / "model.safetensors")
-    add_head(tensors, 0.5)
-    write_gguf(tmp_path / "untied.gguf", original, tensors)
-    manifest = fetch(tmp_path / "untied.gguf", tmp_path, dtype="float32", shape={"tied_embeddings": False})
-    assert manifest["parameters"] == PARAMETERS + VOCABULARY * 32
-    stored = load_file(tmp_path / "models/tiny/model.safetensors")
-    assert torch.equal(stored["lm_head.weight"], tensors["lm_head.weight"].float())
-    refused(tmp_path / "untied.gguf", tmp_path / "again", "tied_embeddings: the config says True, the model has False")
-
-
-@pytest.mark.parametrize("kept", [0, 10, 2000, -64])
-def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, kept: int) -> None:
-    (tmp_path / "half.gguf").write_bytes(gguf_file.read_bytes()[:kept])
-    refused(tmp_path / "half.gguf", tmp_path, r"half\.gguf: truncated, or no GGUF file.*Fetch it again")

@@ -1,0 +1,18 @@
+"""Shapes of published models."""
+
+from __future__ import annotations
+
+LLAMA_7B = {
+    "family": "llama",
+    "layers": 32,
+    "hidden": 4096,
+    "intermediate": 11008,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "vocabulary": 32000,
+    "tied_embeddings": False,
+}
+LLAMA_13B = LLAMA_7B | {"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "kv_heads": 40}
+MISTRAL_7B = LLAMA_7B | {"family": "mistral", "intermediate": 14336, "kv_heads": 8}
+LLAMA_70B = LLAMA_7B | {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8}

@@ -1,0 +1,51 @@
+"""GGUF files become checked folders, too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tests.unit.model.gguf_samples import write_gguf
+from tests.unit.sources.model_samples import PARAMETERS, VOCABULARY, add_head, fetch, make_tokenizer, refused
+
+
+def test_a_gguf_file_becomes_the_same_model(gguf_file: Path, original: Path, tmp_path: Path) -> None:
+    manifest = fetch(gguf_file, tmp_path, dtype="float32")
+    target = tmp_path / "models" / "tiny"
+    assert manifest["parameters"] == PARAMETERS
+    ours, theirs = load_file(target / "model.safetensors"), load_file(original / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32, name
+        assert torch.equal(tensor, theirs[name].float()), name
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer("the texts", add_special_tokens=False).input_ids == make_tokenizer()("the texts").input_ids
+
+
+def test_a_gguf_file_is_stored_in_the_configs_dtype(gguf_file: Path, tmp_path: Path) -> None:
+    fetch(gguf_file, tmp_path, dtype="bfloat16")
+    tensors = load_file(tmp_path / "models" / "tiny" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_a_gguf_file_with_a_head_of_its_own_keeps_it(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original / "model.safetensors")
+    add_head(tensors, 0.5)
+    write_gguf(tmp_path / "untied.gguf", original, tensors)
+    manifest = fetch(tmp_path / "untied.gguf", tmp_path, dtype="float32", shape={"tied_embeddings": False})
+    assert manifest["parameters"] == PARAMETERS + VOCABULARY * 32
+    stored = load_file(tmp_path / "models/tiny/model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], tensors["lm_head.weight"].float())
+    refused(tmp_path / "untied.gguf", tmp_path / "again", "tied_embeddings: the config says True, the model has False")
+
+
+@pytest.mark.parametrize("kept", [0, 10, 2000, -64])
+def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, kept: int) -> None:
+    (tmp_path / "half.gguf").write_bytes(gguf_file.read_bytes()[:kept])
+    refused(tmp_path / "half.gguf", tmp_path, r"half\.gguf: truncated, or no GGUF file.*Fetch it again")
