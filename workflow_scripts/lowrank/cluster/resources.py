@@ -351,7 +351,7 @@ class Estimator:
         as_written = method.kind in STORE_AS_WRITTEN
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
-        work = plus(work, double=dense.decompositions() if on_device else 0)
+        work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
         if "statistics" in method.needs and method.calibration:
             host["a block's statistics"] = 2 * dense.moments(DOUBLE)
             work = plus(work, disk=dense.shape.layers * dense.statistics(0))
@@ -366,10 +366,13 @@ class Estimator:
             tokens = min(windows, calibration.windows) * length
             if method.kind in TAKE_GRADIENTS:  # before it decomposes anything
                 device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
-                work = plus(work, double=(rounds - 1) * dense.decompositions())
             else:
                 device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
-            device["weights"] = host.pop("weights")
+            device["weights"] = dense.weights
+            if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
+                host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
+            else:
+                del host["weights"]
             host["hidden states"] = 2 * dense.hidden(tokens)
             # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
             trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)

@@ -181,9 +181,7 @@ class QueryKey:
         for layer in (self.query, self.key):
             heads = layer.out_features // head_dim
             mine = dimensions.repeat_interleave(heads // len(kept), dim=0)
-            rows = (mine + head_dim * torch.arange(heads)[:, None]).flatten().to(layer.weight.device)
-            bias = None if layer.bias is None else layer.bias.detach()[rows]
-            found.append(SmallerLinear(layer.weight.detach()[rows], bias))
+            found.append(SmallerLinear.of_rows(layer, (mine + head_dim * torch.arange(heads)[:, None]).flatten()))
         return found[0], found[1]
 
 

@@ -179,7 +179,7 @@ class Mlps:
                 if rank is not None:
                     changed[part.module.name] = _in_single(block.basis(part, kept).factors(rank))
                 elif narrower:
-                    changed[part.module.name] = _as_written(part, self._task.model.dtype)
+                    changed[part.module.name] = SmallerLinear(part.weight, part.bias).stored(self._task.model.dtype)
         return changed
 
     def _block(self, layer: int) -> Block:
@@ -239,8 +239,3 @@ class Mlps:
 def _in_single(pair: LowRankFactors) -> LowRankFactors:
     bias = None if pair.bias is None else pair.bias.float().cpu()
     return LowRankFactors(pair.down.float().cpu(), pair.up.float().cpu(), bias)
-
-
-def _as_written(part: Layer, dtype: torch.dtype) -> SmallerLinear:
-    bias = None if part.bias is None else part.bias.to("cpu", dtype)
-    return SmallerLinear(part.weight.to("cpu", dtype), bias)

@@ -123,10 +123,8 @@ def cut(
         branch = structure.branch(place)
         for linear in branch.writers:
             name = structure.layer_name(place[0], linear)
-            layer: Any = model.get_submodule(name)
             rows = channels(units, branch.widths[linear.output])
-            bias = None if layer.bias is None else layer.bias.detach()[rows]
-            replacements[name] = SmallerLinear(layer.weight.detach()[rows], bias)
+            replacements[name] = SmallerLinear.of_rows(model.get_submodule(name), rows)
         name = structure.layer_name(place[0], branch.reader)
         columns = channels(units, branch.reader_width)
         mean = None if means is None else means[place]

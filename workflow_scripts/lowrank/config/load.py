@@ -15,7 +15,7 @@ from lowrank.config.messages import message
 from lowrank.config.shapes import with_shapes
 from lowrank.config.sources import Model, PathSource
 from lowrank.config.study import Study
-from lowrank.config.use import Entry, offered_entries, with_presets
+from lowrank.config.use import Entry, with_presets
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 
@@ -37,7 +37,7 @@ def check_study(
     """
     try:
         whole = isinstance(raw, dict)  # else it has no entries, which is told below
-        merged, offered = (with_presets(raw, files), offered_entries(raw, files)) if whole else (raw, frozenset())
+        merged, offered = with_presets(raw, files) if whole else (raw, frozenset[Entry]())
     except RankwiseError as error:
         raise RankwiseError(listing(where, [str(error)], Lines(files))) from error
     lines = Lines(files, raw)
@@ -82,7 +82,7 @@ def _problems_between(study: Study, broken: frozenset[Entry], offered: frozenset
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """What a config file holds, with the presets that it uses."""
-    return with_presets(read_yaml(path), [path])
+    return with_presets(read_yaml(path), [path])[0]
 
 
 def load_study(path: str | Path, unseen: bool = False) -> Study:

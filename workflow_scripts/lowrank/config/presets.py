@@ -322,6 +322,11 @@ class MethodSettings(Section):
         return 0
 
     @property
+    def decompositions(self) -> int:
+        """How many times a method that decomposes matrices itself does so with each."""
+        return 1
+
+    @property
     def has_pairs(self) -> bool:
         """Whether low-rank pairs come out of this very preset."""
         return self.makes_pairs

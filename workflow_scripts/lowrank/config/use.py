@@ -35,8 +35,8 @@ Entry = tuple[str, str]
 """A section, and a name in it."""
 
 
-def with_presets(raw: Raw, files: Sequence[str | Path] = ()) -> Raw:
-    """A config with the presets that it uses, and without its key `use`.
+def with_presets(raw: Raw, files: Sequence[str | Path] = ()) -> tuple[Raw, frozenset[Entry]]:
+    """A config with the presets that it uses, and without its key `use`; and all entries that its presets have.
 
     Args:
         raw: the config as it is read.
@@ -46,7 +46,7 @@ def with_presets(raw: Raw, files: Sequence[str | Path] = ()) -> Raw:
         RankwiseError: the file of presets is not there, cannot be read, or holds something else than sections.
     """
     if KEY not in raw:
-        return raw
+        return raw, frozenset()
     own = {key: value for key, value in raw.items() if key != KEY}
     presets = _sections(presets_file(raw[KEY], files))
     needed = _reached(own, presets)
@@ -56,13 +56,7 @@ def with_presets(raw: Raw, files: Sequence[str | Path] = ()) -> Raw:
         if isinstance(mine, dict):  # else it is the study's error
             used = {name: entry for name, entry in entries.items() if (section, name) in needed}
             merged |= {section: used | mine} if used or section in own else {}
-    return merged
-
-
-def offered_entries(raw: Raw, files: Sequence[str | Path] = ()) -> frozenset[Entry]:
-    """All entries of the file of presets that a config uses, those too that it does not lead to."""
-    presets = _sections(presets_file(raw[KEY], files)) if KEY in raw else {}
-    return frozenset((section, str(name)) for section, entries in presets.items() for name in entries)
+    return merged, frozenset((section, str(name)) for section, entries in presets.items() for name in entries)
 
 
 def presets_file(named: Any, files: Sequence[str | Path] = ()) -> Path:

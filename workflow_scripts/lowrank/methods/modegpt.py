@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lowrank.calibration.moments import Moments
     from lowrank.compression.compress import CompressionTask
+    from lowrank.compression.heads import Inputs
     from lowrank.compression.widths import Steps, Widths
     from lowrank.model.replacements import Replacement, Replacements, SmallerLinear
     from lowrank.ranks.budget import Budget
@@ -181,7 +183,7 @@ class Block:
             found |= layers
         if widths.vo < dense.vo:
             found |= self._value_output(widths.vo)
-        changed: dict[str, Replacement] = {name: self._stored(layer) for name, layer in found.items()}
+        changed: dict[str, Replacement] = {name: layer.stored(self._task.model.dtype) for name, layer in found.items()}
         if (widths.qk, widths.vo) != (dense.qk, dense.vo):
             attention = self._names["q"].rpartition(".")[0]
             changed[attention] = NarrowedHeads(shape.heads, shape.kv_heads, pairs)
@@ -200,31 +202,33 @@ class Block:
         kept = leverage_scores(second, settings.ridge).sort(descending=True, stable=True).indices[:count].sort().values
         found = {name: SmallerLinear(*neurons.refit(kept))}
         for linear in branch.writers:
-            layer = self._layer(linear.name)
-            rows = kept.to(layer.weight.device)
-            bias = None if layer.bias is None else layer.bias.detach()[rows]
-            found[self._names[linear.name]] = SmallerLinear(layer.weight.detach()[rows], bias)
+            found[self._names[linear.name]] = SmallerLinear.of_rows(self._layer(linear.name), kept)
         return found
 
     def _query_key(self, width: int) -> tuple[dict[str, SmallerLinear], torch.Tensor | None]:
         """q and k, and the rotary pairs that they have left, if there are any."""
-        from lowrank.compression.heads import Inputs, QueryKey
+        from lowrank.compression.heads import QueryKey
 
-        second, groups = self._second("attention"), self._task.budget.dimensions.kv_heads
-        inputs = Inputs(second, self._moments["attention"].mean.to(self._device))
-        block = QueryKey.of(self._layer("q"), self._layer("k"), groups, inputs, self._rotary, self._where)
+        groups = self._task.budget.dimensions.kv_heads
+        block = QueryKey.of(self._layer("q"), self._layer("k"), groups, self._read, self._rotary, self._where)
         kept = block.kept(width // 2 if self._rotary else width)
         layers = dict(zip((self._names["q"], self._names["k"]), block.narrower(kept), strict=True))
         return layers, kept if self._rotary else None
 
     def _value_output(self, width: int) -> dict[str, SmallerLinear]:
         """v and o."""
-        from lowrank.compression.heads import Inputs, ValueOutput
+        from lowrank.compression.heads import ValueOutput
 
-        second, groups = self._second("attention"), self._task.budget.dimensions.kv_heads
-        inputs = Inputs(second, self._moments["attention"].mean.to(self._device))
-        block = ValueOutput.of(self._layer("v"), self._layer("o"), groups, inputs, self._where)
+        groups = self._task.budget.dimensions.kv_heads
+        block = ValueOutput.of(self._layer("v"), self._layer("o"), groups, self._read, self._where)
         return dict(zip((self._names["v"], self._names["o"]), block.narrower(width), strict=True))
+
+    @cached_property
+    def _read(self) -> Inputs:
+        """What q, k and v read."""
+        from lowrank.compression.heads import Inputs
+
+        return Inputs(self._second("attention"), self._moments["attention"].mean.to(self._device))
 
     def _layer(self, name: str) -> Any:
         return self._task.model.get_submodule(self._names[name])
@@ -235,14 +239,6 @@ class Block:
 
         moments: Moments = self._moments[site]
         return moments.estimate(Covariance(estimator="uncentred"))[0].to(self._device)
-
-    def _stored(self, layer: SmallerLinear) -> SmallerLinear:
-        """In the model's dtype, in main memory."""
-        from lowrank.model.replacements import SmallerLinear
-
-        dtype = self._task.model.dtype
-        bias = None if layer.bias is None else layer.bias.to("cpu", dtype)
-        return SmallerLinear(layer.weight.to("cpu", dtype), bias)
 
 
 def leverage_scores(second: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -265,7 +261,9 @@ def leverage_scores(second: torch.Tensor, ridge: float) -> torch.Tensor:
 
 def _tell(task: CompressionTask, influence: list[float], blocks: list[Widths]) -> None:
     """Put block influence and widths into the manifest and the log."""
-    told = {part: [getattr(widths, part) for widths in blocks] for part in ("mlp", "qk", "vo")}
+    from lowrank.compression.widths import PARTS
+
+    told = {part: [getattr(widths, part) for widths in blocks] for part in PARTS}
     task.account["widths"] = {"block_influence": influence, **told}
     for part, values in told.items():
         log.info("widths of %s, block by block: %s", part, ", ".join(map(str, values)))

@@ -59,6 +59,11 @@ class Settings(UniformSettings):
             return reasons | {"sequences": "is for `allocation: first-order` only; leave it out"}
         return reasons | {"rounding": "is for `allocation: uniform` only; leave it out"}
 
+    @property
+    def decompositions(self) -> int:
+        """By losses once more: for the ranks, and for the pairs."""
+        return 1 if self.allocation == "uniform" else 2
+
     def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
         """By losses, data decide."""
         return super().kept_parameters(budget, ratio) if self.allocation == "uniform" else None
@@ -102,8 +107,8 @@ def _first_order_ranks(task: CompressionTask, decompose: Decompose) -> Ranks:
     from lowrank.model.runtime import pick_device
     from lowrank.ranks.zero_sum import MEANING, greedy_ranks
 
-    uncompressed = task.budget.types(task.settings.uncompressed)
-    free = [module for module in task.budget.modules if module.type.name not in uncompressed]
+    uncompressed = task.settings.uncompressed
+    free = task.budget.free(uncompressed)
     tokens = first_windows(task.required_tokens(), task.settings.sequences, "sequences")
     gradients = mean_gradients(task.model, tokens, [module.name for module in free], pick_device())
     changes = {m.name: loss_changes(decompose(m), gradients.pop(m.name)).cpu().numpy() for m in free}

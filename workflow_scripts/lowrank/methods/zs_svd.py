@@ -72,6 +72,11 @@ class Settings(LowRankSettings):
         return reasons
 
     @property
+    def decompositions(self) -> int:
+        """Once, and once more in each round of correction."""
+        return 1 + self.corrections
+
+    @property
     def needs(self) -> Reads:
         """The second order comes from the gradients at the outputs, which all methods share."""
         if self.allocation != "predicted-loss":
@@ -117,7 +122,7 @@ def _by_first_order(
     from lowrank.calibration.gradients import mean_gradients
     from lowrank.ranks.zero_sum import MEANING, greedy_ranks
 
-    free, changes, directions = _free(task), {}, {}
+    free, changes, directions = task.budget.free(task.settings.uncompressed), {}, {}
     gradients = mean_gradients(task.model, _windows(task), [module.name for module in free], device)
     for module in free:
         basis = decompose(module, task.model.get_submodule(module.name).weight)
@@ -137,7 +142,7 @@ def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks
 
     of_block = lru_cache(maxsize=1)(task.required_gradients().of)
     losses, directions = {}, {}
-    for module in _free(task):
+    for module in task.budget.free(task.settings.uncompressed):
         basis = decompose(module, task.model.get_submodule(module.name).weight)
         predicted = with_predicted_losses(basis, of_block(module.layer)[module.type.name]).losses
         assert predicted is not None
@@ -161,12 +166,6 @@ def _decomposer(task: CompressionTask, device: torch.device) -> Decompose:
         return principal_basis(weight.to(device), None, second_moment, None, module.name, all_directions=True)
 
     return decompose
-
-
-def _free(task: CompressionTask) -> list[LinearModule]:
-    """The layers that may become pairs."""
-    task.budget.types(task.settings.uncompressed)
-    return [module for module in task.budget.modules if module.type.name not in task.settings.uncompressed]
 
 
 def _windows(task: CompressionTask) -> torch.Tensor:

@@ -110,6 +110,16 @@ class SmallerLinear:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
+    @classmethod
+    def of_rows(cls, layer: Any, rows: torch.Tensor) -> SmallerLinear:
+        """Some rows of a dense layer, with their biases."""
+        rows = rows.to(layer.weight.device)
+        return cls(layer.weight.detach()[rows], None if layer.bias is None else layer.bias.detach()[rows])
+
+    def stored(self, dtype: torch.dtype) -> SmallerLinear:
+        """In main memory, in the model's dtype: those of a whole model in float64 would not fit beside it."""
+        return SmallerLinear(self.weight.to("cpu", dtype), None if self.bias is None else self.bias.to("cpu", dtype))
+
     def as_module(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The layer that a model runs."""
         layer: nn.Module = _linear(ResizedLinear, self.weight, self.bias, dtype, device)

@@ -115,6 +115,15 @@ class Budget:
             )
         return list(names)
 
+    def free(self, uncompressed: Iterable[str]) -> list[LinearModule]:
+        """The layers that may be compressed, when some types stay dense.
+
+        Raises:
+            RankwiseError: an unknown type.
+        """
+        dense = self.types(uncompressed)
+        return [module for module in self.modules if module.type.name not in dense]
+
     def __post_init__(self) -> None:
         if not self.modules:
             raise RankwiseError(f"family '{self.dimensions.family}': no linear layers")

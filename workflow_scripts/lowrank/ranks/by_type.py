@@ -65,13 +65,12 @@ def _free(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dict[str, 
     Raises:
         RankwiseError: the ratio is out of reach, or a type is unknown.
     """
-    budget.types(uncompressed)
+    modules = budget.free(uncompressed)
     if why := why_out_of_reach(budget, ratio, uncompressed, 0.0):
         raise RankwiseError(why)
     free: dict[str, list[LinearModule]] = {}
-    for module in budget.modules:
-        if module.type.name not in uncompressed:
-            free.setdefault(module.type.name, []).append(module)
+    for module in modules:
+        free.setdefault(module.type.name, []).append(module)
     return free
 
 

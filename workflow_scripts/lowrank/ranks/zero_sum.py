@@ -60,11 +60,10 @@ def greedy_ranks(
     Raises:
         RankwiseError: the smallest ranks exceed the budget, or a type is unknown.
     """
-    budget.types(uncompressed)
+    free = budget.free(uncompressed)
     ranks: Ranks = {module.name: None for module in budget.modules}
     if not ratio:
         return GreedyAllocation(ranks, 0.0)
-    free = [module for module in budget.modules if module.type.name not in uncompressed]
     fixed = budget.dense_parameters - sum(module.parameters for module in free)
     allowed = int(budget.allowed(ratio)) - fixed
     least = {module.name: smallest_choice(budget, module) for module in free}

@@ -65,7 +65,7 @@ class Space(ABC):
         self.budget, self.ratio = budget, ratio
         self.uncompressed = tuple(budget.types(uncompressed))
         self.groups = layer_groups(budget.dimensions.layers, groups)
-        self.free = [module for module in budget.modules if module.type.name not in uncompressed]
+        self.free = budget.free(uncompressed)
         self.matrices: Mapping[str, Sequence[LinearModule]] = matrices_by_variable(self.free, self.groups)
         self.names = list(self.matrices)
 

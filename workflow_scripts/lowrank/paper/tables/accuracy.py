@@ -232,9 +232,7 @@ def _notes(
 def _ample_notes(rows: Sequence[RowResults], ample: Sequence[int]) -> list[str]:
     """Which rows are not compared with their neighbours, and why."""
     several = shared.several_models(rows)
-    named = [
-        f"{shared.method_title(rows[i])} at {rows[i].row.ratio} %" + f" ({rows[i].row.model})" * several for i in ample
-    ]
+    named = [f"{rows[i].row.title} at {rows[i].row.ratio} %" + f" ({rows[i].row.model})" * several for i in ample]
     told = f"No value in bold for rows that keep more than a point above the target: {', '.join(named)}."
     return [told] * bool(named)
 

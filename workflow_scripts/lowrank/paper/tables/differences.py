@@ -82,7 +82,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         ]
         lines.append(Line(tuple(map(Cell, texts)), starts_block=starts_block))
         record: dict[str, Any] = shared.record_start(results, number) | {"kept_percent": kept.value}
-        record["reference"] = shared.method_title(reference)
+        record["reference"] = reference.row.title
         for corpus, difference in of_losses.items():
             record[f"{corpus}_difference"] = difference.value
             record[f"{corpus}_difference_stderr"] = difference.stderr
@@ -182,7 +182,7 @@ def _paired(
     (one, tested), (other, same) = ours, theirs
     if tested != same:
         raise RankwiseError(
-            f"{results.place}: '{name}' was scored on other texts than for '{shared.method_title(reference)}', the "
+            f"{results.place}: '{name}' was scored on other texts than for '{reference.row.title}', the "
             "first row of the block, so that no differences can be taken. Rows of different tokenizers cannot stand in "
             "one block; else delete the older evaluation and run the workflow again."
         )

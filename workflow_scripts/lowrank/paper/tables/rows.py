@@ -48,11 +48,6 @@ def over_seeds(values: Sequence[float], stderrs: Sequence[float | None] = ()) ->
     )
 
 
-def method_title(results: RowResults) -> str:
-    """Label or preset name, and the preset of post-training if there was one."""
-    return results.row.title
-
-
 def evaluations_of(results: RowResults, suite: str, kind: str) -> Sequence[Json]:
     """The evaluations of a row with one suite, after a check that they are of this row and kind.
 
@@ -150,7 +145,7 @@ def leading_columns(rows: Sequence[RowResults]) -> tuple[Column, ...]:
 def leading_texts(rows: Sequence[RowResults], results: RowResults) -> tuple[str, ...]:
     """The texts of `leading_columns` for one row."""
     model = (results.row.model,) if several_models(rows) else ()
-    return (*model, str(results.row.ratio), method_title(results))
+    return (*model, str(results.row.ratio), results.row.title)
 
 
 def published_texts(rows: Sequence[RowResults], published: Published) -> tuple[str, ...]:
@@ -180,7 +175,7 @@ def record_start(results: RowResults, number: int) -> dict[str, Any]:
         "row": number,
         "model": row.model,
         "method": row.method,
-        "label": method_title(results),
+        "label": results.row.title,
         "tuning": row.tuning,
         "target_removed_percent": row.ratio,
     }
