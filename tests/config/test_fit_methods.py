@@ -14,6 +14,7 @@ from lowrank.compression.branches import Structure
 from lowrank.compression.sensitivity_search import Trial, cut_trials
 from lowrank.compression.slicing import sliced_parameters
 from lowrank.compression.structured import lowest_removal, lowest_units
+from lowrank.compression.widths import Widths
 from lowrank.config.presets import Calibration, MethodSettings
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
@@ -24,6 +25,7 @@ from lowrank.ranks.budget import Budget
 from lowrank.ranks.reach import candidate_ranks
 from tests.config.test_fit import shapes
 from tests.config.wrong import BASE, Change, changed, errors_of
+from tests.unit.compression.test_widths import by_hand
 
 CALIBRATION = Calibration(corpora=["c"], windows=16, length=64)
 PRUNED = {"kind": "llm-pruner", "calibration": "c4-32", "skip_first": 1, "skip_last": 0}
@@ -124,14 +126,21 @@ def test_slicegpt_is_refused_if_and_only_if_it_would_fail(shape: ModelShape, rat
 def test_modegpt_is_refused_if_and_only_if_it_would_fail(
     shape: ModelShape, ratio: int, parts: list[str], multiple: int, most: float
 ) -> None:
+    """Steps that leave a choice, no norms of heads, and the narrowest blocks within the budget, all by hand."""
     method = modegpt.Settings(kind="modegpt", calibration="c", parts=parts, multiple=multiple, most=most)
-    budget = Budget.of(shape)
-    try:
-        blocks = modegpt.steps_of(method, budget).blocks([1.0] * shape.layers, most, ratio)
-        assert sum(widths.parameters(budget) for widths in blocks) <= budget.allowed(ratio)
-        possible = True
-    except RankwiseError:
-        possible = False
+    rotary = shape.family != "opt"
+    full = {"mlp": shape.intermediate, "qk": shape.head_dim, "vo": shape.head_dim}
+    steps = {"mlp": multiple, "qk": multiple * (2 if rotary and multiple % 2 else 1), "vo": multiple}
+    possible = all(steps[part] < full[part] for part in parts) and not (shape.family == "qwen3" and "qk" in parts)
+    if possible:
+        widths = dict(full)
+        for part in parts:
+            target, choices = (1 - most) * full[part], [*range(steps[part], full[part], steps[part]), full[part]]
+            below = [width for width in choices if width <= target + 1e-6] or choices[:1]
+            nearest = min(choices, key=lambda width: (abs(width - target), -width))
+            widths[part] = below[-1] if part == "mlp" else nearest
+        least = shape.layers * by_hand(shape, Widths(**widths))
+        possible = least <= Budget.of(shape).allowed(ratio)
     assert (not misfits(method, shape, ratio)) == possible
 
 

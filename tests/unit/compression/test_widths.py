@@ -99,6 +99,7 @@ def test_the_smallest_scale_that_meets_the_budget(
         assert all(getattr(widths, part) in side for widths, side in zip(blocks, sides, strict=True))
     if "mlp" not in parts:
         return
+    assert all(widths.mlp >= end.mlp for widths, end in zip(blocks, at(high), strict=True))
     full = [widths.mlp == shape.intermediate for widths in blocks]
     matrices = 2 if shape.family == "opt" else 3
     assert all(full) or allowed - size(blocks) < steps.step("mlp") * matrices * shape.hidden

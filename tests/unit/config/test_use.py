@@ -90,7 +90,8 @@ WINDOWS = {"windows": 8, "length": 64}
 def test_presets_lie_beside_the_config_or_with_those_that_ship(tmp_path: Path) -> None:
     use = {"use": "presets/default.yaml"}
     beside = tmp_path / "presets/default.yaml"
-    assert "c4-32" in with_presets({**use, "x": {"y": {"calibration": "c4-32"}}}, [tmp_path / "a.yaml"])[0]["calibration"]
+    found, _ = with_presets({**use, "x": {"y": {"calibration": "c4-32"}}}, [tmp_path / "a.yaml"])
+    assert "c4-32" in found["calibration"]
     beside.parent.mkdir()
     beside.write_text("covariance: {mine: {estimator: naive}}\n")
     found, _ = with_presets({**use, "x": {"y": {"covariance": "mine"}}}, [tmp_path / "a.yaml"])

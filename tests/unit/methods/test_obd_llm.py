@@ -31,7 +31,7 @@ DAMPING = 0.01
 
 def compressed(kind: str, ratio: int, **more: Any) -> tuple[PreTrainedModel, Ranks]:
     """A tiny float64 model by the method."""
-    given = {"gradients": samples.output_gradients(kind), "moments": samples.double_statistics(kind), **more}
+    given = {"gradients": samples.output_gradients(kind), "moments": samples.statistics(kind, double=True), **more}
     return samples.compressed("obd-llm", kind, ratio, model=tiny.model(kind).double(), **given)
 
 

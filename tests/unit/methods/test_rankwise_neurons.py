@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,16 +30,8 @@ from tests.unit.model import factor_samples
 from tests.unit.model.factor_samples import CPU, TOKENS, shape_of
 
 KINDS = tuple(tiny.SHAPES)
-_FOLDER = TemporaryDirectory(prefix="rankwise-neurons-")
 ATTENTION = ["q", "k", "v", "o"]
 PRESET = {"kind": "rankwise", "calibration": "c", "covariance": "c"}
-
-
-@cache
-def gradients(kind: str) -> OutputGradients:
-    folder = Path(_FOLDER.name) / kind
-    collect_output_gradients(tiny.model(kind), TOKENS, 2, folder, CPU)
-    return OutputGradients(folder, shape_of(kind))
 
 
 @cache
@@ -60,7 +51,7 @@ def compressed(
         "seed": 0,
         "bases": bases(kind, estimator),
         "statistics": factor_samples.statistics(kind),
-        "gradients": gradients(kind),
+        "gradients": factor_samples.output_gradients(kind),
         "covariance": Covariance.model_validate({"estimator": estimator, "gradients": "weigh"}),
         "account": account,
     }
@@ -193,9 +184,9 @@ def test_one_width_with_dense_attention_and_no_mean_is_a_model_of_another_size(m
 
 
 @pytest.mark.parametrize("mlp", ["neurons", "both"])
-def test_on_a_trained_model_it_loses_less_than_removing_the_same_without_refitting(mlp: str) -> None:
+def test_on_a_trained_model_it_loses_less_than_removing_the_same_without_refitting(mlp: str, tmp_path: Path) -> None:
     seen, unseen = samples.rows_to_learn(64, 1001), samples.rows_to_learn(32, 1002)
-    folder = Path(_FOLDER.name) / f"trained-{mlp}"
+    folder = tmp_path
     shape, preset = shape_of("llama"), Covariance.model_validate({"estimator": "naive", "gradients": "weigh"})
     collect_statistics(samples.trained_copy(), seen, 2, folder / "statistics", CPU)
     collect_output_gradients(samples.trained_copy(), seen, 2, folder / "gradients", CPU)

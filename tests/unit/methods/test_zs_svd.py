@@ -50,7 +50,7 @@ def gradients(model: PreTrainedModel, names: Iterable[str], tokens: torch.Tensor
 def compressed(kind: str, ratio: int, **more: Any) -> tuple[PreTrainedModel, dict[str, int | None]]:
     """A tiny float64 model by the method."""
     model = tiny.model(kind).double()
-    return samples.compressed("zs-svd", kind, ratio, model=model, moments=samples.double_statistics(kind), **more)
+    return samples.compressed("zs-svd", kind, ratio, model=model, moments=samples.statistics(kind, double=True), **more)
 
 
 def by_the_book(w: np.ndarray, x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,20 +36,12 @@ def shape_of(kind: str) -> ModelShape:
 
 
 @cache
-def statistics(kind: str) -> Statistics:
-    """The moments of a tiny model on `TOKENS`."""
-    folder = Path(_FOLDER.name) / "statistics" / kind
+def statistics(kind: str, double: bool = False) -> Statistics:
+    """The moments of a tiny model on `TOKENS`; of one in float64 where a rank must not hang on the last digits."""
+    folder = Path(_FOLDER.name) / f"statistics-{double}" / kind
     folder.mkdir(parents=True)
-    collect_statistics(tiny.model(kind), TOKENS, 2, folder, CPU)
-    return Statistics(folder, shape_of(kind))
-
-
-@cache
-def double_statistics(kind: str) -> Statistics:
-    """The moments of a tiny model in float64, for references in which a rank must not hang on the last digits."""
-    folder = Path(_FOLDER.name) / "double-statistics" / kind
-    folder.mkdir(parents=True)
-    collect_statistics(tiny.model(kind).double(), TOKENS, 2, folder, CPU)
+    model = tiny.model(kind)
+    collect_statistics(model.double() if double else model, TOKENS, 2, folder, CPU)
     return Statistics(folder, shape_of(kind))
 
 

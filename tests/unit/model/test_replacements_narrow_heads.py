@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,17 +45,24 @@ def layers_of(model: PreTrainedModel, layer: int) -> dict[str, tuple[str, torch.
     return {short: (name, model.get_submodule(name)) for short, name in names.items()}
 
 
+def cuts_of(kind: str, layer: int, queries: bool, values: bool) -> Iterator[tuple[str, torch.nn.Linear, list[int]]]:
+    """(name, layer, rows that stay) of q, k and v of a block."""
+    shape, layers = tiny.SHAPES[kind], layers_of(tiny.model(kind), layer)
+    _, dimensions, inner = drawn(kind, seed=layer)
+    if queries:
+        yield (*layers["q"], rows_of(dimensions, shape["heads"]))
+        yield (*layers["k"], rows_of(dimensions, shape["kv_heads"]))
+    if values:
+        yield (*layers["v"], rows_of(inner, shape["kv_heads"]))
+
+
 def narrowed(kind: str, queries: bool = True, values: bool = True, blocks: tuple[int, ...] = (0, 1)) -> PreTrainedModel:
     model, shape = tiny.model(kind), tiny.SHAPES[kind]
     changes: dict[str, Replacement] = {}
     for layer in blocks:
-        units, dimensions, inner = drawn(kind, seed=layer)
+        units, _, inner = drawn(kind, seed=layer)
         layers = layers_of(model, layer)
-        cut = {"q": (dimensions, shape["heads"]), "k": (dimensions, shape["kv_heads"])} if queries else {}
-        cut |= {"v": (inner, shape["kv_heads"])} if values else {}
-        for short, (kept, heads) in cut.items():
-            name, linear = layers[short]
-            rows = rows_of(kept, heads)
+        for name, linear, rows in cuts_of(kind, layer, queries, values):
             bias = None if linear.bias is None else linear.bias.detach()[rows]
             changes[name] = SmallerLinear(linear.weight.detach()[rows], bias)
         if values:
@@ -68,15 +76,11 @@ def narrowed(kind: str, queries: bool = True, values: bool = True, blocks: tuple
 
 def masked(kind: str, queries: bool = True, values: bool = True, blocks: tuple[int, ...] = (0, 1)) -> PreTrainedModel:
     """The dense model, with zeros for q, k and v in the dimensions that went."""
-    model, shape = tiny.model(kind), tiny.SHAPES[kind]
+    model = tiny.model(kind)
     for layer in blocks:
-        _, dimensions, inner = drawn(kind, seed=layer)
-        layers = layers_of(model, layer)
-        cut = {"q": (dimensions, shape["heads"]), "k": (dimensions, shape["kv_heads"])} if queries else {}
-        cut |= {"v": (inner, shape["kv_heads"])} if values else {}
-        for short, (kept, heads) in cut.items():
-            linear = layers[short][1]
-            gone = sorted(set(range(linear.out_features)) - set(rows_of(kept, heads)))
+        for name, _, rows in cuts_of(kind, layer, queries, values):
+            linear = model.get_submodule(name)
+            gone = sorted(set(range(linear.out_features)) - set(rows))
             linear.weight.data[gone] = 0
             if linear.bias is not None:
                 linear.bias.data[gone] = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,19 +11,9 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.ranks.by_type import lord_ranks, uniform_ranks
-from lowrank.ranks.rounding import Rounder
 from lowrank.search.allocation import lord_point
 from lowrank.search.kept_ratios import SearchSpace
 from tests.config.test_fit import shapes
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _the_last_bits_decide_no_tie() -> Iterator[None]:
-    """A space finds its uniform point by bisection; between matrices of one shape the last bit would give the step."""
-    exact = Rounder._rank
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rounder, "_rank", lambda self, index, ratio: round(exact(self, index, ratio), 6))
-        yield
 
 
 def of_space(budget: Budget, ratio: int, uncompressed: list[str], lord: bool) -> Ranks | None:

@@ -211,6 +211,16 @@ def test_a_step_that_fits_once_goes_to_the_first_of_equal_shapes() -> None:
     assert f"at 20 % has rank {kept['q']} for q and {kept['o']} for o" in page
 
 
+def test_ratios_that_differ_by_rounding_errors_are_equal_cuts() -> None:
+    """Of two equal matrices the first gets the step that fits once, whichever ratio has the larger last digits."""
+    budget = replace(Budget.of(SMOLLM), adds_bias=False)
+    q, o = (next(module for module in budget.modules if module.type.name == name) for name in ("q", "o"))
+    rounder = Rounder(budget, [Unit(0, (q,)), Unit(1, (o,))], "give-back")
+    allowed = budget.cost(q, 104) + budget.cost(o, 96)
+    for nudge in (-1e-13, 0.0, 1e-13):
+        assert rounder.choose([0.35, 0.35 + nudge], allowed, allowed) == [104, 96]
+
+
 def test_down_gives_nothing_back() -> None:
     x = SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2).uniform()
     down, back = (SearchSpace(Budget.of(SMOLLM), 20, 1, ("v",), 0.2, rounding=how) for how in ("down", "give-back"))
