@@ -8,7 +8,7 @@ the truncation of M W S, times M^-1 on the left and S^-1 on the right. It is the
 `allocation: first-order` makes IO-SVD's ranks of it (Abbasi et al., 2026): the directions of all matrices leave one by
 one, each time the last of that matrix whose predicted change of the loss is smallest in size (`ranks.zero_sum`). IO-SVD
 takes G from the few most probable next tokens; here G is what the calibration collects, of the text's next tokens or of
-drawn ones (`gradient_draws`). Neither program was published when this was written: the damping is ours.
+drawn ones (`gradient_draws`). No program of either was to be had when this was written: the damping is ours.
 """
 
 from __future__ import annotations
