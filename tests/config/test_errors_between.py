@@ -136,6 +136,17 @@ SENSE: list[tuple[tuple[str | int, ...], Any, str]] = [
         "figures.figure_3.methods[0]: 'dense' is dense and drawn anyway; leave it out",
     ),
     (
+        ("figures", "seen"),
+        {
+            "kind": "heat-map",
+            "title": "T",
+            "suite": "held-out",
+            "rows": [{"model": "smollm2-135m", "method": "svd", "ratio": 20}],
+        },
+        "figures.seen.rows: a heat map shows losses above those of the dense model; add the dense row of "
+        "'smollm2-135m'",
+    ),
+    (
         ("figures", "figure_3", "suite"),
         "cost",
         "figures.figure_3.suite: a figure of perplexity does not show a cost suite",

@@ -14,6 +14,7 @@ from lowrank.config.suites import PerplexitySuite
 from lowrank.files import read_record
 from lowrank.jobs.stage import run_stage
 from lowrank.paper.figures.comparison import comparison_frame, draw_comparison
+from lowrank.paper.figures.heat_map import draw_heat_map, heat_map_frame
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.predicted_loss import draw_predicted_loss, predicted_loss_frame
 from lowrank.paper.figures.search import Judge, draw_search, read_trials, search_frame
@@ -47,10 +48,10 @@ def predicted_loss(settings: Settings) -> pd.DataFrame:
     return predicted_loss_frame({preset: read_record(path) for preset, path in results.items()})
 
 
-def comparison(settings: Settings) -> pd.DataFrame:
-    """What a comparison of rows shows."""
+def _rows(settings: Settings) -> list[RowResults]:
+    """The rows of a comparison with their evaluations."""
     results, suite = settings["results"], settings["figure"]["suite"]
-    rows = [
+    return [
         RowResults(
             row=Row.model_validate(found["row"]),
             evaluations={suite: [read_record(path) for path in found["evaluations"]]},
@@ -58,7 +59,18 @@ def comparison(settings: Settings) -> pd.DataFrame:
         )
         for index, found in enumerate(results["rows"])
     ]
-    return comparison_frame(rows, suite, PerplexitySuite.model_validate(results["suite"]))
+
+
+def comparison(settings: Settings) -> pd.DataFrame:
+    """What a comparison of rows shows."""
+    suite = PerplexitySuite.model_validate(settings["results"]["suite"])
+    return comparison_frame(_rows(settings), settings["figure"]["suite"], suite)
+
+
+def heat_map(settings: Settings) -> pd.DataFrame:
+    """What a heat map of rows shows."""
+    suite = PerplexitySuite.model_validate(settings["results"]["suite"])
+    return heat_map_frame(_rows(settings), settings["figure"]["suite"], suite)
 
 
 def search(settings: Settings) -> pd.DataFrame:
@@ -78,6 +90,7 @@ KINDS: dict[str, tuple[Callable[[Settings], pd.DataFrame], Callable[[pd.DataFram
     "sensitivity": (sensitivity, draw_sensitivity),
     "perplexity": (perplexity, draw_perplexity),
     "comparison": (comparison, draw_comparison),
+    "heat-map": (heat_map, draw_heat_map),
     "search": (search, draw_search),
     "predicted-loss": (predicted_loss, draw_predicted_loss),
 }

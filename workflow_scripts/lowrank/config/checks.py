@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from lowrank.config.base import Section
 from lowrank.config.fit import problems_of_fit
@@ -102,6 +102,14 @@ def _dense_and_ratio(study: Study) -> Iterator[str]:
                 yield f"figures.{name}.methods[{index}]: '{method}' has no search whose progress could be drawn"
 
 
+def _without_dense(study: Study, place: str, rows: Sequence[Row]) -> Iterator[str]:
+    """A heat map shows how much worse than dense a row is."""
+    known = [row for row in rows if row.method in study.methods]
+    dense = {row.model for row in known if study.method(row.method).kind == "dense"}
+    for model in dict.fromkeys(row.model for row in known if row.model not in dense):
+        yield f"{place}: a heat map shows losses above those of the dense model; add the dense row of '{model}'"
+
+
 def _table_suites(study: Study) -> Iterator[str]:
     allowed: dict[str, tuple[type[Section], ...]] = {
         "accuracy": (ZeroShotSuite, PerplexitySuite),
@@ -133,6 +141,8 @@ def _table_suites(study: Study) -> Iterator[str]:
                     f"figures.{name}.rows[{index}]: '{row.title}' of '{row.model}' at {row.ratio} % stands in "
                     f"rows[{earlier}] already; leave one out, or give it a `label` of its own"
                 )
+            if figure.kind == "heat-map":
+                yield from _without_dense(study, f"figures.{name}.rows", figure.rows)
         judge = study.suites.get(getattr(figure, "suite", ""))
         if judge and not isinstance(judge, PerplexitySuite):
             yield f"figures.{name}.suite: a figure of perplexity does not show a {judge.kind} suite"

@@ -143,9 +143,13 @@ class PerplexityFigure(Section):
 
 
 class ComparisonFigure(Section):
-    """Perplexity of some rows side by side, one panel a corpus: objectives of the search, transfers, tunings."""
+    """Perplexity of some rows: objectives of the search, transfers, tunings, calibration on other text.
 
-    kind: Literal["comparison"]
+    comparison: side by side, one panel a corpus. heat-map: a line a row and a column a corpus, one panel a ratio, with
+    the best row of each column; each model's dense row is among them.
+    """
+
+    kind: Literal["comparison", "heat-map"]
     title: Text
     suite: Name
     rows: list[Row] = Field(min_length=1)

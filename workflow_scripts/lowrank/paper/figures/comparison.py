@@ -77,7 +77,7 @@ def comparison_frame(rows: Sequence[RowResults], suite_name: str, suite: Perplex
     """
     if not rows:
         raise RankwiseError("a comparison needs at least one row; write some in the figure's `rows`.")
-    _refuse_equal_names(rows)
+    refuse_equal_names(rows)
     records = [
         {
             "model": results.row.model,
@@ -121,7 +121,12 @@ def draw_comparison(frame: pd.DataFrame, title: str, smoke: bool = False) -> Fig
     return figure
 
 
-def _refuse_equal_names(rows: Sequence[RowResults]) -> None:
+def refuse_equal_names(rows: Sequence[RowResults]) -> None:
+    """See that no two rows would stand there under one name.
+
+    Raises:
+        RankwiseError: two would.
+    """
     for index, earlier in namesakes([results.row for results in rows]):
         row = rows[index].row
         raise RankwiseError(
