@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lowrank.config.outputs import Row
@@ -34,6 +35,8 @@ TASKS = {
 ZERO_SHOT = ZeroShotSuite(kind="zero-shot", tasks=TASKS)
 PERPLEXITY = PerplexitySuite(kind="perplexity", corpora=["wiki_test", "speeches"], length=256, windows=20)
 COST = CostSuite(kind="cost")
+SHIFTS = [(number - 9.5) / 100 for number in range(20)]
+"""How windows and documents differ from their mean: alike for all rows, so their paired differences have no error."""
 ENVIRONMENT = {"device": "cpu", "threads": 2, "machine": "x86_64", "python": "3.11", "packages": {"torch": "2.13"}}
 
 
@@ -54,6 +57,8 @@ def zero_shot(row: Row, level: float, seed: int = 0) -> Json:
             f"{metric}_stderr": 0.01 + index / 1000,
             "documents": 20,
             "of": 1000 + index,
+            "scores": [level + index / 100 + shift for shift in SHIFTS],
+            "documents_sha256": task,
         }
         for index, (task, metric) in enumerate(TASKS.items())
     }
@@ -70,7 +75,14 @@ def zero_shot(row: Row, level: float, seed: int = 0) -> Json:
 
 def perplexity(row: Row, level: float, seed: int = 0) -> Json:
     corpora = {
-        corpus: {"perplexity": level * (index + 1), "stderr": level / 50, "tokens": 5100, "windows": 20}
+        corpus: {
+            "perplexity": level * (index + 1),
+            "stderr": level / 50,
+            "tokens": 5100,
+            "windows": 20,
+            "window_nll": [math.log(level * (index + 1)) + shift for shift in SHIFTS],
+            "tokens_sha256": corpus,
+        }
         for index, corpus in enumerate(PERPLEXITY.corpora)
     }
     return {

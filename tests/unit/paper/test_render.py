@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lowrank.config.outputs import RowTable
 from lowrank.paper.latex import LONG, latex_cell, latex_text
-from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
+from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown, value_parts
 from lowrank.paper.tables import TableData, build_table
 from lowrank.paper.tables.data import Cell, Column, Line
 from tests.unit.paper.paper_samples import context, dense_results, row_results
@@ -53,7 +53,7 @@ class Cells(HTMLParser):
 
 
 def sample(title: str = "Accuracy & perplexity, 100 %", label: str = "a_b <5×1>") -> TableData:
-    rows = [dense_results(), row_results(0.5, label=label), row_results(0.4, method="svd"), row_results(0.3, ratio=30)]
+    rows = [dense_results(), row_results(0.7, label=label), row_results(0.6, method="svd"), row_results(0.3, ratio=30)]
     return build_table(RowTable(kind="accuracy", title=title, rows=[r.row for r in rows]), rows, context())
 
 
@@ -61,7 +61,7 @@ def test_csv_reads_back_in_full_precision() -> None:
     table = sample()
     records = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert len(records) == len(table.lines)
-    assert float(records[1]["wiki_test_perplexity"]) == 10 / 0.5
+    assert float(records[1]["wiki_test_perplexity"]) == 10 / 0.7
     assert records[0]["boolq_documents"] == "20", "whole numbers stay whole"
 
 
@@ -70,7 +70,7 @@ def test_markdown_has_a_row_a_line_and_marks_the_best() -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 4
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
-    assert "**50.0 ± 1.0**" in rows[3]
+    assert "**70.0 ± 1.0**" in rows[3]
     assert "a\\_b \\<5×1\\>" in rows[3]
 
 
@@ -94,7 +94,7 @@ def test_latex_is_a_balanced_booktabs_table() -> None:
     assert len(rows) == 2 + 4
     assert all(len(re.findall(r"(?<!\\)&", row)) == len(table.columns) - 1 for row in rows[1:])
     assert len(re.search(r"begin\{tabular\}\{([lr]+)\}", body)[1]) == len(table.columns)  # type: ignore[index]
-    assert r"\textbf{50.0 $\pm$ 1.0}" in body
+    assert r"\textbf{70.0 $\pm$ 1.0}" in body
     assert r"Accuracy \& perplexity, 100 \%" in text
     assert text.isascii(), "compiles whatever the input encoding is"
     assert [body.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 3, 1]
@@ -185,3 +185,23 @@ def test_making_a_table_imports_neither_torch_nor_matplotlib() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_table_that_scrolls_keeps_its_methods_in_sight() -> None:
+    html = to_html(sample(), "t")
+    fixed = re.findall(r'<th scope="(?:col|row)" class="left fixed">([^<]+)', html)
+    assert fixed == ["Method", "dense", "a_b &lt;5&#215;1&gt;", "svd", "lord"]
+    assert '<th scope="col" class="left fixed">Name' in to_html(long_table(1), "t"), "without methods, the first column"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("62.1 ± 1.3 †", ("62.1", " ± 1.3 †")),
+        ("(7.9 ± 3.6)e6", ("(7.9 ± 3.6)e6", "")),
+        ("77.7", ("77.7", "")),
+        ("", ("", "")),
+    ],
+)
+def test_an_error_is_set_apart_from_its_value(text: str, parts: tuple[str, str]) -> None:
+    assert value_parts(text) == parts

@@ -115,7 +115,7 @@ def test_the_report_says_what_was_run(run: Path) -> None:
     assert "One &amp; two" in html
     assert "kind: lord" in html
     assert "<summary>search</summary>" not in html, "an empty section is left out"
-    assert '<th scope="row" class="left">dense</th>' in html, "tables are embedded, not escaped"
+    assert '<th scope="row" class="left fixed">dense</th>' in html, "tables are embedded, not escaped"
     assert digest_of(json.loads((run / "provenance.json").read_text())["config"]) in html
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from tabulate import tabulate
 
 from lowrank.paper.latex import LONG, latex_cell, latex_columns, latex_text
-from lowrank.paper.tables.data import Cell, Column, Line, TableData
+from lowrank.paper.tables.data import Cell, Column, Grid, Line, TableData
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -77,14 +77,27 @@ def to_latex(table: TableData, label: str) -> str:
 def to_html(table: TableData, name: str) -> str:
     """A fragment with its own style, in ASCII so that it reads right in any page's encoding."""
     template = html_environment().get_template("table.html.j2")
-    html = template.render(table=table, grid=table.grid, groups=groups_of(table.grid.columns), name=name)
+    grid = table.grid
+    html = template.render(table=table, grid=grid, groups=groups_of(grid.columns), name=name, fixed=fixed_column(grid))
     html = _CONTROL.sub(_VISIBLE, html)
     return html.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
+def fixed_column(grid: Grid) -> int:
+    """Number of the column that stays in sight while the others scroll (from 1): the methods, else the first."""
+    titles = [column.title for column in grid.columns[: grid.heading]]
+    return titles.index("Method") + 1 if "Method" in titles else 1
+
+
+def value_parts(text: str) -> tuple[str, str]:
+    """`62.1 ± 1.3` as the value and its error, which a page may print smaller; together they are the text."""
+    value, mark, error = text.partition(" ±")
+    return (value, mark + error) if not text.startswith("(") else (text, "")
+
+
 def html_environment() -> jinja2.Environment:
     """Templates of HTML: everything is escaped unless a template says otherwise."""
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
@@ -92,6 +105,8 @@ def html_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["value_parts"] = value_parts
+    return environment
 
 
 def safe_html(text: str) -> Markup:

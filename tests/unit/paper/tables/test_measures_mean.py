@@ -99,7 +99,7 @@ def test_one_corpus_in_two_suites_is_not_decided_either() -> None:
     results.evaluations["long"] = results.evaluations["ppl"]  # type: ignore[index]
     table = build([results], given_context)
     theirs = [cell.text for cell in table.lines[1].cells]
-    assert theirs[3:] == ["–", "11.45", "60.6", "–", "9.93", "54.68"]
+    assert theirs[3:] == ["–", "11.45", "–", "60.6", "9.93", "54.68"]
     assert to_markdown(table).count("wikitext-test (ppl: ") == 2, "each says its suite"
 
 

@@ -95,9 +95,9 @@ def test_a_task_that_the_dense_model_cannot_do_either_is_named() -> None:
 def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:
     rows = [
         dense_results(0.9),
-        row_results(0.5, method="lord"),
-        row_results(0.4, method="svd"),
-        row_results(0.3, method="lord", ratio=30),
+        row_results(0.8, method="lord"),
+        row_results(0.7, method="svd"),
+        row_results(0.6, method="lord", ratio=30),
     ]
     best = [[cell.best for cell in line.cells[3:]] for line in build("accuracy", rows).lines]
     assert not any(best[0]), "the dense row is no candidate"
@@ -109,9 +109,9 @@ def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:
 @pytest.mark.parametrize(("removed", "competes"), [(19.5, True), (19.0, True), (18.9, False), (9.0, False)])
 def test_a_row_that_keeps_much_more_than_its_target_does_not_compete(removed: float, competes: bool) -> None:
     rows = [
-        row_results(0.9, removed, method="svd", tolerance=20),
-        row_results(0.5, method="lord", label="LoRD"),
-        row_results(0.4, 23, method="afm", tolerance=20),
+        row_results(0.8, removed, method="svd", tolerance=20),
+        row_results(0.7, method="lord", label="LoRD"),
+        row_results(0.6, 23, method="afm", tolerance=20),
     ]
     table = build("accuracy", rows)
     best = [[cell.best for cell in line.cells[3:]] for line in table.lines]
@@ -176,7 +176,7 @@ def test_a_published_average_over_other_tasks_is_not_shown() -> None:
 
 
 def test_published_values_never_count_as_best() -> None:
-    rows = [with_published(row_results(0.3)), row_results(0.2, method="svd")]
+    rows = [with_published(row_results(0.8)), row_results(0.7, method="svd")]
     lines = build("accuracy", rows, context(published_folder=PUBLISHED)).lines
     assert not any(cell.best for cell in lines[1].cells)
     assert all(cell.best for cell in lines[0].cells[3:])
@@ -215,14 +215,14 @@ def test_the_ratio_of_every_seed_counts() -> None:
 
 def test_results_of_another_row_are_refused() -> None:
     results = replace(row_results(), evaluations=row_results(method="svd").evaluations)
-    with pytest.raises(RankwiseError, match=r"tables\.t\.rows\[0\]: the evaluation 'zs' .*'svd'"):
+    with pytest.raises(RankwiseError, match=r"tables\.t\.rows\[0\]: the evaluation 'ppl' .*'svd'"):
         build("accuracy", [results])
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (replace(row_results(), evaluations={}), "no evaluation with suite 'zs'"),
+        (replace(row_results(), evaluations={}), "no evaluation with suite 'ppl'"),
         (replace(row_results(), manifests=[]), "no manifest of the compression"),
     ],
 )

@@ -11,6 +11,7 @@ from lowrank.config.outputs import RowTable
 from lowrank.config.published import Published, single_values
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.paper.tables import rows as shared
+from lowrank.paper.tables.best import best_row
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 from lowrank.paper.tables.measures import (
     ANSWER_COUNTS,
@@ -31,6 +32,10 @@ BLIND_NOTE = (
     f"{BLIND}: not above, by two standard errors, a guess that gives each answer as often as the model does, without "
     "reading; the CSV has its accuracy (…_blind) and, whatever the preference for one answer, the area under the ROC "
     "curve (…_auc, 50 for a guess)."
+)
+BOLD_NOTE = (
+    "Bold: the best compressed value of a model and ratio, where it is better than each other by more than two "
+    "standard errors of their difference (of the same windows or documents, paired) and better than a guess; else none."
 )
 LEEWAY = 1.0
 """Points above the target up to which a row that keeps more competes for the best value: coarse ranks leave some."""
@@ -65,8 +70,11 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     kept = [shared.kept_percent(results) for results in rows]
     rises = loss_rises(rows, measures)
     ample = [i for i, found in enumerate(kept) if found.value > 100 - rows[i].row.ratio + LEEWAY]
-    best = _best(rows, measures, estimates, ample)
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
+    guesses = blind | {
+        (i, m.key) for i in range(len(rows)) for m in measures if _is_guess(rows[i], m, estimates[i], context)
+    }
+    best = _best(rows, measures, estimates, ample, guesses)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
     for index, (results, starts_block) in enumerate(shared.block_starts(rows)):
@@ -153,26 +161,39 @@ def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool
     return bool(bounds) and estimate.value <= fmean(bounds)
 
 
+def _is_guess(results: RowResults, measure: Measure, estimates: dict[str, Estimate], context: Context) -> bool:
+    """Whether a value is no better than that of a model that knows nothing.
+
+    An accuracy is not if it is at most two standard errors above that of drawing an answer; a perplexity if it is that
+    of drawing a token, which is the size of the vocabulary.
+    """
+    estimate = estimates[measure.key]
+    if measure.lower_is_better:
+        shape = context.shapes.get(results.row.model)
+        return shape is not None and estimate.value >= shape.vocabulary
+    return measure.chance is not None and estimate.value - 2 * (estimate.stderr or 0.0) <= measure.chance
+
+
 def _best(
     rows: Sequence[RowResults],
     measures: Sequence[Measure],
     estimates: Sequence[dict[str, Estimate]],
     ample: Sequence[int],
+    guesses: set[tuple[int, str]],
 ) -> set[tuple[int, str]]:
-    """(row, column) of the best value among the compressed rows of one model and ratio, if there is a choice.
+    """(row, column) of the value that stands out among the compressed rows of one model and ratio.
 
     Rows that keep too much (`ample`) win by what they keep, not by their method, so they are no candidates.
     """
     best = set()
     comparable = [i for i in range(len(rows)) if i not in ample]
-    for block in {(results.row.model, results.row.ratio) for results in rows}:
+    for block in {(results.row.model, results.row.ratio) for results in rows if results.row.ratio}:
         members = [i for i in comparable if (rows[i].row.model, rows[i].row.ratio) == block]
-        if block[1] == 0 or len(members) < 2:
-            continue
         for measure in measures:
-            values = {index: estimates[index][measure.key].value for index in members}
-            target = min(values.values()) if measure.lower_is_better else max(values.values())
-            best |= {(index, measure.key) for index, value in values.items() if value == target}
+            values = {index: estimates[index][measure.key] for index in members}
+            found = best_row(rows, measure, values, {index: (index, measure.key) in guesses for index in members})
+            if found is not None:
+                best.add((found, measure.key))
     return best
 
 
@@ -216,7 +237,8 @@ def _notes(
     return (
         *shared.model_note(rows),
         "Removed: target, in percent of the decoder's linear weights; kept: what the checkpoint holds of them. "
-        "Best compressed value of each model and ratio in bold; ± is the standard error from the finite test set.",
+        "± is the standard error from the finite test set.",
+        BOLD_NOTE,
         *ample_notes,
         *(_metric_note(suite) for suite in zero_shot.values()),
         *blind_notes,

@@ -73,7 +73,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         kept, reference = shared.kept_percent(results), references[results.row.model, results.row.ratio]
         of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
         of_tasks = {suite: task_differences(results, reference, suite) for suite in tasks}
-        of_means = {suite: _mean(list(found.values())) for suite, found in of_tasks.items()}
+        of_means = {suite: mean_difference(list(found.values())) for suite, found in of_tasks.items()}
         texts = [
             *shared.leading_texts(rows, results),
             f"{kept.value:.1f}",
@@ -147,7 +147,7 @@ def task_differences(results: RowResults, reference: RowResults, suite: str) -> 
     return {task: _paired(results, reference, scores(results, task), scores(reference, task), task) for task in tasks}
 
 
-def _mean(found: Sequence[Difference]) -> Difference:
+def mean_difference(found: Sequence[Difference]) -> Difference:
     """Of independent tasks: the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`."""
     errors = [difference.stderr for difference in found if difference.stderr is not None]
     return Difference(

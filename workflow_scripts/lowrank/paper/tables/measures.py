@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
@@ -21,6 +22,16 @@ TASK_TITLES = {
     "arc_challenge": "ARC-c",
     "openbookqa": "OBQA",
 }
+CHANCE = {
+    "boolq": 50.0,
+    "piqa": 50.0,
+    "hellaswag": 25.0,
+    "winogrande": 50.0,
+    "arc_easy": 25.0,
+    "arc_challenge": 25.0,
+    "openbookqa": 25.0,
+}
+"""Percent that a guess among a task's answers gets; a few documents of ARC offer three or five instead of four."""
 ACCURACY = "Zero-shot accuracy (%)"
 PERPLEXITY = "Perplexity"
 ANSWER_COUNTS = ("blind", "blind_stderr", "auc")
@@ -39,6 +50,9 @@ class Measure:
         suite, kind: the evaluation that holds it.
         read: evaluation -> (value, standard error) in the unit of the table.
         details: evaluation -> further CSV columns (suffix -> value), e.g. how many documents were scored.
+        tested: evaluation -> the hash of the windows or documents behind the value.
+        part: the task or corpus; empty for the mean of all tasks.
+        chance: percent that a guess gets, where it is known.
         lower_is_better: for perplexity.
     """
 
@@ -49,6 +63,9 @@ class Measure:
     kind: str
     read: Callable[[Json], tuple[float, float | None]]
     details: Callable[[Json], Json]
+    tested: Callable[[Json], str]
+    part: str = ""
+    chance: float | None = None
     lower_is_better: bool = False
 
     @property
@@ -58,7 +75,7 @@ class Measure:
 
 
 def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> list[Measure]:
-    """The columns of results, suite by suite; a name that two suites share is preceded by its suite.
+    """The columns of results, perplexities before tasks; a name that two suites share is preceded by its suite.
 
     Args:
         context: its suites.
@@ -68,9 +85,10 @@ def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> li
     for name, suite in context.suites.items():
         if isinstance(suite, ZeroShotSuite):
             measures += [_task_measure(name, task) for task in (in_order(suite.tasks) if tasks == "each" else ())]
-            measures.append(_average_measure(name))
+            measures.append(_average_measure(name, suite))
         elif isinstance(suite, PerplexitySuite):
             measures += [_corpus_measure(name, corpus) for corpus in suite.corpora]
+    measures.sort(key=lambda measure: measure.kind != "perplexity")
     counts = Counter(measure.key for measure in measures)
     return [
         measure
@@ -130,14 +148,26 @@ def _task_measure(suite: str, task: str) -> Measure:
         counts = {"metric": result["metric"], "documents": result["documents"], "documents_of": result["of"]}
         return counts | {name: _percent(result[name]) for name in ANSWER_COUNTS if name in result}
 
-    return Measure(task, TASK_TITLES.get(task, task), ACCURACY, suite, "zero-shot", read, details)
+    def tested(evaluation: Json) -> str:
+        return str(evaluation["tasks"][task]["documents_sha256"])
+
+    title, chance = TASK_TITLES.get(task, task), CHANCE.get(task)
+    return Measure(task, title, ACCURACY, suite, "zero-shot", read, details, tested, part=task, chance=chance)
 
 
-def _average_measure(suite: str) -> Measure:
+def _average_measure(name: str, suite: ZeroShotSuite) -> Measure:
     def read(evaluation: Json) -> tuple[float, float]:
         return _percent(evaluation["average"]), _percent(evaluation["average_stderr"])
 
-    return Measure("average", "Average", ACCURACY, suite, "zero-shot", read, lambda evaluation: {})
+    def tested(evaluation: Json) -> str:
+        return " ".join(result["documents_sha256"] for _, result in sorted(evaluation["tasks"].items()))
+
+    chances = [CHANCE.get(task) for task in suite.tasks]
+    known = [chance for chance in chances if chance is not None]
+    chance = fmean(known) if known and len(known) == len(chances) else None
+    return Measure(
+        "average", "Average", ACCURACY, name, "zero-shot", read, lambda evaluation: {}, tested, chance=chance
+    )
 
 
 def _corpus_measure(suite: str, corpus: str) -> Measure:
@@ -149,8 +179,13 @@ def _corpus_measure(suite: str, corpus: str) -> Measure:
         result = evaluation["corpora"][corpus]
         return {"tokens": result["tokens"], "windows": result["windows"]}
 
+    def tested(evaluation: Json) -> str:
+        return str(evaluation["corpora"][corpus]["tokens_sha256"])
+
     key = f"{corpus}_perplexity"
-    return Measure(key, corpus, PERPLEXITY, suite, "perplexity", read, details, lower_is_better=True)
+    return Measure(
+        key, corpus, PERPLEXITY, suite, "perplexity", read, details, tested, part=corpus, lower_is_better=True
+    )
 
 
 def _percent(share: float) -> float:
