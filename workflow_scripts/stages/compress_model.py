@@ -18,7 +18,7 @@ def work(job: Snakemake) -> None:
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record, write_json
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
-    from lowrank.model.parameters import count_parameters
+    from lowrank.model.parameters import count_parameters, linear_sizes
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
     from lowrank.ranks.budget import Budget
 
@@ -60,6 +60,7 @@ def work(job: Snakemake) -> None:
             "method": method,
             "ranks": ranks,
             **account,
+            "linears": linear_sizes(model, shape),
             "parameters": parameters,
             "kept": {
                 "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],

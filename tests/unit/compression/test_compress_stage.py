@@ -54,5 +54,14 @@ def test_the_manifest_has_the_predicted_rise_of_the_loss_and_what_it_is(tmp_path
     assert found["kept"]["linears"] <= 0.7
 
 
+def test_the_manifest_has_the_size_of_every_linear_layer(tmp_path: Path) -> None:
+    found = run(tmp_path, {"kind": "svd"})
+    assert found["linears"].keys() == found["ranks"].keys()
+    for name, size in found["linears"].items():
+        m, n, rank = size["out_features"], size["in_features"], found["ranks"][name]
+        assert size["parameters"] == (m * n if rank is None else rank * (m + n))
+    assert sum(size["parameters"] for size in found["linears"].values()) == found["parameters"]["decoder_linears"]
+
+
 def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:
     assert "predicted_loss_rise" not in run(tmp_path, {"kind": "svd"})

@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {
     "packages": {"PyYAML": "1.0", "torch": "2.0"},
 }
 
+USAGE = {"seconds": 12.5, "peak_mib": 800.0}
+
 
 def sha256(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -47,7 +49,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def written(job: SimpleNamespace, project: Path) -> dict[str, Any]:
-    write_job_record(job, project)  # type: ignore[arg-type]
+    write_job_record(job, project, USAGE)  # type: ignore[arg-type]
     found: dict[str, Any] = json.loads(Path("results/tiny/records/search_allocation/m/seed0.json").read_text())
     return found
 
@@ -64,6 +66,7 @@ def test_a_record_says_what_made_the_outputs(job: SimpleNamespace, tmp_path: Pat
     assert record["git"] == {"commit": "unknown", "dirty": None}
     assert record["inputs"] == {"results/tiny/in.json": sha256("results/tiny/in.json")}, "folders have manifests"
     assert record["outputs"] == {path: sha256(path) for path in job.output}
+    assert record["usage"] == USAGE
     assert record["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 
@@ -80,7 +83,7 @@ def test_equal_jobs_have_equal_records(job: SimpleNamespace, tmp_path: Path) -> 
 def test_a_job_without_a_log_of_the_workflow_has_no_record(job: SimpleNamespace, tmp_path: Path) -> None:
     assert record_file("stage.log") is None
     job.log = []
-    write_job_record(job, tmp_path)  # type: ignore[arg-type]
+    write_job_record(job, tmp_path, USAGE)  # type: ignore[arg-type]
     assert not Path("results/tiny/records").exists()
 
 

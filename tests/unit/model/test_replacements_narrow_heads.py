@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lowrank.config.sources import ModelShape
 from lowrank.evaluation.cost import count_macs
 from lowrank.model.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules, save_checkpoint
-from lowrank.model.parameters import count_parameters
+from lowrank.model.parameters import count_parameters, linear_sizes
 from lowrank.model.replacements import NarrowedHeads, Replacement, SmallerLinear
 from tests import tiny
 from tests.unit.model.test_checkpoint import OUTSIDE
@@ -198,6 +198,8 @@ def test_parameters_and_products_are_counted(kind: str) -> None:
     indices = 0 if kind == "opt" else groups * PAIRS
     found, before = (count_parameters(each, described)["decoder_linears"] for each in (model, tiny.model(kind)))
     assert before - found == tiny.LAYERS * (went - indices)
+    widths = [linear_sizes(model, described)[layers_of(model, 0)[name][0]] for name in "qkv"]
+    assert [each["out_features"] for each in widths] == [heads * 2 * PAIRS, groups * 2 * PAIRS, groups * VALUES]
     found, before = (count_macs(each, described, 7) for each in (model, tiny.model(kind)))
     assert before["linears"] - found["linears"] == tiny.LAYERS * 7 * went
     assert found["attention"] == tiny.LAYERS * 7**2 * heads * (2 * PAIRS + VALUES)

@@ -1,7 +1,7 @@
 """What made an artefact: a record of each finished job, beside the results.
 
-`results/<run>/records/<rule>/<as its log>.json` tells of all outputs of the job, tables and figures included. No stage
-reads it, so nothing runs again because of it; `provenance.json` and `make why` do.
+`results/<run>/records/<rule>/<as its log>.json` tells of all outputs of the job, tables and figures included. It is no
+job's input, so nothing runs again because of it; `provenance.json`, the report and `make why` read it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ def record_file(log: str) -> Path | None:
     return Path(f"{before}{RECORDS}{name}").with_suffix(".json") if found else None
 
 
-def write_job_record(job: Job, project: Path) -> None:
-    """Record what a finished job was made from.
+def write_job_record(job: Job, project: Path, usage: dict[str, float]) -> None:
+    """Record what a finished job was made from, and what it took.
 
     Args:
         job: with its outputs in place.
         project: the checkout whose code it ran.
+        usage: seconds and peaks of memory, by their names.
 
     Raises:
         RankwiseError: it cannot be written.
     """
     path = record_file(str(job.log[0])) if len(job.log) else None
     if path is not None:
-        write_json(path, describe_job(job, project))
+        write_json(path, describe_job(job, project) | {"usage": usage})
 
 
 def describe_job(job: Job, project: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
             require_same_environment()
             require_gpus(job)
             work(job)
-            write_job_record(job, PROJECT)
+            write_job_record(job, PROJECT, usage_since(started))
     except RankwiseError as error:
         log.error("%s: %s%s", job.rule, error, fetching_hint(error))
         sys.exit(1)
@@ -102,7 +102,7 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
         else:
             log.exception("%s: unexpected failure; please report it with this log", job.rule)
         sys.exit(1)
-    log.info("%s: finished in %.1f s, %s", job.rule, time.monotonic() - started, describe_usage())
+    log.info("%s: %s", job.rule, describe_usage(usage_since(started)))
 
 
 def set_up_environment(job: Job) -> None:
@@ -203,19 +203,32 @@ def missing_package(error: BaseException) -> str:
     )
 
 
-def describe_usage() -> str:
-    """Peak memory of this process and of those that it started, and the torch that was used, in one line."""
-    parts = [f"peak memory {peak_resident_mib():.0f} MiB"]
+def usage_since(started: float) -> dict[str, float]:
+    """Seconds since a time of `time.monotonic`, and the peaks of memory so far.
+
+    Returns:
+        `seconds`; `peak_mib` of this process; `child_peak_mib` of the largest that it started, and `gpu_peak_mib` that
+        torch reserved, where there is such.
+    """
+    usage = {"seconds": time.monotonic() - started, "peak_mib": peak_resident_mib()}
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     if children > 256:  # the workers of post-training, not a compiler or `uname`
-        parts.append(f"{children:.0f} MiB in the largest process it started")
+        usage["child_peak_mib"] = children
     torch: Any = sys.modules.get("torch")
-    if torch is None:
-        return parts[0]
-    if torch.cuda.is_initialized():
-        reserved = torch.cuda.max_memory_reserved() / 2**20
-        parts.append(f"{reserved:.0f} MiB reserved on {torch.cuda.get_device_name()}")
-    return ", ".join([*parts, f"torch {torch.__version__}"])
+    if torch is not None and torch.cuda.is_initialized():
+        usage["gpu_peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
+    return usage
+
+
+def describe_usage(usage: dict[str, float]) -> str:
+    """What a job took by `usage_since`, and the torch that was used, in one line."""
+    parts = [f"finished in {usage['seconds']:.1f} s, peak memory {usage['peak_mib']:.0f} MiB"]
+    if "child_peak_mib" in usage:
+        parts.append(f"{usage['child_peak_mib']:.0f} MiB in the largest process it started")
+    torch: Any = sys.modules.get("torch")
+    if "gpu_peak_mib" in usage:
+        parts.append(f"{usage['gpu_peak_mib']:.0f} MiB reserved on {torch.cuda.get_device_name()}")
+    return ", ".join([*parts, *([] if torch is None else [f"torch {torch.__version__}"])])
 
 
 def peak_resident_mib() -> float:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.model.families import Dimensions, has_native_bias, linear_modules
-from lowrank.model.modeling_rankwise import LowRankLinear, NarrowHeads, Shortcuts
+from lowrank.model.modeling_rankwise import LowRankLinear, NarrowHeads, Shortcuts, features_of
 
 
 def count_parameters(model: PreTrainedModel, shape: Dimensions) -> dict[str, int]:
@@ -18,20 +18,34 @@ def count_parameters(model: PreTrainedModel, shape: Dimensions) -> dict[str, int
     `decoder_linears` counts the weights of the linear layers, the biases and indices that compression added, and the
     shortcuts of residual connections: it compares with the weights of the dense layers, as the paper's budget does.
     """
-    kept, indices, dense = shortcut_parameters(model), pair_indices(model), 0
+    indices = pair_indices(model)
     for linear in linear_modules(shape):
-        layer = model.get_submodule(linear.name)
-        kept += sum(parameter.numel() for parameter in layer.parameters())
-        kept -= _bias_size(layer) if has_native_bias(shape, linear) else 0
-        dense += linear.parameters
-        indices += sum(index.numel() for index in layer.buffers())
+        indices += sum(index.numel() for index in model.get_submodule(linear.name).buffers())
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    by_layer = sum(layer["parameters"] for layer in linear_sizes(model, shape).values())
     return {
         "total": sum(unique.values()) + indices,
         "total_dense": dense_total(model),
-        "decoder_linears": kept + indices,
-        "decoder_linears_dense": dense,
+        "decoder_linears": by_layer + shortcut_parameters(model) + pair_indices(model),
+        "decoder_linears_dense": sum(linear.parameters for linear in linear_modules(shape)),
     }
+
+
+def linear_sizes(model: PreTrainedModel, shape: Dimensions) -> dict[str, dict[str, int]]:
+    """What is left of every linear layer of the decoder.
+
+    Returns:
+        Module -> its `out_features` and `in_features`, and its `parameters`: weights, with the biases and indices that
+        compression added.
+    """
+    sizes = {}
+    for linear in linear_modules(shape):
+        layer = model.get_submodule(linear.name)
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        parameters -= _bias_size(layer) if has_native_bias(shape, linear) else 0
+        parameters += sum(index.numel() for index in layer.buffers())
+        sizes[linear.name] = {**features_of(layer), "parameters": parameters}
+    return sizes
 
 
 def shortcut_parameters(model: PreTrainedModel) -> int:
