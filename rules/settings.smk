@@ -208,7 +208,8 @@ def report_settings(wildcards):
             "smoke": STUDY.smoke,
             "seeds": list(STUDY.seeds),
             "models": {
-                name: {key: model[key] for key in ("source", "license")} for name, model in plain["models"].items()
+                name: {key: model[key] for key in ("source", "license", "shape")}
+                for name, model in plain["models"].items()
             },
             "presets": {section: plain[section] for section in sections},
             "tables": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lowrank.config.outputs import Row
@@ -126,13 +127,38 @@ def cost(row: Row, removed: float, seed: int = 0) -> Json:
 
 
 def manifest(row: Row, removed: float, seed: int = 0, ranks: Json | None = None) -> Json:
+    ranks = ranks if ranks is not None else uniform_ranks(20)
     return {
         "subject": subject(row, seed),
-        "ranks": ranks if ranks is not None else uniform_ranks(20),
+        "ranks": ranks,
+        "linears": linears(ranks),
         "parameters": parameters(removed),
         "environment": ENVIRONMENT,
         "seconds": 4.0,
     }
+
+
+def linears(ranks: Json) -> Json:
+    """Sizes of the layers as pairs of these ranks, or dense."""
+    sizes = {}
+    for module in linear_modules(SHAPE):
+        m, n, rank = module.out_features, module.in_features, ranks[module.name]
+        sizes[module.name] = {
+            "out_features": m,
+            "in_features": n,
+            "parameters": m * n if rank is None else rank * (m + n),
+        }
+    return sizes
+
+
+def evidence(*rows: RowResults) -> dict[Path, Json]:
+    """Files of results as a run has them, of these rows."""
+    found: dict[Path, Json] = {}
+    for number, results in enumerate(rows):
+        for suite, evaluations in results.evaluations.items():
+            found |= {Path(f"evaluation/{number}/seed{seed}/{suite}.json"): e for seed, e in enumerate(evaluations)}
+        found |= {Path(f"compressed/{number}/seed{seed}/manifest.json"): m for seed, m in enumerate(results.manifests)}
+    return found
 
 
 def uniform_ranks(rank: int) -> Json:

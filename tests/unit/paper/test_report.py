@@ -71,7 +71,8 @@ def run(tmp_path: Path, config: dict[str, Any]) -> Path:
     (folder / "figures").mkdir()
     for kind in ("png", "pdf", "csv"):
         (folder / "figures" / f"figure_1.{kind}").write_bytes(b"\x89PNG")
-    write_json(folder / "provenance.json", describe_run("sample", config, [folder / "tables" / "table_1.csv"], folder))
+    shown = [folder / "tables" / "table_1.csv", *map(Path, settings(folder)["evidence"])]
+    write_json(folder / "provenance.json", describe_run("sample", config, shown, folder))
     return folder
 
 
@@ -81,7 +82,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "run": "sample",
         "smoke": True,
         "seeds": [0, 1],
-        "models": {"tiny": {"source": {"path": "<models>/tiny"}, "license": "Apache-2.0"}},
+        "models": {"tiny": {"source": {"path": "<models>/tiny"}, "license": "Apache-2.0", "shape": SHAPE.plain()}},
         "presets": {"methods": {"lord": {"kind": "lord"}}, "search": {}},
         "tables": {"table_1": {"title": "x", "html": str(tables / "table_1.html"), "csv": str(tables / "table_1.csv")}},
         "figures": {

@@ -1,4 +1,4 @@
-"""One self-contained `report.html`: tables, figures, what was run, and where each number comes from."""
+"""One self-contained `report.html`: what came out, tables, figures, what was run, and where each number comes from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from typing import Any
 import pandas as pd
 import yaml
 from markupsafe import Markup
+from pydantic import TypeAdapter
 
+from lowrank.config.outputs import Row
+from lowrank.config.sources import ModelShape
+from lowrank.config.suites import Suite
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json
+from lowrank.paper.page.board import leader_board
+from lowrank.paper.page.looks import colours, looks_of
+from lowrank.paper.page.ranks import heat_maps
+from lowrank.paper.page.results import Checkpoint, checkpoints
+from lowrank.paper.page.scatter import HEIGHT, WIDTH, scatters
+from lowrank.paper.page.usage import steps
+from lowrank.paper.page.verdict import verdicts
 from lowrank.paper.render import html_environment, safe_html
-from lowrank.paper.tables.data import MISSING, Json
+from lowrank.paper.tables.data import MISSING, Context, Json
+from lowrank.paper.tables.measures import measures_of
 
 SUBJECT = {"model": "Model", "method": "Method", "ratio": "Removed (%)", "tuning": "Post-training", "seed": "Seed"}
 
@@ -64,9 +76,9 @@ def render_report(settings: Mapping[str, Any], provenance: Json, report: Path) -
     """The report's HTML.
 
     Args:
-        settings: `run`, `smoke`, `seeds`, `models` (name -> source, license), `presets` (any nested dict), `tables`
-            (name -> title, html, csv), `figures` (name -> title, png, pdf, csv), `evidence` (paths of the JSONs of
-            evaluations, checkpoints and sensitivity).
+        settings: `run`, `smoke`, `seeds`, `models` (name -> source, license, shape), `presets` (any nested dict, with
+            the `suites`), `tables` (name -> title, html, csv), `figures` (name -> title, png, pdf, csv), `evidence`
+            (paths of the JSONs of evaluations, checkpoints and sensitivity).
         provenance: the content of `provenance.json`.
         report: where the report will lie; links are relative to its folder.
 
@@ -74,7 +86,9 @@ def render_report(settings: Mapping[str, Any], provenance: Json, report: Path) -
         RankwiseError: an input is missing or damaged.
     """
     folder = report.parent
-    results = [_result(Path(path), folder) for path in settings["evidence"]]
+    evidence = {Path(path): read_json(path) for path in settings["evidence"]}
+    results = [_result(path, content, folder) for path, content in evidence.items()]
+    checksums = {path.as_posix(): provenance["artefacts"][relative_link(path, folder).href] for path in evidence}
     return (
         html_environment()
         .get_template("report.html.j2")
@@ -91,8 +105,39 @@ def render_report(settings: Mapping[str, Any], provenance: Json, report: Path) -
             subject=SUBJECT,
             devices=sorted({result.device for result in results}),
             provenance=provenance,
+            steps=steps(checksums, folder / "records"),
+            **_compared(settings, evidence),
         )
     )
+
+
+def _compared(settings: Mapping[str, Any], evidence: Mapping[Path, Json]) -> dict[str, Any]:
+    """What the page shows of all checkpoints beside each other."""
+    suite_type: TypeAdapter[Any] = TypeAdapter(Suite)
+    suites = {name: suite_type.validate_python(suite) for name, suite in settings["presets"].get("suites", {}).items()}
+    shapes = {name: ModelShape.model_validate(model["shape"]) for name, model in settings["models"].items()}
+    vocabularies = {name: shape.vocabulary for name, shape in shapes.items()}
+    measures = measures_of(Context(suites=suites))
+    found = checkpoints(evidence, list(shapes), measures)
+    maps, without_map = heat_maps(found, shapes)
+    return {
+        "checkpoints": found,
+        "looks": looks_of(each.row.method for each in found),
+        "colours": colours(),
+        "verdicts": verdicts(found, measures, vocabularies),
+        "scatters": scatters(found, measures, vocabularies),
+        "legends": {model: _legend(found, model) for model in shapes},
+        "width": WIDTH,
+        "height": HEIGHT,
+        "board": leader_board(found, measures),
+        "maps": maps,
+        "without_map": without_map,
+    }
+
+
+def _legend(found: Sequence[Checkpoint], model: str) -> list[Row]:
+    """A row for each name that a model's drawings show."""
+    return list({each.row.title: each.row for each in found if each.row.model == model}.values())
 
 
 def relative_link(path: Path, folder: Path, text: str | None = None) -> Link:
@@ -130,8 +175,7 @@ def _figure(name: str, figure: Json, folder: Path) -> FigureBlock:
     return FigureBlock(name, figure["title"], f"data:image/png;base64,{image}", links)
 
 
-def _result(path: Path, folder: Path) -> Result:
-    content = read_json(path)
+def _result(path: Path, content: Json, folder: Path) -> Result:
     subject = {key: str(content["subject"].get(key, MISSING)) for key in SUBJECT}
     return Result(
         subject,

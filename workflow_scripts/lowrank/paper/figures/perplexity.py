@@ -20,7 +20,7 @@ from lowrank.paper.figures.axes import (
     standard_errors,
 )
 from lowrank.paper.figures.panels import label_axes, legend_below, legend_entries, panel_grid, write_title
-from lowrank.paper.figures.style import series_style, style
+from lowrank.paper.figures.style import method_looks, series_style, style
 from lowrank.paper.figures.values import NUMBERS, perplexity_over_seeds
 from lowrank.paper.tables.data import Json
 
@@ -74,9 +74,10 @@ def _draw_panel(axes: Axes, frame: pd.DataFrame) -> None:
     for dense in frame[frame["method"] == DENSE_METHOD].to_dict(orient="records"):
         draw_dense(axes, dense["perplexity"], dense["stderr"], DENSE_METHOD)
     compressed = frame[frame["method"] != DENSE_METHOD]
-    for index, (name, points) in enumerate(compressed.groupby("method", sort=False)):
+    looks = method_looks(map(str, compressed["method"]))
+    for name, points in compressed.groupby("method", sort=False):
         points = points.sort_values("removed_percent")
-        look = series_style(index)
+        look = series_style(looks[str(name)])
         axes.errorbar(
             points["removed_percent"],
             points["perplexity"],

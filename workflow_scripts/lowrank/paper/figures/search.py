@@ -17,7 +17,7 @@ from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.axes import TICKS_UP, is_wide, readable_ticks, scale_words
 from lowrank.paper.figures.panels import columns_for, label_axes, legend_below, legend_entries, panel_grid, write_title
-from lowrank.paper.figures.style import line_style, style
+from lowrank.paper.figures.style import line_style, method_looks, style
 
 Quantity = Literal["objective", "perplexity"]
 COLUMNS = ("trial", "origin", "perplexity", "kl", "objective", "kept")
@@ -145,7 +145,7 @@ def draw_search(frame: pd.DataFrame, title: str, smoke: bool = False) -> Figure:
     ratios, validations = sorted(set(places["removed_percent"])), list(dict.fromkeys(places["validation"]))
     several = len(validations) > 1
     cells = [(validation, ratio) for validation in validations for ratio in ratios]
-    looks = {str(method): line_style(index) for index, method in enumerate(dict.fromkeys(frame["method"]))}
+    looks = {method: line_style(number) for method, number in method_looks(map(str, frame["method"])).items()}
     wide = any(
         is_wide([*part["lowest"], *part["highest"]]) for _, part in frame.groupby(["validation", "removed_percent"])
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ DASHES: tuple[Any, ...] = (
     (0, (8, 2, 1, 2, 1, 2)),
     (0, (12, 2)),
 )
+HOMES = ("svd", "lord", "bolaco", "rankwise", "flap", "slicegpt", "afm", "svd-llm", "modegpt")
+"""Methods whose presets have a look of their own in all figures; the others take what these leave."""
 DENSE_COLOUR = "black"
 DENSE_DASHES = (0, (1, 3))
 TEXT = 7.0  # points; no text of a figure is smaller when it is printed as wide as it is drawn
@@ -82,6 +84,24 @@ def style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
         yield
+
+
+def method_looks(methods: Iterable[str]) -> dict[str, int]:
+    """Method -> number of its look for `line_style`, the same in all figures as far as nine looks go.
+
+    The first preset of a method in `HOMES` has that method's look. Others, in their order, have the first that is free.
+    """
+    looks: dict[str, int] = {}
+    names = list(dict.fromkeys(methods))
+    for name in names:
+        homes = [home for home in HOMES if name == home or name.startswith(f"{home}-")]
+        if homes and (number := HOMES.index(max(homes, key=len))) not in looks.values():
+            looks[name] = number
+    free = [number for number in range(len(HOMES)) if number not in looks.values()]
+    others = [name for name in names if name not in looks]
+    spare = range(len(HOMES), len(HOMES) + len(others))
+    looks |= dict(zip(others, [*free, *spare], strict=False))
+    return {name: looks[name] for name in names}
 
 
 def line_style(index: int) -> dict[str, Any]:

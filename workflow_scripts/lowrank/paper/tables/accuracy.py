@@ -11,7 +11,7 @@ from lowrank.config.outputs import RowTable
 from lowrank.config.published import Published, single_values
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.paper.tables import rows as shared
-from lowrank.paper.tables.best import best_row
+from lowrank.paper.tables.best import best_row, no_better_than_a_guess
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 from lowrank.paper.tables.measures import (
     ANSWER_COUNTS,
@@ -71,9 +71,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     rises = loss_rises(rows, measures)
     ample = [i for i, found in enumerate(kept) if found.value > 100 - rows[i].row.ratio + LEEWAY]
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
-    guesses = blind | {
-        (i, m.key) for i in range(len(rows)) for m in measures if _is_guess(rows[i], m, estimates[i], context)
-    }
+    guesses = blind | _guesses(rows, measures, estimates, context)
     best = _best(rows, measures, estimates, ample, guesses)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
@@ -161,17 +159,16 @@ def _is_blind(results: RowResults, measure: Measure, estimate: Estimate) -> bool
     return bool(bounds) and estimate.value <= fmean(bounds)
 
 
-def _is_guess(results: RowResults, measure: Measure, estimates: dict[str, Estimate], context: Context) -> bool:
-    """Whether a value is no better than that of a model that knows nothing.
-
-    An accuracy is not if it is at most two standard errors above that of drawing an answer; a perplexity if it is that
-    of drawing a token, which is the size of the vocabulary.
-    """
-    estimate = estimates[measure.key]
-    if measure.lower_is_better:
-        shape = context.shapes.get(results.row.model)
-        return shape is not None and estimate.value >= shape.vocabulary
-    return measure.chance is not None and estimate.value - 2 * (estimate.stderr or 0.0) <= measure.chance
+def _guesses(
+    rows: Sequence[RowResults], measures: Sequence[Measure], estimates: Sequence[dict[str, Estimate]], context: Context
+) -> set[tuple[int, str]]:
+    sizes = {name: shape.vocabulary for name, shape in context.shapes.items()}
+    return {
+        (index, measure.key)
+        for index, results in enumerate(rows)
+        for measure in measures
+        if no_better_than_a_guess(estimates[index][measure.key], measure, sizes.get(results.row.model))
+    }
 
 
 def _best(

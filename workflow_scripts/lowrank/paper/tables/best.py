@@ -42,6 +42,17 @@ def best_row(
     return first if clear else None
 
 
+def no_better_than_a_guess(estimate: Estimate, measure: Measure, vocabulary: int | None) -> bool:
+    """Whether a value is no better than that of a model that knows nothing.
+
+    An accuracy is not if it is at most two standard errors above that of drawing an answer; a perplexity if it is that
+    of drawing a token, which is the size of the vocabulary.
+    """
+    if measure.lower_is_better:
+        return vocabulary is not None and estimate.value >= vocabulary
+    return measure.chance is not None and estimate.value - 2 * (estimate.stderr or 0.0) <= measure.chance
+
+
 def difference(ours: RowResults, theirs: RowResults, measure: Measure, one: Estimate, other: Estimate) -> Difference:
     """Value of a row less that of another, with its standard error.
 

@@ -1,0 +1,72 @@
+"""Drawings: values stand where the axes say, on the best measure of size that is known of all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lowrank.paper.page.results import checkpoints
+from lowrank.paper.page.scatter import Axis, Scatter, scatters
+from lowrank.paper.tables.data import RowResults
+from lowrank.paper.tables.measures import measures_of
+from tests.unit.paper.paper_samples import context, dense_results, evidence, row_results
+
+MEASURES = measures_of(context())
+
+
+def drawn(*rows: RowResults, vocabulary: int = 1000) -> list[Scatter]:
+    found = checkpoints(evidence(*rows), ["tiny"], MEASURES)
+    return scatters(found, MEASURES, {"tiny": vocabulary})["tiny"]["wiki_test"]
+
+
+def unmeasured(results: RowResults, *, manifest: bool = True) -> RowResults:
+    del results.evaluations["cost"]  # type: ignore[attr-defined]
+    if not manifest:
+        results.manifests[:] = []  # type: ignore[index]
+    return results
+
+
+def test_a_value_stands_where_its_axis_says() -> None:
+    axis = Axis(10, 1000, 300, 0, logarithmic=True)
+    assert [axis.place(value) for value in (10, 100, 1000)] == [300, 150, 0]
+    assert (150.0, "100") in axis.ticks
+    assert Axis(0, 10, 50, 150).place(2.5) == 75
+
+
+def test_points_have_error_bars_of_the_loss() -> None:
+    size = drawn(dense_results(0.8), row_results(0.5))[0]
+    point = size.points[1]
+    assert point.title == "lord, 20 % removed: perplexity 20.00 ± 0.40, weights (MiB) 3.8"
+    up, down = point.y - point.top, point.bottom - point.y
+    assert up == pytest.approx(down, abs=0.2), "equally long on a logarithmic axis"
+    scale = (size.y.start - size.y.end) / math.log(size.y.high / size.y.low)
+    assert up == pytest.approx(0.02 * scale, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        (row_results(), "weights (MiB)"),
+        (unmeasured(row_results()), "parameters (M)"),
+        (unmeasured(row_results(), manifest=False), "linear weights kept (%)"),
+    ],
+)
+def test_the_size_is_one_that_is_known_of_all(row: RowResults, label: str) -> None:
+    assert drawn(dense_results(), row)[0].x_label == label
+
+
+def test_speeds_are_drawn_of_those_that_have_one() -> None:
+    plots = drawn(dense_results(), row_results(), unmeasured(row_results(method="svd")))
+    assert [(plot.x_label, len(plot.points), plot.missing) for plot in plots] == [
+        ("parameters (M)", 3, 0),
+        ("generation (tokens/s)", 2, 1),
+        ("prompt (tokens/s)", 2, 1),
+    ]
+
+
+def test_what_is_no_better_than_a_guess_does_not_stretch_the_axis() -> None:
+    plot = drawn(dense_results(0.8), row_results(0.5), row_results(0.0001, method="svd"))[0]
+    assert [point.beyond for point in plot.points] == [False, False, True]
+    assert plot.points[2].y == plot.y.end
+    assert plot.y.high < 30

@@ -1,0 +1,1 @@
+"""The parts of the report that no table or figure of the config has: what came out, the leader board, ranks, usage."""
