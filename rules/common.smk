@@ -85,6 +85,14 @@ def figures_of(kind):
     return [name for name, figure in STUDY.figures.items() if figure.kind == kind]
 
 
+def labels_of(kind):
+    """What Snakemake's own report calls a table or figure: its name and its title."""
+    return lambda wildcards: {
+        "name": wildcards[kind],
+        "title": {"table": STUDY.tables, "figure": STUDY.figures}[kind][wildcards[kind]].title,
+    }
+
+
 wildcard_constraints:
     model=one_of(STUDY.models),
     corpus=one_of(STUDY.corpora),

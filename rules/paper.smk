@@ -18,7 +18,9 @@ rule make_table:
         csv=f"{RUN}/tables/{{table}}.csv",
         md=f"{RUN}/tables/{{table}}.md",
         tex=f"{RUN}/tables/{{table}}.tex",
-        html=f"{RUN}/tables/{{table}}.html",
+        html=report(
+            f"{RUN}/tables/{{table}}.html", caption="report/table.rst", category="Tables", labels=labels_of("table")
+        ),
     log:
         f"{LOGS}/make_table/{{table}}.log",
     conda:
@@ -37,7 +39,9 @@ rule draw_figure:
         texts=lambda wildcards: LAYOUT.comparison_of(STUDY.figures[wildcards.figure]),
     output:
         pdf=f"{RUN}/figures/{{figure}}.pdf",
-        png=f"{RUN}/figures/{{figure}}.png",
+        png=report(
+            f"{RUN}/figures/{{figure}}.png", caption="report/figure.rst", category="Figures", labels=labels_of("figure")
+        ),
         csv=f"{RUN}/figures/{{figure}}.csv",
     log:
         f"{LOGS}/draw_figure/{{figure}}.log",
@@ -74,7 +78,7 @@ rule write_report:
         figures=LAYOUT.figures(),
         provenance=f"{RUN}/provenance.json",
     output:
-        report=f"{RUN}/report.html",
+        report=report(f"{RUN}/report.html", caption="report/page.rst", category="The whole study"),
     log:
         f"{LOGS}/write_report.log",
     conda:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.slurm_cluster import Cluster, Unavailable, install
+from tests.apt import Unavailable, install
+from tests.slurm.slurm_cluster import PACKAGES, PROGRAMS, Cluster
 from tests.slurm.slurm_study import Study
 
 
@@ -18,7 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if sys.platform != "linux":
         pytest.skip("SLURM runs on Linux only")
     try:
-        install()
+        install("SLURM", PROGRAMS, PACKAGES)
     except Unavailable as error:
         pytest.skip(str(error))
     made = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")

@@ -8,7 +8,6 @@ between two looks passes, and the state of such a job is FAILED; OUT_OF_MEMORY a
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +18,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.apt import SYSTEM, find
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "sinfo", "scontrol")
-SYSTEM = "/usr/local/sbin:/usr/sbin:/sbin"
 GPU_TYPE = "fake"
 GPU_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 """SLURM counts devices and hands out their numbers; it wants files that are devices, whatever they are."""
@@ -66,42 +66,6 @@ NodeName={gpu_node} NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=16
 PartitionName=processors Nodes={cpu_node} MaxTime=120
 PartitionName=accelerators Nodes={gpu_node} MaxTime=120
 """
-
-
-class Unavailable(Exception):
-    """SLURM is not here and cannot be installed; the message says why."""
-
-
-def install() -> None:
-    """Install Debian's SLURM if it is missing.
-
-    Raises:
-        Unavailable: it is missing, and this is no Debian, or the user is not root, or apt failed.
-    """
-    missing = [name for name in PROGRAMS if find(name) is None]
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        raise Unavailable(f"SLURM is not installed ({missing[0]} is missing), and there is no apt-get to install it")
-    if os.geteuid() != 0:
-        raise Unavailable(f"SLURM is not installed ({missing[0]} is missing), and only root may install it")
-    options = ["-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-    for command in (["apt-get", "update"], ["apt-get", "install", *options, *PACKAGES]):
-        run = subprocess.run(
-            command,
-            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        if run.returncode:
-            raise Unavailable(f"`{' '.join(command)}` failed: {(run.stderr or run.stdout).strip()[-300:]}")
-
-
-def find(program: str) -> str | None:
-    """Where a program is, in the folders of system programs too."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SYSTEM}")
 
 
 def free_ports(count: int) -> list[int]:

@@ -256,6 +256,11 @@ CHANGES = [
         text("workflow_scripts/lowrank/paper/templates/table.tex.j2", "toprule", "midrule"),
         rule("make_table"),
     ),
+    Change(
+        "a template of the report",
+        text("workflow_scripts/lowrank/paper/templates/report.css.j2", "--link: #0a5aa8", "--link: #0a5aa9"),
+        rule("write_report"),
+    ),
     Change("the frame of stages", code("lowrank/jobs/stage.py", "run_stage"), nothing),
     # the schema
     Change("a check", code("lowrank/config/presets.py", "Search._initial_points_fit"), nothing),
@@ -351,7 +356,7 @@ CHANGES = [
     ),
     Change("a fresh clone with copied results", new_times, nothing, configs=ALL),
     Change("torch in the pins", pin("torch"), unless(WITHOUT_TORCH), configs=ALL),
-    Change("matplotlib in the pins", pin("matplotlib"), rule("draw_figure")),
+    Change("matplotlib in the pins", pin("matplotlib"), rule("draw_figure", "write_report")),
     Change("pytest in the pins", pin("pytest"), nothing),
     Change(
         "what jobs are given",

@@ -46,9 +46,10 @@ def test_rows_that_the_windows_do_not_tell_apart_are_named() -> None:
 
 
 def test_even_the_best_may_be_a_guess() -> None:
-    winner = told(row_results(0.5), row_results(0.4, method="svd"), vocabulary=20)[0].winners[0]
-    assert winner.guess
-    assert not winner.clear
+    (verdict,) = told(dense_results(), row_results(0.5), row_results(0.4, method="svd"), vocabulary=20)
+    assert verdict.winners[0].guess
+    assert not verdict.winners[0].clear
+    assert verdict.buys == {}, "it buys nothing"
 
 
 def test_a_row_that_keeps_too_much_is_not_ranked() -> None:

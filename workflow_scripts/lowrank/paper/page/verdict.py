@@ -47,7 +47,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winners of one model and ratio, and what each of them buys: title -> (what, before, after, change)."""
+    """The winners of one model and ratio; what those buy that are no guess: title -> (what, before, after, change)."""
 
     model: str
     ratio: int
@@ -77,7 +77,8 @@ def verdicts(
             if measure.kind == "perplexity" and rivals:
                 first = min(rivals, key=lambda each: each.values[measure.key].value)
                 winners.append(_winner(first, rivals, dense, measure, vocabularies[block[0]]))
-                best[first.row.title] = first
+                if not winners[-1].guess:
+                    best[first.row.title] = first
         if winners:
             buys = {title: list(_bought(dense, each)) for title, each in best.items()} if dense else {}
             made.append(Verdict(*block, len(members), winners, buys))
@@ -121,7 +122,7 @@ def _price(first: Checkpoint, dense: Checkpoint | None, measure: Measure) -> tup
 
 def _signed(found: Difference) -> str:
     text = estimate_text(found.value, found.stderr, 3)
-    return text if found.value < 0 else f"+{text}"
+    return text.replace("-", "−", 1) if found.value < 0 else f"+{text}"
 
 
 def _ahead(behind: Sequence[tuple[Checkpoint, Difference]], alike: Sequence[str]) -> str:
