@@ -1,7 +1,7 @@
 # make quickstart   a whole small study, installed and run
 # make compress     a model of one's own: make compress MODEL=/data/my-model RATIO=20 (METHOD, OUT, CALIBRATION, TEST, DTYPE)
 # make check        before a commit: style, types and the fast tests that run no whole model
-# make test         the checks and the tests; for root, SLURM is installed if it is missing (apt), else its tests are skipped
+# make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
 from tests import tiny
+from tests.apt import Unavailable
+from tests.browser import browser, check_page
 from tests.warm import ENVIRONMENT, Warm
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +98,31 @@ def test_everything_that_was_asked_for_is_there(study: Path) -> None:
     report = (study / "results/tiny/report.html").read_text()
     assert "Accuracy" in report
     assert "Sensitivity" in report
+
+
+def test_the_report_of_a_study_fits_every_window_and_stands_alone(study: Path, tmp_path: Path) -> None:
+    try:
+        with browser(tmp_path) as page:
+            check_page(page, study / "results/tiny/report.html")
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+def test_the_report_tells_of_every_step_what_it_took(study: Path) -> None:
+    report = (study / "results/tiny/report.html").read_text()
+    usage = report[report.index('id="usage"') : report.index('id="run"')]
+    for rule in ("fetch_model", "collect_statistics", "search_allocation", "post_train", "evaluate_zero_shot"):
+        assert re.search(rf">{rule}</th><td class=\"number\">[\d.]+<", usage), rule
+    assert "not told" not in usage
+
+
+def test_the_report_of_snakemake_shows_tables_figures_and_the_page(finished: Study, tmp_path: Path) -> None:
+    finished.snakemake("--report", str(tmp_path / "snakemake.html"))
+    html = (tmp_path / "snakemake.html").read_text()
+    for shown in ("tables/table_1.html", "figures/figure_3.png", "report.html"):
+        assert f"results/tiny/{shown}" in html
+    for caption in ("as CSV with all digits", "exactly the values that are drawn", "It needs no network"):
+        assert caption in html
 
 
 def test_a_second_run_has_nothing_to_do(finished: Study) -> None:
