@@ -40,7 +40,10 @@ rule draw_figure:
     output:
         pdf=f"{RUN}/figures/{{figure}}.pdf",
         png=report(
-            f"{RUN}/figures/{{figure}}.png", caption="report/figure.rst", category="Figures", labels=labels_of("figure")
+            f"{RUN}/figures/{{figure}}.png",
+            caption="report/figure.rst",
+            category="Figures",
+            labels=labels_of("figure"),
         ),
         csv=f"{RUN}/figures/{{figure}}.csv",
     log:
