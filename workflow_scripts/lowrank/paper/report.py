@@ -21,6 +21,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json
 from lowrank.paper.page.board import leader_board
 from lowrank.paper.page.looks import colours, looks_of
+from lowrank.paper.page.progress import searches
 from lowrank.paper.page.ranks import heat_maps
 from lowrank.paper.page.results import Checkpoint, checkpoints
 from lowrank.paper.page.scatter import HEIGHT, WIDTH, scatters
@@ -119,10 +120,12 @@ def _compared(settings: Mapping[str, Any], evidence: Mapping[Path, Json]) -> dic
     vocabularies = {name: shape.vocabulary for name, shape in shapes.items()}
     measures = measures_of(Context(suites=suites))
     found = checkpoints(evidence, list(shapes), measures)
+    searched = searches(evidence)
     maps, without_map = heat_maps(found, shapes)
     return {
         "checkpoints": found,
-        "looks": looks_of(each.row.method for each in found),
+        "looks": looks_of([*(each.row.method for each in found), *(search.row.method for search in searched)]),
+        "searches": searched,
         "colours": colours(),
         "verdicts": verdicts(found, measures, vocabularies),
         "scatters": scatters(found, measures, vocabularies),

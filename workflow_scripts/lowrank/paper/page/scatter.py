@@ -113,13 +113,14 @@ def _scatter(found: Sequence[Checkpoint], measure: Measure, quantity: Quantity, 
     known = [(each, value) for each in found if (value := quantity.read(each)) is not None]
     levels = [each.values[measure.key].value for each, _ in known]
     useful = [level for level in levels if level < vocabulary] or levels
-    x = _axis([value for _, value in known], LEFT, WIDTH - RIGHT)
-    y = _axis(useful, HEIGHT - BOTTOM, TOP, logarithmic=True)
+    x = axis_of([value for _, value in known], LEFT, WIDTH - RIGHT)
+    y = axis_of(useful, HEIGHT - BOTTOM, TOP, logarithmic=True)
     points = list(_points(known, measure, quantity, x, y))
     return Scatter(measure.title, quantity.label, x, y, points, len(found) - len(known))
 
 
-def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
+def axis_of(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
+    """An axis that holds some values, with a little room at both ends."""
     low, high = min(values), max(values)
     if logarithmic:
         room = (high / low) ** ROOM if high > low else 1.1

@@ -1,0 +1,46 @@
+"""Searches as drawings, from their logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lowrank.errors import RankwiseError
+from lowrank.paper.page.progress import searches
+
+OBJECTIVES = [90.0, 40.0, 60.0, 30.0]
+
+
+def searched(folder: Path, objectives: list[float], seed: int = 0) -> dict[Path, dict[str, Any]]:
+    place = folder / f"seed{seed}"
+    place.mkdir()
+    columns = {"trial": range(len(objectives)), "origin": "spread", "perplexity": 1.0, "kl": 0.0, "kept": 0.8}
+    pd.DataFrame(columns | {"objective": objectives}).to_csv(place / "trials.csv", index=False)
+    subject = {"model": "tiny", "method": "bolaco", "ratio": 20, "tuning": "none", "seed": seed}
+    return {place / "allocation.json": {"kind": "allocation", "subject": subject}}
+
+
+def test_the_line_goes_down_with_the_best_so_far(tmp_path: Path) -> None:
+    (found,) = searches(searched(tmp_path, OBJECTIVES) | searched(tmp_path, [5.0, 4.0], seed=1))
+    assert (found.row.method, found.row.ratio, found.seed, found.best) == ("bolaco", 20, 0, 30.0)
+    assert [(x, y) for x, y, _ in found.points] == [
+        (found.x.place(number), found.y.place(value)) for number, value in enumerate(OBJECTIVES, start=1)
+    ]
+    heights = [float(part.split("H")[0]) for part in found.line.split("V")[1:]]
+    assert heights == [found.y.place(value) for value in (40.0, 40.0, 30.0)]
+    assert found.points[1][2] == "evaluation 2 (spread): 40"
+
+
+def test_one_evaluation_is_no_search(tmp_path: Path) -> None:
+    assert searches(searched(tmp_path, [5.0])) == []
+    assert searches({Path("evaluation/a.json"): {"kind": "perplexity"}}) == []
+
+
+def test_a_missing_log_is_named(tmp_path: Path) -> None:
+    evidence = searched(tmp_path, OBJECTIVES)
+    (tmp_path / "seed0/trials.csv").unlink()
+    with pytest.raises(RankwiseError, match=r"trials\.csv: missing"):
+        searches(evidence)
