@@ -28,7 +28,7 @@ PAPER = REPOSITORY / "config/paper.yaml"
 QUICKSTART = REPOSITORY / "config/quickstart.yaml"
 ON_THE_HEAD = {
     *("all", "fetch_model", "fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
-    *("compare_texts", "make_table", "draw_figure", "write_provenance", "write_report"),
+    *("compare_texts", "make_table", "draw_figure", "write_provenance", "write_report", "give_up_checkpoint"),
 }
 ON_PROCESSORS = {"sample_calibration", "select_validation", "compress_model"}
 """Of the last two only jobs that keep every window, and those that slice bases which are there."""
