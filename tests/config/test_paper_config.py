@@ -259,11 +259,7 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     tokens = {(m, methods[name]["calibration"]) for m, name, _ in checkpoints if "tokens" in reads[name]}
     evaluations = {(r["model"], r["method"], r["ratio"], r["tuning"], suite) for r in rows for suite in r["suites"]}
     kept, tuned = RAW["keep_checkpoints"], {e[:-1] for e in evaluations if e[3] != "none"}
-    given_up = [
-        made
-        for made in [*checkpoints, *tuned]
-        if made[1] != "dense" and not (made[1] in kept["methods"] and made[2] in kept["ratios"])
-    ]
+    given_up = [made for made in [*checkpoints, *tuned] if made[1] != "dense" and made[1] not in kept["methods"]]
     judged = Counter(RAW["suites"][suite]["kind"] for *_, suite in evaluations)
     return {
         "fetch_model": len(RAW["models"]),
