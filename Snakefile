@@ -3,6 +3,7 @@
 #   snakemake --configfile config/quickstart.yaml --profile profiles/local     the quickstart, on a laptop
 #   snakemake --profile slurm all                                              a study, on a cluster
 #   snakemake data                                                             only what must be downloaded
+#   snakemake checkpoints                                                      those given up that a new suite needs again
 
 from snakemake.utils import min_version
 
@@ -34,6 +35,7 @@ checked(
 localrules:
     all,
     data,
+    checkpoints,
 
 
 rule all:
@@ -42,8 +44,14 @@ rule all:
         LAYOUT.tables(),
         LAYOUT.figures(),
         f"{RUN}/report.html",
+        [f"{folder}/given_up.json" for folder in LAYOUT.given_up],
 
 
 rule data:
     input:
         LAYOUT.fetched(),
+
+
+rule checkpoints:
+    input:
+        LAYOUT.missing_checkpoints(),

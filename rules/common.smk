@@ -28,9 +28,12 @@ from lowrank.config.published import published_references
 from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.cluster.site import check_rules, site_of, whole_number
+from lowrank.jobs.gpus import deal_out_gpus
 from lowrank.jobs.stage import remember_environment, share_library
 
 share_library(SCRIPTS)
+if workflow.is_main_process:
+    deal_out_gpus(here=not workflow.non_local_exec)
 if workflow.is_main_process and DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
     remember_environment()  # jobs run in no other, unless Snakemake makes one for them; no rule names a container
 
@@ -162,6 +165,7 @@ def gpus_of_node(rule, wildcards):
 def asks(rule):
     """The resources of a rule that may run as a job of a cluster."""
     return {
+        "uses_gpu": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).gpu),
         "gpu": lambda wildcards: gpus(rule, wildcards) or None,
         "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
         "gpu_model": lambda wildcards: SITE.gpu_type if gpus(rule, wildcards) else None,

@@ -1,4 +1,9 @@
-# Needs a checkpoint; makes one JSON a suite: perplexity, zero-shot accuracy, cost, generated text.
+# Needs a checkpoint; makes one JSON a suite: perplexity, zero-shot accuracy, cost, generated text. Then checkpoints that are
+# not to be kept are given up.
+
+
+localrules:
+    give_up_checkpoint,
 
 
 rule evaluate_perplexity:
@@ -87,3 +92,23 @@ rule evaluate_generation:
         "continuing prompts ({wildcards.suite}) with {wildcards.model}, {wildcards.method}, {wildcards.ratio} %, {wildcards.tuning}"
     script:
         "../workflow_scripts/stages/evaluate_generation.py"
+
+
+rule give_up_checkpoint:
+    input:
+        manifest=f"{RUN}/{{place}}/manifest.json",
+        results=lambda wildcards: LAYOUT.given_up[f"{RUN}/{wildcards.place}"],
+    output:
+        f"{RUN}/{{place}}/given_up.json",
+    log:
+        f"{LOGS}/give_up_checkpoint/{{place}}.log",
+    wildcard_constraints:
+        place=one_of([folder.removeprefix(f"{RUN}/") for folder in LAYOUT.given_up]),
+    conda:
+        "../envs/rankwise.yaml"
+    params:
+        settings=with_code("give_up_checkpoint", {}),
+    message:
+        "giving up the checkpoint {wildcards.place}"
+    script:
+        "../workflow_scripts/stages/give_up_checkpoint.py"

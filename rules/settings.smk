@@ -233,7 +233,7 @@ def provenance_settings(wildcards):
         "write_provenance",
         {
             "run": STUDY.run,
-            "config": {key: value for key, value in USED.plain().items() if key != "cache"},
+            "config": {key: value for key, value in USED.plain().items() if key not in ("cache", "keep_checkpoints")},
             "artefacts": LAYOUT.evidence(),
         },
     )

@@ -148,7 +148,7 @@ def write_study(model: Path, folder: Path) -> None:
         },
         "suites": {
             "held-out": {"kind": "perplexity", "corpora": ["test"], "length": 1024, "windows": 4},
-            "zero-shot": {"kind": "zero-shot", "limit": 2, "batch_size": 2, "max_length": 512, "tasks": tasks},
+            "zero-shot": {"kind": "zero-shot", "limit": 2, "batch_tokens": 1024, "max_length": 512, "tasks": tasks},
             "cost": {"kind": "cost", "prompt_tokens": 128, "new_tokens": 4, "repeats": 1},
             "prompts": {"kind": "generation", "prompts": ["The river"], "new_tokens": 8},
         },

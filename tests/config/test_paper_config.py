@@ -210,7 +210,7 @@ def test_the_document_counts_the_jobs_of_each_rule(study: Study) -> None:
     jobs = Counter(job.rule for job in planned_jobs(study))
     costs = DOCS.partition("## What it costs")[2]
     counted = re.findall(r"^\| (`[a-z_`, ]+) \| (\d+) \|", costs, re.MULTILINE)
-    assert len(counted) == 11
+    assert len(counted) == 12
     for rules, count in counted:
         assert sum(jobs[rule] for rule in re.findall(r"\w+", rules)) == int(count), rules
 
@@ -258,6 +258,8 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     statistics |= {(m, methods[name]["calibration"]) for m, name, _ in checkpoints if "statistics" in reads[name]}
     tokens = {(m, methods[name]["calibration"]) for m, name, _ in checkpoints if "tokens" in reads[name]}
     evaluations = {(r["model"], r["method"], r["ratio"], r["tuning"], suite) for r in rows for suite in r["suites"]}
+    kept, tuned = RAW["keep_checkpoints"], {e[:-1] for e in evaluations if e[3] != "none"}
+    given_up = [made for made in [*checkpoints, *tuned] if made[1] != "dense" and made[1] not in kept["methods"]]
     judged = Counter(RAW["suites"][suite]["kind"] for *_, suite in evaluations)
     return {
         "fetch_model": len(RAW["models"]),
@@ -273,11 +275,12 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
         "measure_sensitivity": len(RAW["sensitivity"]),
         "search_allocation": len(searches),
         "compress_model": len(checkpoints),
-        "post_train": len({e[:-1] for e in evaluations if e[3] != "none"}),
+        "post_train": len(tuned),
         "evaluate_perplexity": judged["perplexity"],
         "evaluate_zero_shot": judged["zero-shot"],
         "evaluate_cost": judged["cost"],
         "evaluate_generation": judged["generation"],
+        "give_up_checkpoint": len(given_up),
         "make_table": len(RAW["tables"]),
         "draw_figure": len(RAW["figures"]),
         "write_provenance": 1,

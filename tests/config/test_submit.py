@@ -28,7 +28,7 @@ PAPER = REPOSITORY / "config/paper.yaml"
 QUICKSTART = REPOSITORY / "config/quickstart.yaml"
 ON_THE_HEAD = {
     *("all", "fetch_model", "fetch_corpus", "fetch_token_corpus", "fetch_instructions", "fetch_task"),
-    *("compare_texts", "make_table", "draw_figure", "write_provenance", "write_report"),
+    *("compare_texts", "make_table", "draw_figure", "write_provenance", "write_report", "give_up_checkpoint"),
 }
 ON_PROCESSORS = {"sample_calibration", "select_validation", "compress_model"}
 """Of the last two only jobs that keep every window, and those that slice bases which are there."""
@@ -202,6 +202,9 @@ def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> 
     assert "Provided resources" not in shown  # no limit on memory or GPUs that a job could wait for
     for job, _ in jobs_of(plan(tmp_path, *arguments, partitions="none")):
         assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
+        if job["resources"].keys() & {"uses_gpu"}:  # a job that may take a GPU of its own, if there are any
+            uses = Estimator(load_study(REPOSITORY / "config/mini-paper.yaml")).need(job["rule"], job["wildcards"]).gpu
+            assert job["resources"]["uses_gpu"] == int(uses), job
 
 
 @pytest.mark.parametrize("config", ["paper", "quickstart"])

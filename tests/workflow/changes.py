@@ -295,6 +295,7 @@ CHANGES = [
     Change("another order of keys", study(reverse_keys), nothing, configs=ALL),
     Change("unused presets", study(add_unused), nothing, configs=("quickstart", "paper")),
     Change("another cache", study(value("elsewhere", "cache")), nothing),
+    Change("fewer checkpoints that are kept", study(value({"ratios": [20]}, "keep_checkpoints")), nothing),
     Change("a licence", study(value("MIT", "models", "smollm2-135m", "license")), RECORDS),
     Change(
         "the longest context of a model",

@@ -133,6 +133,40 @@ class Layout:
             for seed in self.seeds(row.method, row.tuning)
         ]
 
+    def checkpoints(self) -> dict[str, list[str]]:
+        """Folder of every checkpoint that tables and figures need -> the results that are made from it."""
+        evaluation, tuned = (re.compile(named_groups(pattern)) for pattern in (self.evaluation, self.tuned))
+        readers: dict[str, list[str]] = {}
+        for path in self.evidence():
+            if found := evaluation.fullmatch(path):
+                readers.setdefault(self.checkpoint(found["tuning"]).format(**found.groupdict()), []).append(path)
+            elif path.endswith("/manifest.json"):
+                readers.setdefault(path.removesuffix("/manifest.json"), [])
+        for folder in list(readers):
+            if found := tuned.fullmatch(folder):
+                readers.setdefault(self.compressed.format(**found.groupdict()), []).append(f"{folder}/manifest.json")
+        return readers
+
+    @cached_property
+    def given_up(self) -> dict[str, list[str]]:
+        """Those of `checkpoints` that are deleted after their last use. Dense ones are links to what was fetched."""
+        given_up = {}
+        for folder, results in self.checkpoints().items():
+            named = re.match(named_groups(f"{self.run}/{{place}}/{{model}}/{{method}}/{{ratio}}/"), folder)
+            assert named is not None
+            kept = self.study.keep_checkpoints.holds(named["method"], int(named["ratio"]))
+            if not kept and self.study.method(named["method"]).kind != "dense":
+                given_up[folder] = results
+        return given_up
+
+    def missing_checkpoints(self) -> list[str]:
+        """Of the checkpoints that were given up, those from which something is still to be made."""
+        return [
+            f"{folder}/checkpoint"
+            for folder, results in self.given_up.items()
+            if not all(Path(result).is_file() for result in results)
+        ]
+
     def searches(self, row: Row) -> list[str]:
         """The searches behind a row."""
         if self.study.method(row.method).search is None:
@@ -228,6 +262,12 @@ class Layout:
             chain.from_iterable(self.figure_inputs(name) for name in in_order(self.study.figures)),
         )
         return _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
+
+
+def named_groups(pattern: str) -> str:
+    """The regular expression of a path with wildcards in braces."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    return "".join(f"(?P<{part}>[^/]+)" if index % 2 else re.escape(part) for index, part in enumerate(parts))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

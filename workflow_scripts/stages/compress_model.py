@@ -14,9 +14,10 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.output_gradients import OutputGradients
     from lowrank.calibration.statistics import Statistics
     from lowrank.compression.compress import compress_model
+    from lowrank.compression.given_up import write_manifest
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
-    from lowrank.files import load_tensors, read_record, write_json
+    from lowrank.files import load_tensors, read_record
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.model.parameters import count_parameters, linear_sizes
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
@@ -53,7 +54,7 @@ def work(job: Snakemake) -> None:
     changed = bool(recipe_of(model))
     files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
     parameters = count_parameters(model, shape)
-    write_json(
+    write_manifest(
         job.output.manifest,
         {
             "subject": settings["subject"],

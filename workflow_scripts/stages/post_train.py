@@ -20,7 +20,7 @@ def work(job: Snakemake) -> None:
         target_manifest=job.output.manifest,
         settings=job.params.settings,
         threads=job.threads,
-        crew=crew_of(job.resources, take_all=True),
+        crew=crew_of(job.resources),
     )
 
 

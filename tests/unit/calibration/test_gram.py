@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.calibration.gram import PANEL, add_gram, symmetric
+from lowrank.calibration.gram import PANEL, add_gram, packed, packed_size, symmetric, unpacked
+from lowrank.cluster.sizes import _packed
+from lowrank.errors import RankwiseError
 
 
 @given(
@@ -23,6 +25,21 @@ def test_batches_add_up_to_the_whole_product(width: int, rows: list[int], seed: 
     found = symmetric(total)
     assert torch.equal(found, found.T)
     np.testing.assert_allclose(found.numpy(), data.T @ data, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 7, PANEL, PANEL + 1, 3 * PANEL - 1, 1024])
+def test_a_packed_matrix_comes_back_to_the_last_bit(width: int) -> None:
+    whole = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
+    whole += whole.T.clone()
+    stored = packed(whole)
+    assert stored.numel() == packed_size(width) == _packed(width) <= width * max(width, (width + PANEL) / 2)
+    assert torch.equal(unpacked(stored), whole)
+    assert unpacked(whole) is whole, "files of earlier versions keep opening"
+
+
+def test_other_numbers_are_no_packed_matrix() -> None:
+    with pytest.raises(RankwiseError, match="7 numbers are no packed symmetric matrix"):
+        unpacked(torch.zeros(7))
 
 
 @pytest.mark.parametrize("width", [PANEL, 2 * PANEL + 3])

@@ -125,7 +125,11 @@ def test_the_sums_are_those_of_the_jobs(paper: Study) -> None:
     needs = [estimator.need(job.rule, job.wildcards) for job in planned_jobs(paper)]
     assert plan.jobs == len(needs)
     assert plan.gpu_hours == pytest.approx(sum(need.seconds(1, 8) for need in needs if need.gpu) / 3600)
-    assert sum(entry.disk for entry in plan.entries) == pytest.approx(sum(need.disk for need in needs))
+    disk = sum(entry.disk for entry in plan.entries)
+    assert disk + sum(plan.given_up) == pytest.approx(sum(need.disk for need in needs))
+    assert plan.given_up == sorted(plan.given_up, reverse=True)
+    assert plan.disk == disk + max(need.scratch for need in needs) + sum(plan.given_up[:8])
+    assert len(plan.given_up) == sum(job.rule == "give_up_checkpoint" for job in planned_jobs(paper)) > 8
     assert max(entry.gpu for entry in plan.entries) == max(need.gpu_bytes for need in needs)
     assert max(entry.host for entry in plan.entries) == max(need.host_bytes(1 if need.gpu else 0) for need in needs)
 
@@ -243,7 +247,7 @@ def test_jobs_without_a_line_are_counted_in_words(small: Study) -> None:
     light = {"fetch_corpus", "fetch_task", "fetch_instructions", "make_table", "draw_figure"}
     light |= {"compare_texts", "write_provenance", "write_report"}
     count = sum(job.rule in light for job in planned_jobs(small))
-    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch or compare texts, or write tables")
+    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch or compare texts, write tables and")
 
 
 def test_it_starts_fast_and_needs_neither_torch_nor_snakemake() -> None:

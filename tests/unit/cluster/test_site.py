@@ -18,16 +18,19 @@ def test_what_a_profile_may_say() -> None:
     }
     limits = {"max_mem_mb": "180000", "max_runtime": "1440"}
     assert site_of(defaults | limits, "8") == Site(4, "a100_80.sxm", 180000, 1440, 8)
+    assert site_of({"jobs_per_gpu": "2"}, None) == Site(jobs_per_gpu=2)
     assert site_of({}, None) == Site()
 
 
 def test_every_wrong_value_is_named() -> None:
     defaults = {"gpus_per_job": "two", "gpu_type": "a100-sxm4", "launcher": "deepsped", "device": "gpu"}
+    defaults["jobs_per_gpu"] = "0"
     with pytest.raises(RankwiseError) as refused:
         site_of(defaults | {"max_runtime": "1d"}, "many")
     assert str(refused.value).splitlines()[1:] == [
         "default-resources.gpus_per_job: 'two' is no whole number",
         "default-resources.max_runtime: '1d' is no whole number",
+        "default-resources.jobs_per_gpu: 0; a GPU serves at least one job",
         "default-resources.launcher: 'deepsped'; it is torchrun or deepspeed, or left out",
         "default-resources.device: 'gpu'; it is cpu, or left out",
         "default-resources.gpu_type: 'a100-sxm4'; SLURM's plugin takes letters, digits, dots and underscores",

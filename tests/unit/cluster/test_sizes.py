@@ -70,7 +70,7 @@ def test_accumulators_files_and_hidden_states_of_the_statistics(
     held = nbytes(t for one in made for t in (one.scatter, *one.window_means)) / tiny.LAYERS
     assert held == sizes.moments(DOUBLE) + DOUBLE * windows * sum(sizes.inputs)
     for file in tmp_path.glob("layer_*.safetensors"):
-        assert nbytes(load_file(file).values()) == pytest.approx(sizes.statistics(windows), rel=0.005)
+        assert nbytes(load_file(file).values()) == pytest.approx(sizes.statistics_file(windows), rel=0.005)
     last = [load_file(file)["hidden"] for file in tmp_path.glob("hidden_*/*.safetensors")]
     assert nbytes(last) == sizes.hidden(TOKENS.numel())
 
@@ -90,7 +90,7 @@ def test_bases_on_disk_and_in_a_sliced_model(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
 def test_files_of_gradients(kind: str, tmp_path: Path) -> None:
     for file in collect_output_gradients(tiny.model(kind), TOKENS[:2], 2, tmp_path, CPU):
-        assert nbytes(load_file(file).values()) == sizes_of(kind).output_moments(SINGLE)
+        assert nbytes(load_file(file).values()) == sizes_of(kind).gradients_file
 
 
 @pytest.mark.parametrize("kind", KINDS)

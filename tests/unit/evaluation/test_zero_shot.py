@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lowrank.config.suites import ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.task_files import SCHEMAS, find_rows, find_tasks, write_tasks
-from lowrank.evaluation.zero_shot import AnswerScorer, evaluate_zero_shot
+from lowrank.evaluation.zero_shot import evaluate_zero_shot
 
 CHOICES = {"text": ["a long answer", "no", "a cup", "the sun"], "label": ["A", "B", "C", "D"]}
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -93,44 +93,7 @@ def write_rows(folder: Path, task: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def make_suite(tasks: dict[str, str], **settings: Any) -> ZeroShotSuite:
-    return ZeroShotSuite.model_validate({"kind": "zero-shot", "tasks": tasks, "batch_size": 3} | settings)
-
-
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("longest", [24, 512])
-def test_answers_score_as_in_stock_lm_eval(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, bos: bool, longest: int
-) -> None:
-    settings: dict[str, Any] = {
-        "pretrained": model, "tokenizer": tokenizer, "batch_size": 3, "max_length": longest, "add_bos_token": bos
-    }  # fmt: skip
-    pairs = [
-        ("A prompt", " yes"),
-        ("A prompt", " no"),
-        ("A much longer prompt than the others", " y"),
-        ("", "nothing before"),
-        ("Ends in padding", " <pad><pad>"),
-        ("<pad><pad>", "<pad>"),
-        ("x", "a long answer"),
-    ]
-
-    def score(scorer: HFLM) -> list[tuple[float, bool]]:
-        requests = [lm_eval.api.instance.Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-        answers: list[tuple[float, bool]] = scorer.loglikelihood(requests, disable_tqdm=True)
-        return answers
-
-    expected, found = score(HFLM(**settings)), score(AnswerScorer(**settings))
-    assert [answer for answer, _ in found] == pytest.approx([answer for answer, _ in expected], abs=1e-5)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-
-
-def test_prompts_get_no_logits(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    scorer = AnswerScorer(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
-    scorer.longest_answer = 2
-    padded = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7], [5, 6, 7, 8, 9, 5, 6, 0]])
-    assert scorer._model_call(padded).shape == (2, 3, 258)
-    padded[1] = 0  # nothing but the id of padding: all positions may be real
-    assert scorer._model_call(padded).shape == (2, 8, 258)
+    return ZeroShotSuite.model_validate({"kind": "zero-shot", "tasks": tasks, "batch_tokens": 900} | settings)
 
 
 @pytest.mark.slow

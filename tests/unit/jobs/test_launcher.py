@@ -50,8 +50,7 @@ def test_the_profile_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert crew_of({"processes": 3}) == Crew(1)  # nobody deals out GPUs: other jobs may run beside this one
-    assert crew_of({}, take_all=True) == Crew(8)
-    assert crew_of({"gpu": 4, "launcher": "deepspeed"}, take_all=True) == Crew(4, 1, "deepspeed")
+    assert crew_of({"gpu": 4, "launcher": "deepspeed"}) == Crew(4, 1, "deepspeed")
     assert crew_of({"gpu": 8, "nodes": 2}) == Crew(4, 2)
     with pytest.raises(RankwiseError, match=r"`gpu: 3` on `nodes: 2`"):
         crew_of({"gpu": 3, "nodes": 2})

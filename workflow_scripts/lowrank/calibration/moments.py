@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lowrank.calibration.gram import add_gram, symmetric
+from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import Share
@@ -152,9 +152,9 @@ class Moments:
         return self.within.double() + deviations.T @ deviations / len(deviations)
 
     def tensors(self, site: str) -> dict[str, torch.Tensor]:
-        """As stored: the covariance in float32, the means in float64."""
+        """As stored: the covariance packed and in float32, the means in float64."""
         return {
-            f"{site}.within": self.within.float(),
+            f"{site}.within": packed(self.within.float()),
             f"{site}.window_means": self.window_means,
             f"{site}.absolute_mean": self.absolute_mean,
             f"{site}.window_length": torch.tensor(self.window_length),
@@ -169,7 +169,7 @@ class Moments:
     def from_tensors(cls, tensors: dict[str, torch.Tensor], site: str) -> Moments:
         """Read back what `tensors` wrote."""
         return cls(
-            within=tensors[f"{site}.within"],
+            within=unpacked(tensors[f"{site}.within"]),
             window_means=tensors[f"{site}.window_means"],
             absolute_mean=tensors[f"{site}.absolute_mean"],
             window_length=int(tensors[f"{site}.window_length"]),

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.calibration.gradients import backpropagate
-from lowrank.calibration.gram import add_gram, symmetric
+from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
@@ -80,7 +80,7 @@ def collect_output_gradients(
         draws: G is the mean over so many next tokens drawn at each position; None: for those of the text.
 
     Returns:
-        One safetensors file per block, in `state`, with `<type>` -> m x m in float32.
+        One safetensors file per block, in `state`, with `<type>` -> m x m in float32, packed.
 
     Raises:
         RankwiseError: windows of one token, or a gradient that is not finite; the layer is named.
@@ -136,7 +136,7 @@ def load_output_gradients(path: Path, types: Iterable[str]) -> dict[str, torch.T
     """Type -> G of one block, m x m."""
     types = list(types)
     tensors = load_layer(path, types)
-    return {name: tensors[name] for name in types}
+    return {name: unpacked(tensors[name]) for name in types}
 
 
 def _accumulators(
@@ -193,5 +193,7 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
             "`bfloat16`) for this model in the config; if it is float32 already, look for damaged weights."
         )
     for layer in sorted({layer for layer, _ in moments}):
-        means = {linear.name: symmetric(moments[layer, linear.name]).div_(count).float() for linear in family.types}
+        means = {
+            linear.name: packed(symmetric(moments[layer, linear.name]).div_(count).float()) for linear in family.types
+        }
         save_tensors(files[layer], means)

@@ -20,8 +20,6 @@ TASK_TOKENS = 1.6e6
 """Of a zero-shot task without a limit."""
 DOCUMENT_TOKENS = 400
 """Of a document of a zero-shot task with a limit: four answers."""
-ANSWER_POSITIONS = 128
-"""Positions of a batch whose logits the harness keeps: the longest answer and the padding, at most so many."""
 INSTRUCTION_ROWS = 52_000
 PROMPT_TOKENS = 256
 DECODING_SECONDS = 0.1
@@ -107,8 +105,7 @@ def _perplexity(sizes: Sizes, suite: PerplexitySuite) -> Need:
 
 def _zero_shot(sizes: Sizes, suite: ZeroShotSuite, length: int) -> Need:
     tokens = suite.limit * DOCUMENT_TOKENS if suite.limit else TASK_TOKENS
-    kept = suite.batch_size * min(length, ANSWER_POSITIONS)
-    device = either(activations=sizes.activations(suite.batch_size * length), logits=sizes.logits(kept, 1))
+    device = either(activations=sizes.activations(max(length, suite.batch_tokens)), logits=sizes.logits(HEAD_TOKENS, 1))
     need = _evaluation(sizes, tokens * len(suite.tasks), length, device, seconds=60 + 15 * len(suite.tasks))
     requests = 0 if suite.limit else 2 * GIB
     return replace(need, shared=True, host={**need.host, "harness": HARNESS_LIBRARIES, "requests": requests})

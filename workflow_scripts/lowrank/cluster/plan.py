@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +20,12 @@ from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.config.load import load_study
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
+from lowrank.layout import Layout
 
 THREADS = 8
 """Of a job without a GPU, for its expected time."""
+AT_ONCE = 8
+"""Checkpoints on disk at the same time, of those that are deleted after their last use."""
 ELSEWHERE = "others"
 """What jobs that are about no single model are listed under."""
 
@@ -58,11 +61,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """All entries of a study, and the hours of the longest chain of jobs that wait for each other."""
+    """All entries of a study, and the hours of the longest chain of jobs that wait for each other.
+
+    Attributes:
+        given_up: bytes of each checkpoint that is deleted after its last use, the largest first; no entry has them.
+    """
 
     entries: list[Entry]
     chain_hours: float
     chain: list[Job]
+    given_up: list[float]
 
     @property
     def gpu_hours(self) -> float:
@@ -71,8 +79,9 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        """Bytes that stay, and those of the job that needs most on the way."""
-        return sum(entry.disk for entry in self.entries) + max(entry.scratch for entry in self.entries)
+        """Bytes that stay, of the job that needs most on the way, and of checkpoints that are there for a while."""
+        stays = sum(entry.disk for entry in self.entries)
+        return stays + max(entry.scratch for entry in self.entries) + sum(self.given_up[:AT_ONCE])
 
     @property
     def jobs(self) -> int:
@@ -88,8 +97,12 @@ def make_plan(study: Study, gpus: int = 1, **held: int) -> Plan:
         gpus: of a job that computes on them, if it can use so many; 0: everything on processors.
         held: blocks a pass of the rules that work layer by layer, as in `Estimator`.
     """
-    estimator, jobs = Estimator(study, **held), planned_jobs(study)
+    estimator, jobs, layout = Estimator(study, **held), planned_jobs(study), Layout(study)
     needs = {job: estimator.need(job.rule, job.wildcards) for job in jobs}
+    folders = {job: _folder(layout, job) for job in jobs}
+    passing = [job for job in jobs if folders[job] in layout.given_up]
+    given_up = sorted((needs[job].disk for job in passing), reverse=True)
+    needs |= {job: replace(needs[job], disk=0) for job in passing}
     hours = {job: need.seconds(need.gpus(gpus), THREADS) / 3600 for job, need in needs.items()}
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
@@ -98,8 +111,17 @@ def make_plan(study: Study, gpus: int = 1, **held: int) -> Plan:
     order = {rule: index for index, rule in enumerate(estimator.rules)}
     chain = _longest_chain(jobs, hours)
     return Plan(
-        sorted(entries, key=lambda entry: order.get(entry.rule, len(order))), sum(hours[job] for job in chain), chain
+        sorted(entries, key=lambda entry: order.get(entry.rule, len(order))),
+        sum(hours[job] for job in chain),
+        chain,
+        given_up,
     )
+
+
+def _folder(layout: Layout, job: Job) -> str | None:
+    """Of the checkpoint that a job makes."""
+    patterns = {"compress_model": layout.compressed, "post_train": layout.tuned}
+    return patterns[job.rule].format(**job.wildcards) if job.rule in patterns else None
 
 
 def _model_of(study: Study, job: Job) -> str:
@@ -198,7 +220,14 @@ def remarks(plan: Plan, gpu_memory: float) -> Iterable[str]:
     light = [entry for entry in plan.entries if not any((entry.gpu, entry.disk, entry.scratch))]
     small = sum(entry.jobs for entry in light if entry.model == ELSEWHERE)
     if small:
-        yield f"{small} jobs fetch or compare texts, or write tables and figures; they are counted, not listed."
+        what = "fetch or compare texts, write tables and figures or delete checkpoints"
+        yield f"{small} jobs {what}; they are counted, not listed."
+    if plan.given_up:
+        there = plan.given_up[:AT_ONCE]
+        yield (
+            f"{len(plan.given_up)} checkpoints of together {_gib(sum(plan.given_up))} are deleted after their last use "
+            f"(`keep_checkpoints`). Disk counts the {len(there)} largest, {_gib(sum(there))}, as there at once."
+        )
     rules = " > ".join(job.rule for job in plan.chain if job.rule != "write_report")
     yield f"The longest chain of jobs takes {plan.chain_hours:.1f} h, however many run side by side: {rules}."
     by_rule: dict[str, float] = {}

@@ -14,7 +14,7 @@ from lowrank.config.presets import MethodSettings, Selection
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
-from lowrank.layout import Layout
+from lowrank.layout import Layout, named_groups
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def planned_jobs(study: Study) -> Jobs:
     figures = [planner.figure(name) for name in study.figures]
     provenance = planner.job(Job.of("write_provenance"), planner.paths(planner.layout.evidence()))
     planner.job(Job.of("write_report"), [*tables, *figures, provenance])
+    for folder, results in planner.layout.given_up.items():
+        planner.giving_up(folder, results)
     return planner.jobs
 
 
@@ -170,6 +172,12 @@ class _Planner:
             after.append(self.search(model, method, ratio, seed))
         return self.job(Job.of("compress_model", model=model, method=method, ratio=ratio, seed=seed), after)
 
+    def giving_up(self, folder: str, results: list[str]) -> Job:
+        """Of a checkpoint, after its last use."""
+        after = self.paths([f"{folder}/manifest.json", *results])
+        place = folder.removeprefix(f"{self.layout.run}/")
+        return self.job(Job.of("give_up_checkpoint", place=place), after)
+
     def tuning(self, model: str, method: str, ratio: str, tuning: str, seed: str) -> Job:
         instructions = self.study.tuning[tuning].instructions
         after = [
@@ -192,8 +200,4 @@ class _Planner:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    """The regular expression of a path with wildcards in braces."""
-    parts = re.split(r"\{(\w+)\}", path)
-    return re.compile(
-        "".join(f"(?P<{part}>[^/]+)" if index % 2 else re.escape(part) for index, part in enumerate(parts))
-    )
+    return re.compile(named_groups(path))

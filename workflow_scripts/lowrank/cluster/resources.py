@@ -151,13 +151,13 @@ class Estimator:
                 "a block's statistics": sizes.statistics(calibration.windows),
             },
             loading=sizes.weights,
-            disk=layers * sizes.statistics(calibration.windows),
+            disk=layers * sizes.statistics_file(calibration.windows),
             scratch=2 * sizes.hidden(tokens),
             work=in_dtype(
                 sizes,
                 sizes.forward(tokens, calibration.length, head=False),
                 single=sizes.products(tokens, sizes.moments(1)),
-                disk=sizes.weights + 2 * passes * sizes.hidden(tokens) + 2 * layers * sizes.statistics(0),
+                disk=sizes.weights + 2 * passes * sizes.hidden(tokens) + 2 * layers * sizes.statistics_file(0),
             ),
         )
 
@@ -184,12 +184,12 @@ class Estimator:
             },
             host={"program": PROGRAM, "a block's gradients": sizes.output_moments(SINGLE)},
             loading=sizes.weights,
-            disk=layers * sizes.output_moments(SINGLE),
+            disk=layers * sizes.gradients_file,
             work=in_dtype(
                 sizes,
                 passes * through * sizes.forward(tokens, calibration.length),
                 single=sizes.products(draws * tokens, sizes.output_moments(1)),
-                disk=sizes.weights + 2 * layers * sizes.output_moments(SINGLE),
+                disk=sizes.weights + 2 * layers * sizes.gradients_file,
             ),
         )
 
@@ -216,7 +216,7 @@ class Estimator:
             disk=layers * stored,
             work=Work(
                 double=sizes.decompositions() * (2 if full else 1),
-                disk=sizes.weights + layers * (sizes.statistics(windows) + gradients + 2 * stored),
+                disk=sizes.weights + layers * (sizes.statistics_file(windows) + gradients / 2 + 2 * stored),
             ),
         )
 
@@ -354,10 +354,10 @@ class Estimator:
         work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
         if "statistics" in method.needs and method.calibration:
             host["a block's statistics"] = 2 * dense.moments(DOUBLE)
-            work = plus(work, disk=dense.shape.layers * dense.statistics(0))
+            work = plus(work, disk=dense.shape.layers * dense.statistics_file(0))
         if "gradients" in method.needs:
             host["a block's gradients"] = dense.output_moments(SINGLE)
-            work = plus(work, disk=dense.shape.layers * dense.output_moments(SINGLE))
+            work = plus(work, disk=dense.shape.layers * dense.gradients_file)
         if reads_tokens(method) and method.calibration:
             rounds = 1 + getattr(method, "corrections", 0)
             calibration = self.study.calibration[method.calibration]

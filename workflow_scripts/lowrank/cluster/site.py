@@ -14,7 +14,7 @@ from lowrank.errors import RankwiseError
 from lowrank.jobs.crew import LAUNCHERS
 
 DEFAULTS, RULES = "default-resources", "set-resources"
-_NUMBERS = ("gpus_per_job", "max_mem_mb", "max_runtime")
+_NUMBERS = ("gpus_per_job", "jobs_per_gpu", "max_mem_mb", "max_runtime")
 _GPU_TYPE = r"[A-Za-z0-9_.]+"
 """What the plugin takes for a type of GPU."""
 
@@ -28,6 +28,7 @@ class Site:
         gpu_type: as the cluster calls it.
         max_mem_mb, max_runtime: what no further try asks more than: MB, minutes.
         in_flight: GPUs that all jobs together may hold.
+        jobs_per_gpu: jobs that may hold one GPU of the head's own machine at the same time.
     """
 
     gpus_per_job: int | None = None
@@ -35,6 +36,7 @@ class Site:
     max_mem_mb: int | None = None
     max_runtime: int | None = None
     in_flight: int | None = None
+    jobs_per_gpu: int | None = None
 
     def check_gpus(self, rule: str, gpus: int) -> int:
         """The GPUs of a job of a rule, if all in flight are as many: Snakemake would cut them without a word.
@@ -65,6 +67,8 @@ def site_of(defaults: Mapping[str, str], in_flight: str | None) -> Site:
         for name in _NUMBERS
         if name in defaults and not defaults[name].isdigit()
     ]
+    if re.fullmatch("0+", defaults.get("jobs_per_gpu", "")):
+        problems.append(f"{DEFAULTS}.jobs_per_gpu: 0; a GPU serves at least one job")
     for name, known in (("launcher", LAUNCHERS), ("device", ("cpu",))):
         if name in defaults and defaults[name] not in known:
             is_one = f"is {' or '.join(known)}"

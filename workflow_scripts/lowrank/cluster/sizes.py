@@ -97,12 +97,21 @@ class Sizes:
         return width * sum(n * n for n in self.inputs)
 
     def statistics(self, windows: int) -> int:
-        """A block's file of statistics: covariances in float32, a mean for each window in float64."""
+        """A block's statistics: covariances in float32, a mean for each window in float64."""
         return self.moments(SINGLE) + DOUBLE * (windows + 1) * sum(self.inputs)
 
     def output_moments(self, width: int) -> int:
         """The second moments of the gradients at a block's outputs, sum m^2, at `width` bytes a number."""
         return width * sum(module.out_features**2 for module in self.block)
+
+    def statistics_file(self, windows: int) -> int:
+        """`statistics` on disk, where half of a covariance is enough."""
+        return self.statistics(windows) - SINGLE * sum(n * n - _packed(n) for n in self.inputs)
+
+    @property
+    def gradients_file(self) -> int:
+        """`output_moments` on disk, likewise, in float32."""
+        return SINGLE * sum(_packed(module.out_features) for module in self.block)
 
     def bases(self, width: int, full: bool = False) -> int:
         """A block's bases: directions m x k, projections k x n and the small vectors, at `width` bytes a number.
@@ -170,6 +179,11 @@ class Sizes:
     def decompositions(self) -> float:
         """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""
         return self.shape.layers * sum(_basis_work(module.out_features, module.in_features) for module in self.block)
+
+
+def _packed(n: int) -> int:
+    """Numbers of a symmetric matrix as files hold it (`gram.packed`): panels of 256 rows, from the diagonal on."""
+    return sum(min(256, n - start) * (n - start) for start in range(0, n, 256))
 
 
 def either(**parts: float) -> dict[str, float]:

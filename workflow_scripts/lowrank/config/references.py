@@ -53,6 +53,8 @@ def references(study: Study) -> Iterator[tuple[str, str, str]]:
             yield f"methods.{name}.transfer.method", "methods", method.transfer.method
     for name, tuning in study.tuning.items():
         yield f"tuning.{name}.instructions", "instructions", tuning.instructions
+    for index, target in enumerate(study.keep_checkpoints.methods or ()):
+        yield f"keep_checkpoints.methods[{index}]", "methods", target
     yield from _suite_references(study)
     yield from _paper_references(study)
 

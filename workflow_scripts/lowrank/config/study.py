@@ -18,6 +18,18 @@ from lowrank.methods import settings_classes
 MethodPreset = Annotated[Union[tuple(settings_classes())], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007
 
 
+class KeptCheckpoints(Section):
+    """Which checkpoints stay after their last use: those of both lists. Of the others, only the manifests do."""
+
+    methods: Distinct[Name] | None = Field(default=None, description="names of presets; null: all")
+    ratios: Distinct[Annotated[int, Field(ge=0, le=90)]] | None = Field(default=None, description="null: all")
+
+    def holds(self, method: str, ratio: int) -> bool:
+        """Whether the checkpoints of a method at a ratio stay, as compressed and after post-training."""
+        named = self.methods is None or method in self.methods
+        return named and (self.ratios is None or ratio in self.ratios)
+
+
 def _or_use(schema: dict[str, Any]) -> None:
     """For editors: sections that must be there may come from the file that `use` names."""
     sections = [key for key in schema["required"] if key != "run"]
@@ -40,6 +52,7 @@ class Study(Section):
     cache: Text = Field(default="cache", description="folder of downloads, shared by all runs")
     smoke: bool = Field(default=False, description="a quick look, not a measurement: allows `limit`, and tables say so")
     seeds: Distinct[Seed] = Field(default=[0], min_length=1)
+    keep_checkpoints: KeptCheckpoints = Field(default_factory=KeptCheckpoints)
     models: dict[Name, Model] = Field(min_length=1)
     corpora: dict[Name, Corpus] = Field(default_factory=dict)
     instructions: dict[Name, Instructions] = Field(default_factory=dict)

@@ -34,7 +34,10 @@ class ZeroShotSuite(Section):
     kind: Literal["zero-shot"]
     tasks: dict[Name, Literal["acc", "acc_norm"]] = Field(min_length=1, description="task -> metric of the average")
     limit: AtLeastTwo | None = Field(default=None, description="documents a task; only in a config with `smoke: true`")
-    batch_size: Positive = 8
+    batch_tokens: Positive = Field(
+        default=8192,
+        description="tokens of a forward pass, padding included; fewer if a GPU's memory does not hold them",
+    )
     add_bos: bool = True
     max_length: Positive = 2048
     seed: Seed = 0

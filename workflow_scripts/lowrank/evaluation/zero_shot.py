@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval import evaluate as run_harness
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from lowrank.calibration.corpora import default_bos
 from lowrank.config.suites import ZeroShotSuite
 from lowrank.errors import RankwiseError
+from lowrank.evaluation.answer_scorer import AnswerScorer
 from lowrank.evaluation.answers import count_answers
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
 from lowrank.jobs.share import ALONE, Share
@@ -39,65 +38,6 @@ log = logging.getLogger(__name__)
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 METRICS = ("acc", "acc_norm")
-
-
-class AnswerScorer(HFLM):  # type: ignore[misc]
-    """lm-eval's HFLM without the logits of the prompt.
-
-    HFLM takes logits and their softmax over the whole vocabulary at every position, then reads those of the answer,
-    the last few: hundreds of MB a batch for long prompts. It counts positions from the end of what `_model_call`
-    returns, so returning only the last positions gives the same numbers.
-
-    Of several processes each makes the same batches, runs the model on every so-many-th of them and takes the answers
-    in the others from its peers: the same numbers as of one process, bit by bit. (The harness has a way of its own,
-    which needs its own launcher, and makes other batches.)
-    """
-
-    longest_answer: int
-    share: Share = ALONE
-    batches: int = 0
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Without a progress bar for the tokenizer, which takes a moment: each task has a line in the log."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
-    def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        override_bs: int | None = None,
-    ) -> list[tuple[float, bool]]:
-        self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
-        self.batches = 0
-        mine: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
-        found = torch.tensor(
-            [(value, greedy, 1) if math.isfinite(value) else (0, 0, 0) for value, greedy in mine], dtype=torch.float64
-        ).reshape(-1, 3)
-        answers = self.share.sum(found).tolist()
-        if not all(known for *_, known in answers):
-            raise RankwiseError(
-                "the model's log-likelihoods are not finite. Set `dtype: float32` for this model in the config, or "
-                "look at the checkpoint: its weights may be damaged."
-            )
-        return [(value, bool(greedy)) for value, greedy, _ in answers]
-
-    def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Logits of the last positions of a batch: as many as the longest answer and the longest padding.
-
-        Padding is id 0 on the right; an input that ends in a real id 0 only makes more logits than needed. In batches
-        of other processes they are not numbers, and neither are the answers.
-        """
-        self.batches += 1
-        positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
-        shortest = int(((inps != 0) * positions).amax(dim=1).min())
-        keep = self.longest_answer + inps.shape[1] - shortest
-        if (self.batches - 1) % self.share.world != self.share.rank:
-            nothing = torch.full((), math.nan, device=inps.device)
-            return nothing.expand(len(inps), min(keep, inps.shape[1]), self.model.config.vocab_size)
-        with torch.inference_mode():
-            logits: torch.Tensor = self.model(inps, use_cache=False, logits_to_keep=keep).logits
-        return logits
 
 
 def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
@@ -130,7 +70,7 @@ def evaluate_zero_shot(
     Args:
         model: in evaluation mode, on the device that computes.
         tokenizer: the model's.
-        suite: tasks with the metric of the average, limit, batch size, BOS, longest context, seed.
+        suite: tasks with the metric of the average, limit, tokens of a batch, BOS, longest context, seed.
         rows: task -> folder with its `test.jsonl` or `validation.jsonl`, rows as on the hub.
         longest: the longest context of the model, tokens; the suite's `max_length` may be shorter.
         share: this process among those of the job; each runs some of the batches, and all return the same.
@@ -146,8 +86,7 @@ def evaluate_zero_shot(
     """
     scored = [find_rows(task, rows[task]) for task in suite.tasks]
     _settle_libraries(suite.seed)
-    scorer = _scorer(model, tokenizer, suite, longest)
-    scorer.share = share
+    scorer = _scorer(model, tokenizer, suite, longest, share)
     results: dict[str, dict[str, Any]] = {}
     versions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rankwise-tasks-") as folder:
@@ -180,20 +119,15 @@ def _settle_libraries(seed: int) -> None:
     seed_everything(seed)
 
 
-def _scorer(model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, longest: int) -> AnswerScorer:
+def _scorer(model: PreTrainedModel, tokenizer: Any, suite: ZeroShotSuite, longest: int, share: Share) -> AnswerScorer:
     context, positions = min(suite.max_length, longest), model.config.max_position_embeddings
     if context > positions:
         raise RankwiseError(
             f"a context of {context} tokens, but the model reads at most {positions}; lower `max_length`"
         )
-    return AnswerScorer(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=suite.batch_size,
-        max_length=context,
-        add_bos_token=suite.add_bos,
-        softmax_dtype="float32",
-    )
+    scorer = AnswerScorer(pretrained=model, tokenizer=tokenizer, max_length=context, add_bos_token=suite.add_bos)
+    scorer.batch_tokens, scorer.share = suite.batch_tokens, share
+    return scorer
 
 
 def _run(scorer: AnswerScorer, manager: TaskManager, entry: ScoredRows, suite: ZeroShotSuite) -> dict[str, Any]:

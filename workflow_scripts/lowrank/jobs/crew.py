@@ -38,13 +38,11 @@ class Crew:
         return self.each * self.nodes
 
 
-def crew_of(resources: Mapping[str, Any], take_all: bool = False) -> Crew:
+def crew_of(resources: Mapping[str, Any]) -> Crew:
     """The processes of a job by what its profile says: one a GPU; without GPUs one, or `processes`.
 
     Args:
         resources: of the job: `gpu` (of all machines together), `nodes`, `processes`, `launcher`; all may be missing.
-        take_all: use every GPU of the machine if the profile deals out none; else one is used, since other jobs may
-            run beside this one.
 
     Raises:
         RankwiseError: a number of GPUs that the machines cannot share evenly.
@@ -58,7 +56,7 @@ def crew_of(resources: Mapping[str, Any], take_all: bool = False) -> Crew:
         return Crew(int(resources.get("processes") or 1), nodes, launcher)
     if asked % nodes:
         raise RankwiseError(f"`gpu: {asked}` on `nodes: {nodes}`: each node must get as many; change one of them.")
-    return Crew(asked // nodes or (seen if take_all else 1), nodes, launcher)
+    return Crew(asked // nodes or 1, nodes, launcher)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
+from lowrank.jobs.gpus import DEALING, own_gpus
 from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
 from lowrank.jobs.record import write_job_record
@@ -88,8 +89,9 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
             if taken_over:
                 log.warning("%s: %s", job.rule, taken_over)
             require_same_environment()
-            require_gpus(job)
-            work(job)
+            with own_gpus(wanted_gpus(job), int(job.resources.get("jobs_per_gpu", 0) or 1)):
+                require_gpus(job)
+                work(job)
             write_job_record(job, PROJECT, usage_since(started))
     except RankwiseError as error:
         log.error("%s: %s%s", job.rule, error, fetching_hint(error))
@@ -118,8 +120,9 @@ def set_up_environment(job: Job) -> None:
 
 
 def got_no_gpu(job: Job) -> bool:
-    """Whether the profile hands out GPUs and this job got none: those that it may see all the same are of others."""
-    return job.resources.get("gpus_per_job") is not None and not asked_gpus(job)
+    """Whether GPUs are dealt out and this job gets none: those that it may see all the same are of others."""
+    dealt_out = job.resources.get("gpus_per_job") is not None or DEALING in os.environ
+    return dealt_out and not wanted_gpus(job)
 
 
 def computes_on_cpu(job: Job) -> bool:
@@ -143,6 +146,14 @@ def describe_job(job: Job) -> str:
 def asked_gpus(job: Job) -> int:
     """How many GPUs the job was given, if its profile hands out any."""
     return int(job.resources.get("gpu", 0) or 0)
+
+
+def wanted_gpus(job: Job) -> int:
+    """How many GPUs the job uses if there are any: as many as it asked for; if nobody said, one if it can use one."""
+    if computes_on_cpu(job):
+        return 0
+    left_open = job.resources.get("gpus_per_job") is None
+    return asked_gpus(job) or (int(job.resources.get("uses_gpu", 0) or 0) if left_open else 0)
 
 
 def require_gpus(job: Job) -> None:

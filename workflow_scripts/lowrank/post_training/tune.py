@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lowrank.compression.given_up import write_manifest
 from lowrank.config.tuning import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_record, write_json
+from lowrank.files import load_tensors, read_record
 from lowrank.jobs.crew import Crew
 from lowrank.jobs.state import resumable_state
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
@@ -73,7 +74,7 @@ def tune_checkpoint(
         files = save_checkpoint(model, checkpoint, target)
         trainable = sum(map(trained_numbers, learnt))
         total = sum(parameter.numel() for parameter in model.parameters())
-        write_json(
+        write_manifest(
             target_manifest,
             {
                 **read_record(manifest),

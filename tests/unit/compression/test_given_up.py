@@ -1,0 +1,50 @@
+"""A checkpoint that was given up and is made again has the manifest that it had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank.compression.given_up import KEPT, give_up, write_manifest
+from lowrank.errors import RankwiseError
+
+MANIFEST: dict[str, Any] = {
+    "ranks": {"a": 3}, "kept": 0.8123456789012345, "files": {"x": "ab"}, "pair": (1, 2),
+    "seconds": 3.5, "environment": {"threads": 1},
+}  # fmt: skip
+LATER = MANIFEST | {"seconds": 4.5, "environment": {"threads": 2}}
+
+
+def made(folder: Path, manifest: dict[str, Any]) -> bytes:
+    """A checkpoint and its manifest, whose bytes are returned."""
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint/model.safetensors").write_bytes(b"weights")
+    write_manifest(folder / "manifest.json", manifest)
+    return (folder / "manifest.json").read_bytes()
+
+
+def test_the_folder_goes_and_the_manifest_stays(tmp_path: Path) -> None:
+    before = made(tmp_path, MANIFEST)
+    give_up(tmp_path, tmp_path / KEPT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [KEPT, "manifest.json"]
+    assert (tmp_path / "manifest.json").read_bytes() == (tmp_path / KEPT).read_bytes() == before
+
+
+@pytest.mark.parametrize(("manifest", "same"), [(LATER, True), (LATER | {"files": {"x": "ac"}}, False)])
+def test_the_same_checkpoint_has_the_same_manifest_again_and_no_other_has(
+    tmp_path: Path, manifest: dict[str, Any], same: bool
+) -> None:
+    before = made(tmp_path, MANIFEST)
+    give_up(tmp_path, tmp_path / KEPT)
+    (tmp_path / "manifest.json").unlink()  # as Snakemake does before it makes it again
+    assert (made(tmp_path, manifest) == before) is same
+
+
+def test_without_a_manifest_nothing_is_deleted(tmp_path: Path) -> None:
+    made(tmp_path, MANIFEST)
+    (tmp_path / "manifest.json").write_text("")
+    with pytest.raises(RankwiseError, match=r"manifest\.json: empty"):
+        give_up(tmp_path, tmp_path / KEPT)
+    assert (tmp_path / "checkpoint/model.safetensors").is_file()

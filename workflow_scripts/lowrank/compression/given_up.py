@@ -1,0 +1,45 @@
+"""Checkpoints that are deleted after their last use, and what makes one again without making its results again.
+
+Evaluations are compared with the content of a checkpoint's manifest, which also says how long the work took and where
+it was done. So the manifest of a checkpoint that was given up is kept beside it, and stands again, byte for byte, if
+the same checkpoint is made once more.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.files import read_record, write_json
+
+KEPT = "given_up.json"
+"""The manifest of the last checkpoint that was given up, beside it."""
+OF_THE_WORK = ("seconds", "environment")
+"""What a manifest says of the work alone, and not of what came out."""
+
+
+def give_up(folder: str | Path, kept: str | Path) -> None:
+    """Delete a checkpoint; what its manifest says stays there, and goes to `kept` too.
+
+    Args:
+        folder: with the folder `checkpoint` and `manifest.json`.
+        kept: the file named `KEPT` in it.
+    """
+    write_json(kept, read_record(Path(folder) / "manifest.json"))
+    shutil.rmtree(Path(folder) / "checkpoint", ignore_errors=True)
+
+
+def write_manifest(path: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint; that of before, if the same checkpoint was given up."""
+    kept = Path(path).with_name(KEPT)
+    before = read_record(kept) if kept.is_file() else None
+    # Numbers and lists as they come back from a file.
+    write_json(path, manifest)
+    if before is not None and _outcome(read_record(path)) == _outcome(before):
+        write_json(path, before)
+
+
+def _outcome(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key not in OF_THE_WORK}
