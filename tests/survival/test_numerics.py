@@ -34,6 +34,7 @@ NAIVE, FISHER = Covariance(estimator="naive"), Covariance(estimator="naive", gra
 METHODS: dict[str, dict[str, Any]] = {
     "afm": LOW_RANK,
     "asvd": {"calibration": "c"},
+    "basis-sharing": {"calibration": "c"},
     "bolaco": LOW_RANK | {"validation": "w", "search": "s"},
     "flap": {"calibration": "c"},
     "fwsvd": {"calibration": "c"},
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "obd-llm": {"calibration": "c"},
     "obd-llm by first order": {"calibration": "c", "allocation": "first-order"},
     "rankwise": LOW_RANK,
+    "skipcat": {"calibration": "c"},
     "slicegpt": {"calibration": "c"},
     "svd": {},
     "svd-llm": {"calibration": "c"},
@@ -100,7 +102,8 @@ CASES: dict[str, tuple[Change, torch.Tensor]] = {
     "windows of two tokens": (usual, random_tokens(40, 2)),
     "outliers": (with_outliers, random_tokens(12, 24)),
 }
-SVD_LLM = ("svd-llm", "svd-llm with update")
+SVD_LLM = ("svd-llm", "svd-llm with update", "skipcat", "basis-sharing")
+"""By one whitening of the inputs."""
 OBD_LLM = ("obd-llm", "obd-llm by first order")
 ZS_SVD = ("zs-svd", "zs-svd with correction")
 SPANNING = ("ordinary", "low rank", "dead layers", "outliers")

@@ -38,6 +38,11 @@ PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("llm-pruner", {**PRUNED, "own_ratio": 0.3}),
     ("flap", {"structure": "UL-UM"}),
     ("flap", {"structure": "UL-MM", "remove_heads": 4}),
+    ("skipcat", {}),
+    ("skipcat", {"cat": False, "uncompressed": ("v",)}),
+    ("skipcat", {"skip": False}),
+    ("basis-sharing", {}),
+    ("basis-sharing", {"shared": ["k", "v"], "uncompressed": ("q",)}),
 ]
 BY_DATA: list[tuple[str, dict[str, Any]]] = [
     ("asvd", {"calibration": "c"}),

@@ -25,11 +25,12 @@ from lowrank.cluster.sizes import (
     either,
     in_dtype,
 )
+from lowrank.config.low_rank import StackedSettings
 from lowrank.config.outputs import PredictedLossFigure
 from lowrank.config.presets import MethodSettings, Validation
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
-from lowrank.model.families import FAMILIES
+from lowrank.model.families import FAMILIES, LinearModule
 from lowrank.ranks.budget import Budget
 
 SEARCH_LIBRARIES = 0.25 * GIB
@@ -344,7 +345,8 @@ class Estimator:
         """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
         windows. An upper estimate for all of them."""
         on_device = computes_on_device(method)
-        device = {"a decomposition": float(decomposition(dense.block))} if on_device else {}
+        matrices = _stacked(method, dense)
+        device = {"a decomposition": float(decomposition(matrices))} if on_device else {}
         if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
             device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
         host = {"program": PROGRAM, "weights": dense.weights}
@@ -353,7 +355,7 @@ class Estimator:
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
         work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
         if "statistics" in method.needs and method.calibration:
-            host["a block's statistics"] = 2 * dense.moments(DOUBLE)
+            host["a block's statistics"] = 2 * dense.moments(DOUBLE) * getattr(method, "blocks_together", 1)
             work = plus(work, disk=dense.shape.layers * dense.statistics(0))
         if "gradients" in method.needs:
             host["a block's gradients"] = dense.output_moments(SINGLE)
@@ -388,6 +390,14 @@ class Estimator:
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
         return suite_need(self._checkpoint(wildcards), suite, longest)
+
+
+def _stacked(method: MethodSettings, dense: Sizes) -> list[LinearModule]:
+    """The matrices that a method decomposes in a block: those of the block, or stacks of them."""
+    if not isinstance(method, StackedSettings):
+        return dense.block
+    blocks = Budget.of(dense.shape.model_copy(update={"layers": min(method.blocks_together, dense.shape.layers)}))
+    return [stack.module for stack in method.stacks(blocks)]
 
 
 def _sampled(tokens: int) -> Need:

@@ -17,7 +17,7 @@ from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.replacements import IdentityBlockFactors, Replacements
+from lowrank.model.replacements import IdentityBlockFactors, Pair, Replacements
 from lowrank.model.runtime import pick_device
 from lowrank.ranks.budget import Budget, Ranks
 
@@ -107,8 +107,7 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     if identity_block:
         replacements = with_identity_blocks(replacements)
     replace_modules(task.model, replacements)
-    pairs = LowRankFactors | IdentityBlockFactors
-    factors = {name: changed for name, changed in replacements.items() if isinstance(changed, pairs)}
+    factors = {name: changed for name, changed in replacements.items() if isinstance(changed, Pair)}
     return {
         linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
     }
