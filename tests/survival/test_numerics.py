@@ -32,6 +32,8 @@ RATIO = 20
 LOW_RANK = {"calibration": "c", "covariance": "v"}
 NAIVE, FISHER = Covariance(estimator="naive"), Covariance(estimator="naive", gradients="weigh")
 METHODS: dict[str, dict[str, Any]] = {
+    "aa-svd": {"calibration": "c"},
+    "aa-svd with refinement": {"calibration": "c", "refine": 1},
     "afm": LOW_RANK,
     "asvd": {"calibration": "c"},
     "basis-sharing": {"calibration": "c"},
@@ -124,6 +126,10 @@ ERRORS: dict[tuple[str, str], str] = {
     **{("fwsvd", case): NO_WEIGHT for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{(name, case): NO_OUTPUT for name in OBD_LLM for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{("rankwise", case): NO_GRADIENT for case in ("two tokens", "windows of two tokens", "dead layers")},
+    **{
+        (name, "dead layers"): r"model\.layers\.1\.mlp\.down_proj: all its inputs are zero"
+        for name in ("aa-svd", "aa-svd with refinement")
+    },
     **{(name, "dead layers"): "block 1, input 'mlp_output': all its inputs are zero" for name in SVD_LLM},
 }
 # Directions in which there is no input change the loss by rounding errors, in float32. Ranks by the smallest changes

@@ -35,6 +35,7 @@ def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
     output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
     subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
     settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
+    settings |= {"state": str(folder / "state")}
     job = Named(
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
         input=Named(model=str(folder / "model"), **inputs),

@@ -38,6 +38,7 @@ PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("llm-pruner", {**PRUNED, "own_ratio": 0.3}),
     ("flap", {"structure": "UL-UM"}),
     ("flap", {"structure": "UL-MM", "remove_heads": 4}),
+    ("aa-svd", {}),
     ("skipcat", {}),
     ("skipcat", {"cat": False, "uncompressed": ("v",)}),
     ("skipcat", {"skip": False}),

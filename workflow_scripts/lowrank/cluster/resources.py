@@ -378,7 +378,10 @@ class Estimator:
             host["hidden states"] = 2 * dense.hidden(tokens)
             # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
             trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
-            passes = 4 * rounds + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            refined = getattr(method, "refine", 0)  # passes forward and backward through each block
+            if refined:  # the pairs of a block, their gradients and both moments of AdamW
+                device["training a block"] = 4 * SINGLE * dense.linears / dense.shape.layers
+            passes = 4 * rounds + 3 * refined + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
             work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
         return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
 

@@ -15,6 +15,7 @@ from lowrank.calibration.statistics import Statistics
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.replacements import IdentityBlockFactors, Pair, Replacements
@@ -39,6 +40,7 @@ class CompressionTask:
         gradients: second moments of the loss gradients at the layers' outputs, if the method reads them.
         tokens: calibration windows, n x length, if the method reads them.
         account: what the method says of its result besides; the manifest has it.
+        parts: where a method that takes long keeps what another try need not do again; None: nowhere.
     """
 
     settings: Any
@@ -53,6 +55,7 @@ class CompressionTask:
     gradients: OutputGradients | None = None
     tokens: torch.Tensor | None = None
     account: dict[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
     def required_bases(self) -> Bases:
         """The bases; an error if the preset names no covariance."""
