@@ -111,7 +111,7 @@ def test_the_rows_without_printed_values_are_of_other_methods(study: Study) -> N
     assert {row.method for row in study.tables["table_1"].rows if row.published is None} == WITHOUT_PRINTED_VALUES
 
 
-OF_THE_FIELD = ("aa-svd", "basis-sharing", "modegpt", "obd-llm", "skipcat", "zs-svd")
+OF_THE_FIELD = ("aa-svd", "basis-sharing", "llrc", "modegpt", "obd-llm", "skipcat", "zs-svd")
 """Later than the paper: they stand in the miniature's table `field`."""
 
 

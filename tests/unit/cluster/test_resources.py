@@ -246,6 +246,19 @@ def test_rounds_of_correction_take_passes_and_second_moments_of_gradients_are_re
     assert needs["obd"].host["a block's gradients"] == 4 * (5 * 4096**2 + 2 * 11008**2)
 
 
+def test_masks_over_all_directions_take_more_than_the_model() -> None:
+    from lowrank.methods import method_modules
+
+    study, needs = study_of(LLAMA_7B), {}
+    for steps in (100, 200):
+        study.methods["one"] = method_modules()["llrc"].Settings(kind="llrc", calibration="c4", steps=steps)
+        needs[steps] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    directions = 32 * 4096 * (4 * (4096 + 4096) + 3 * (11008 + 4096))
+    assert needs[100].device["all directions"] == 2 * directions
+    assert needs[100].device["masks"] == 8 * 4 * 32 * 7 * 4096
+    assert needs[200].work.half == pytest.approx(2 * needs[100].work.half)
+
+
 def test_stacks_of_matrices_are_decomposed_as_one() -> None:
     from lowrank.methods import method_modules
 

@@ -52,6 +52,7 @@ BY_DATA: list[tuple[str, dict[str, Any]]] = [
     ("rankwise", {"calibration": "c", "covariance": "v"}),
     ("obd-llm", {"calibration": "c", "allocation": "first-order"}),
     ("modegpt", {"calibration": "c"}),
+    ("llrc", {"calibration": "c"}),
     ("zs-svd", {"calibration": "c"}),
     ("bolaco", {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}),
 ]

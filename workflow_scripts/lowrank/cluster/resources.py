@@ -46,6 +46,9 @@ TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
 
+TRAIN_MASKS = ("llrc",)
+"""Kinds of methods that train masks over all directions of all matrices."""
+
 INVERT_NEURONS = ("modegpt",)
 """Kinds of methods that invert the second moment of all neurons of a block."""
 
@@ -371,6 +374,8 @@ class Estimator:
             else:
                 device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
             device["weights"] = dense.weights
+            if method.kind in TRAIN_MASKS:
+                device |= _masks(method, dense, length)
             if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
                 host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
             else:
@@ -382,6 +387,8 @@ class Estimator:
             if refined:  # the pairs of a block, their gradients and both moments of AdamW
                 device["training a block"] = 4 * SINGLE * dense.linears / dense.shape.layers
             passes = 4 * rounds + 3 * refined + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            if method.kind in TRAIN_MASKS:  # forward in both models, backward in one of about twice the size
+                tokens, passes = getattr(method, "steps", 0) * getattr(method, "batch_size", 1) * length, 7
             work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
         return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
 
@@ -401,6 +408,16 @@ def _stacked(method: MethodSettings, dense: Sizes) -> list[LinearModule]:
         return dense.block
     blocks = Budget.of(dense.shape.model_copy(update={"layers": min(method.blocks_together, dense.shape.layers)}))
     return [stack.module for stack in method.stacks(blocks)]
+
+
+def _masks(method: MethodSettings, dense: Sizes, length: int) -> dict[str, float]:
+    """What training masks over all directions takes on a device, besides the dense model."""
+    directions = [(min(m.out_features, m.in_features), m.out_features + m.in_features) for m in dense.block]
+    return {
+        "all directions": dense.number * dense.shape.layers * sum(k * both for k, both in directions),
+        "masks": 8 * SINGLE * dense.shape.layers * sum(k for k, _ in directions),
+        "activations": dense.training_activations(getattr(method, "batch_size", 1) * length),
+    }
 
 
 def _sampled(tokens: int) -> Need:
