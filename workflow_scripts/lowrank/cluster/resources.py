@@ -380,7 +380,8 @@ class Estimator:
                 host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
             else:
                 del host["weights"]
-            host["hidden states"] = 2 * dense.hidden(tokens)
+            if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
+                host["hidden states"] = 2 * dense.hidden(tokens)
             # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
             trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
             refined = getattr(method, "refine", 0)  # passes forward and backward through each block
