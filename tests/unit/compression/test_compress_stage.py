@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from lowrank.files import save_tensors
 from tests import tiny
 from tests.unit.methods import rankwise_samples as samples
+from tests.unit.model.factor_samples import TOKENS
 from tests.unit.search.test_search_stage import Named
 
 STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/compress_model.py"
@@ -53,6 +55,15 @@ def test_the_manifest_has_the_predicted_rise_of_the_loss_and_what_it_is(tmp_path
     assert found["predicted_loss_rise"]["nats_per_token"] > 0
     assert found["predicted_loss_rise"]["meaning"] == "second order, on the calibration text"
     assert found["kept"]["linears"] <= 0.7
+
+
+def test_parts_that_were_kept_are_gone_once_the_checkpoint_is_there(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "tokens.safetensors", {"tokens": TOKENS[:4].int()})
+    method = {"kind": "aa-svd", "calibration": "c", "refine": 1}
+    found = run(tmp_path, method, tokens=str(tmp_path / "tokens.safetensors"))
+    assert found["kept"]["linears"] <= 0.7
+    assert found["seconds"] > 0
+    assert not list((tmp_path / "state").iterdir())
 
 
 def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:
