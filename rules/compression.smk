@@ -21,6 +21,7 @@ rule compress_model:
             | {
                 "method": STUDY.method(wildcards.method).plain(),
                 "subject": subject(wildcards),
+                "state": LAYOUT.state,
             }
             | covariance_settings(wildcards.method),
             method_module(wildcards.method),

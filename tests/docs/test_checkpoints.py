@@ -37,6 +37,7 @@ PRUNED = {"kind": "llm-pruner", "calibration": "c", "importance": "l1", "skip_fi
 METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "pairs": ({"kind": "svd"}, {"low_rank"}),
     "identity-blocks": ({"kind": "svd", "identity_block": True}, {"identity_block"}),
+    "identity-columns": ({"kind": "skipcat", "calibration": "c"}, {"identity_columns", "shared_down"}),
     "biases": ({"kind": "flap", "calibration": "c", "structure": "UL-UM"}, {"heads", "linear"}),
     "heads": (PRUNED, {"heads", "linear"}),
     "narrow-heads": ({"kind": "modegpt", "calibration": "c"}, {"linear", "narrow_heads"}),

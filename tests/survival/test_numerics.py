@@ -32,17 +32,22 @@ RATIO = 20
 LOW_RANK = {"calibration": "c", "covariance": "v"}
 NAIVE, FISHER = Covariance(estimator="naive"), Covariance(estimator="naive", gradients="weigh")
 METHODS: dict[str, dict[str, Any]] = {
+    "aa-svd": {"calibration": "c"},
+    "aa-svd with refinement": {"calibration": "c", "refine": 1},
     "afm": LOW_RANK,
     "asvd": {"calibration": "c"},
+    "basis-sharing": {"calibration": "c"},
     "bolaco": LOW_RANK | {"validation": "w", "search": "s"},
     "flap": {"calibration": "c"},
     "fwsvd": {"calibration": "c"},
+    "llrc": {"calibration": "c", "steps": 300, "learning_rate": 0.2, "growth": 0.2},
     "llm-pruner": {"calibration": "c", "skip_first": 0, "skip_last": 0},
     "lord": LOW_RANK,
     "modegpt": {"calibration": "c"},
     "obd-llm": {"calibration": "c"},
     "obd-llm by first order": {"calibration": "c", "allocation": "first-order"},
     "rankwise": LOW_RANK,
+    "skipcat": {"calibration": "c"},
     "slicegpt": {"calibration": "c"},
     "svd": {},
     "svd-llm": {"calibration": "c"},
@@ -100,7 +105,8 @@ CASES: dict[str, tuple[Change, torch.Tensor]] = {
     "windows of two tokens": (usual, random_tokens(40, 2)),
     "outliers": (with_outliers, random_tokens(12, 24)),
 }
-SVD_LLM = ("svd-llm", "svd-llm with update")
+SVD_LLM = ("svd-llm", "svd-llm with update", "skipcat", "basis-sharing")
+"""By one whitening of the inputs."""
 OBD_LLM = ("obd-llm", "obd-llm by first order")
 ZS_SVD = ("zs-svd", "zs-svd with correction")
 SPANNING = ("ordinary", "low rank", "dead layers", "outliers")
@@ -121,6 +127,10 @@ ERRORS: dict[tuple[str, str], str] = {
     **{("fwsvd", case): NO_WEIGHT for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{(name, case): NO_OUTPUT for name in OBD_LLM for case in ("two tokens", "windows of two tokens", "dead layers")},
     **{("rankwise", case): NO_GRADIENT for case in ("two tokens", "windows of two tokens", "dead layers")},
+    **{
+        (name, "dead layers"): r"model\.layers\.1\.mlp\.down_proj: all its inputs are zero"
+        for name in ("aa-svd", "aa-svd with refinement")
+    },
     **{(name, "dead layers"): "block 1, input 'mlp_output': all its inputs are zero" for name in SVD_LLM},
 }
 # Directions in which there is no input change the loss by rounding errors, in float32. Ranks by the smallest changes

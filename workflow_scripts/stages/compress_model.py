@@ -1,6 +1,6 @@
 """Compress a model by one method at one ratio, and write its checkpoint with an account of its parameters."""
 
-import time
+from pathlib import Path
 from typing import Any
 
 from snakemake.iocontainers import Snakemake
@@ -9,7 +9,7 @@ from lowrank.jobs.stage import run_stage
 
 
 def work(job: Snakemake) -> None:
-    """Run the method; the dense model's files are linked, not copied."""
+    """Run the method in a resumable folder; the dense model's files are linked, not copied."""
     from lowrank.bases.principal import Bases
     from lowrank.calibration.output_gradients import OutputGradients
     from lowrank.calibration.statistics import Statistics
@@ -18,60 +18,65 @@ def work(job: Snakemake) -> None:
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record
+    from lowrank.jobs.state import Parts, resumable_state
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.model.parameters import count_parameters, linear_sizes
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
     from lowrank.ranks.budget import Budget
 
-    started = time.monotonic()
     settings = job.params.settings
     method: dict[str, Any] = settings["method"]
     limit_threads(job.threads)
     seed = int(job.wildcards.seed)
     seed_everything(seed)
     shape = ModelShape.model_validate(settings["shape"])
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
-    allocation = read_record(job.input.allocation)["ranks"] if job.input.get("allocation") else None
-    account: dict[str, Any] = {}
-    ranks = compress_model(
-        method["kind"],
-        method,
-        {
-            "model": model,
-            "budget": Budget.of(shape),
-            "ratio": int(job.wildcards.ratio),
-            "seed": seed,
-            "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
-            "allocation": allocation,
-            "covariance": Covariance.model_validate(settings["covariance"]) if settings["covariance"] else None,
-            "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
-            "gradients": OutputGradients(job.input.gradients, shape) if job.input.get("gradients") else None,
-            "tokens": load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None,
-            "account": account,
-        },
-    )
-    target = job.output.checkpoint
-    changed = bool(recipe_of(model))
-    files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
-    parameters = count_parameters(model, shape)
-    write_manifest(
-        job.output.manifest,
-        {
-            "subject": settings["subject"],
-            "method": method,
-            "ranks": ranks,
-            **account,
-            "linears": linear_sizes(model, shape),
-            "parameters": parameters,
-            "kept": {
-                "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
-                "total": parameters["total"] / parameters["total_dense"],
+    inputs = {name: path for name, path in job.input.items() if Path(path).is_file()}
+    with resumable_state(settings["state"], job.rule, settings, inputs) as state:
+        parts = Parts(state)
+        model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
+        allocation = read_record(job.input.allocation)["ranks"] if job.input.get("allocation") else None
+        tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None
+        account: dict[str, Any] = {}
+        ranks = compress_model(
+            method["kind"],
+            method,
+            {
+                "model": model,
+                "budget": Budget.of(shape),
+                "ratio": int(job.wildcards.ratio),
+                "seed": seed,
+                "bases": Bases(job.input.bases, shape.layers) if job.input.get("bases") else None,
+                "allocation": allocation,
+                "covariance": Covariance.model_validate(settings["covariance"]) if settings["covariance"] else None,
+                "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
+                "gradients": OutputGradients(job.input.gradients, shape) if job.input.get("gradients") else None,
+                "tokens": tokens,
+                "account": account,
+                "parts": parts,
             },
-            "files": files,
-            "seconds": time.monotonic() - started,
-            "environment": describe_environment(),
-        },
-    )
+        )
+        target = job.output.checkpoint
+        changed = bool(recipe_of(model))
+        files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
+        parameters = count_parameters(model, shape)
+        write_manifest(
+            job.output.manifest,
+            {
+                "subject": settings["subject"],
+                "method": method,
+                "ranks": ranks,
+                **account,
+                "linears": linear_sizes(model, shape),
+                "parameters": parameters,
+                "kept": {
+                    "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
+                    "total": parameters["total"] / parameters["total_dense"],
+                },
+                "files": files,
+                "seconds": parts.clock.seconds,
+                "environment": describe_environment(),
+            },
+        )
 
 
 snakemake: Snakemake  # Snakemake binds it when it runs this file

@@ -251,6 +251,32 @@ def test_rounds_of_correction_take_passes_and_second_moments_of_gradients_are_re
     assert needs["obd"].host["a block's gradients"] == 4 * (5 * 4096**2 + 2 * 11008**2)
 
 
+def test_masks_over_all_directions_take_more_than_the_model() -> None:
+    from lowrank.methods import method_modules
+
+    study, needs = study_of(LLAMA_7B), {}
+    for steps in (100, 200):
+        study.methods["one"] = method_modules()["llrc"].Settings(kind="llrc", calibration="c4", steps=steps)
+        needs[steps] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    directions = 32 * 4096 * (4 * (4096 + 4096) + 3 * (11008 + 4096))
+    assert needs[100].device["all directions"] == 2 * directions
+    assert needs[100].device["masks"] == 8 * 4 * 32 * 7 * 4096
+    assert needs[200].work.half == pytest.approx(2 * needs[100].work.half)
+
+
+def test_stacks_of_matrices_are_decomposed_as_one() -> None:
+    from lowrank.methods import method_modules
+
+    study, device, host = study_of(LLAMA_7B), {}, {}
+    for kind in ("svd-llm", "skipcat", "basis-sharing"):
+        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4")
+        need = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+        device[kind], host[kind] = need.device["a decomposition"], need.host["a block's statistics"]
+    stack = 22016 * 4096  # gate on top of up, or up in two blocks
+    assert device["svd-llm"] + 8 * stack < device["skipcat"] == device["basis-sharing"]
+    assert host["basis-sharing"] == 2 * host["skipcat"] == 2 * host["svd-llm"]
+
+
 def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> None:
     from lowrank.methods.rankwise import Settings
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from lowrank.files import save_tensors
 from tests import tiny
 from tests.unit.methods import rankwise_samples as samples
+from tests.unit.model.factor_samples import TOKENS
 from tests.unit.search.test_search_stage import Named
 
 STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/compress_model.py"
@@ -35,6 +37,7 @@ def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
     output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
     subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
     settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
+    settings |= {"state": str(folder / "state")}
     job = Named(
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
         input=Named(model=str(folder / "model"), **inputs),
@@ -61,6 +64,15 @@ def test_the_manifest_has_the_size_of_every_linear_layer(tmp_path: Path) -> None
         m, n, rank = size["out_features"], size["in_features"], found["ranks"][name]
         assert size["parameters"] == (m * n if rank is None else rank * (m + n))
     assert sum(size["parameters"] for size in found["linears"].values()) == found["parameters"]["decoder_linears"]
+
+
+def test_parts_that_were_kept_are_gone_once_the_checkpoint_is_there(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "tokens.safetensors", {"tokens": TOKENS[:4].int()})
+    method = {"kind": "aa-svd", "calibration": "c", "refine": 1}
+    found = run(tmp_path, method, tokens=str(tmp_path / "tokens.safetensors"))
+    assert found["kept"]["linears"] <= 0.7
+    assert found["seconds"] > 0
+    assert not list((tmp_path / "state").iterdir())
 
 
 def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.cost import count_bytes, count_macs, measure_speed
 from lowrank.model.checkpoint import replace_modules
-from lowrank.model.factors import LowRankFactors
+from lowrank.model.factors import IdentityColumnsFactors, LowRankFactors, SharedDownFactors
 from lowrank.model.families import FAMILIES, linear_modules
 
 SMALL: dict[str, Any] = {
@@ -89,6 +89,30 @@ def counted_by_torch(model: PreTrainedModel, family: str, tokens: int) -> dict[s
 def test_macs_equal_those_that_torch_counts(family: str, rank: int | None) -> None:
     model = make_model(family, rank)
     assert count_macs(model, make_shape(family), tokens=11) == counted_by_torch(model, family, 11)
+
+
+def test_a_shared_factor_costs_what_runs() -> None:
+    """It is stored once and multiplied with for each layer that shares it."""
+    shape, model, rank = make_shape("llama"), make_model("llama"), 3
+    up = {name: torch.randn(size, rank) for name, size in (("q", 16), ("k", 8), ("gate", 24), ("up", 24))}
+    for layer in range(2):
+        q, k, gate, other = (
+            f"model.layers.{layer}.{path}"
+            for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj")
+        )
+        order = torch.randperm(16).int()
+        changed = {
+            k: SharedDownFactors(q, up["k"]),
+            q: IdentityColumnsFactors(order, torch.randn(rank, 16 - rank), up["q"]),
+            gate: LowRankFactors(torch.randn(rank, 16), up["gate"]),
+            other: SharedDownFactors(gate, up["up"]),
+        }
+        replace_modules(model, changed)
+    counts = count_macs(model, shape, tokens=11)
+    assert counts == counted_by_torch(model, "llama", 11)
+    attention = rank * (16 + 8) + 2 * rank * (16 - rank) + 8 * 16 + 16 * 16
+    mlp = rank * (24 + 24) + 2 * rank * 16 + 16 * 24
+    assert counts["linears"] == 11 * 2 * (attention + mlp)
 
 
 @settings(deadline=None, max_examples=10)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from lowrank.jobs.state import Clock, resumable_state
+from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Clock, Parts, resumable_state
 
 
 def folder_of(root: Path, settings: object, file: Path) -> Path:
@@ -21,6 +23,21 @@ def test_state_survives_a_failure_and_is_removed_on_success(tmp_path: Path) -> N
     with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}) as again:
         assert again == folder
     assert not folder.exists()
+
+
+def test_parts_are_found_again_with_the_time_that_they_took(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    assert parts.load("block_0") is None
+    parts.clock.before = 100.0
+    parts.save("block_0", {"w": torch.arange(3.0)})
+    again = Parts(tmp_path)
+    found = again.load("block_0")
+    assert found is not None
+    assert torch.equal(found["w"], torch.arange(3.0))
+    assert 100 <= again.clock.seconds < 160
+    (tmp_path / "block_0.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RankwiseError, match=f"Delete {tmp_path} and run the workflow again"):
+        again.load("block_0")
 
 
 def test_other_settings_or_inputs_have_another_folder(tmp_path: Path) -> None:

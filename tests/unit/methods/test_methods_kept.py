@@ -38,6 +38,12 @@ PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("llm-pruner", {**PRUNED, "own_ratio": 0.3}),
     ("flap", {"structure": "UL-UM"}),
     ("flap", {"structure": "UL-MM", "remove_heads": 4}),
+    ("aa-svd", {}),
+    ("skipcat", {}),
+    ("skipcat", {"cat": False, "uncompressed": ("v",)}),
+    ("skipcat", {"skip": False}),
+    ("basis-sharing", {}),
+    ("basis-sharing", {"shared": ["k", "v"], "uncompressed": ("q",)}),
 ]
 BY_DATA: list[tuple[str, dict[str, Any]]] = [
     ("asvd", {"calibration": "c"}),
@@ -46,6 +52,7 @@ BY_DATA: list[tuple[str, dict[str, Any]]] = [
     ("rankwise", {"calibration": "c", "covariance": "v"}),
     ("obd-llm", {"calibration": "c", "allocation": "first-order"}),
     ("modegpt", {"calibration": "c"}),
+    ("llrc", {"calibration": "c"}),
     ("zs-svd", {"calibration": "c"}),
     ("bolaco", {"calibration": "c", "covariance": "v", "validation": "w", "search": "s"}),
 ]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from lowrank.bases.principal import principal_basis
 from lowrank.bases.whitening import RIDGE, cholesky_factor, whitened_factors
-from lowrank.compression import least_squares_update
+from lowrank.compression import compressed_inputs
 from lowrank.compression.least_squares_update import refit_up_factors
 from lowrank.errors import RankwiseError
 from lowrank.methods import svd_llm
@@ -175,7 +175,7 @@ def test_the_update_is_least_squares_on_the_inputs_in_the_compressed_model(kind:
 def test_batches_do_not_change_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, budget = pairs_of("llama-gqa", 40)
     whole = refit_up_factors(tiny.model("llama-gqa").double(), TOKENS, budget, pairs, CPU, "dense")
-    monkeypatch.setattr(least_squares_update, "TOKENS_PER_BATCH", 3 * TOKENS.shape[1])
+    monkeypatch.setattr(compressed_inputs, "TOKENS_PER_BATCH", 3 * TOKENS.shape[1])
     parts = refit_up_factors(tiny.model("llama-gqa").double(), TOKENS, budget, pairs, CPU, "dense")
     for name, pair in whole.items():
         assert torch.allclose(pair.up, parts[name].up, atol=1e-9)

@@ -5,6 +5,7 @@ Its training loop is tested with that of the other kind, in test_post_training_t
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.model.replacements import SmallerLinear
 from lowrank.post_training.adapters import learnt_by, merge, stages_of, trained_numbers
 from lowrank.post_training.job import Progress, joined
-from lowrank.post_training.lora import LoraMatrices, attach_lora, merge_lora, target_weights
+from lowrank.post_training.lora import LoraMatrices, attach_lora, learnt_matrices, merge_lora, target_weights
 from lowrank.post_training.subspace import pack_vectors
 from lowrank.post_training.tune import tune_checkpoint
 from tests import tiny
 from tests.unit.methods import test_slicegpt
+from tests.unit.model import factor_samples
 from tests.unit.post_training.post_training_samples import REPOSITORY, save_tiny_model
 from tests.unit.post_training.test_launch import ON_CPU, a_tokenizer
 
@@ -148,6 +150,25 @@ def test_pairs_with_an_identity_block_are_trained_and_keep_it() -> None:
     merge(merged, tuning, pack_vectors({name: learnt_by(layer) for name, layer in wrapped.items()}))
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
     assert (merged(IDS).logits - made()(IDS).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["skipcat", "basis-sharing"])
+def test_a_shared_factor_is_trained_once_for_all_that_share_it(method: str) -> None:
+    model, _ = factor_samples.compressed(method, "llama-gqa", 30, model=tiny.model("llama-gqa").double())
+    plain = copy.deepcopy(model)
+    wrapped = attach_lora(model, a_tuning(rank=2), "all", seed=0)
+    layers = {name.rpartition(".layers.")[2] for name in wrapped}
+    first = "down.rest" if method == "skipcat" else "down"
+    assert {f"0.mlp.gate_proj.{first}", "0.mlp.gate_proj.up", "0.mlp.up_proj.up"} <= layers
+    shared = ("0.mlp.up_proj", "1.mlp.up_proj") if method == "skipcat" else ("1.mlp.gate_proj", "1.mlp.up_proj")
+    assert not {f"{name}.{first}" for name in shared} & layers
+    before = model(IDS).logits
+    assert torch.allclose(before, plain(IDS).logits, atol=1e-12)
+    moved(wrapped)
+    moving = model(IDS).logits
+    assert not torch.allclose(moving, before, atol=1e-3)
+    merge_lora(plain, {name: learnt_matrices(layer) for name, layer in wrapped.items()}, 16 / 2)
+    assert torch.allclose(plain(IDS).logits, moving, atol=1e-9)
 
 
 def test_a_sliced_model_is_trained_like_any_other_and_keeps_its_shortcuts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,8 @@ from lowrank.post_training.subspace import (
     pack_vectors,
     unpack_vectors,
 )
+from tests import tiny
+from tests.unit.model import factor_samples
 from tests.unit.post_training.post_training_samples import LAYERS, tiny_model
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "top", "bottom")
@@ -131,6 +135,23 @@ def test_dense_layers_and_v_are_left_alone(strategy: Strategy) -> None:
     assert trainable == compressed
     for path in ("self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"):
         assert type(model.get_submodule(f"model.layers.1.{path}")) is nn.Linear
+
+
+@pytest.mark.parametrize("method", ["skipcat", "basis-sharing"])
+def test_layers_that_share_a_factor_learn_vectors_of_their_own(method: str) -> None:
+    model, _ = factor_samples.compressed(method, "llama-gqa", 30, model=tiny.model("llama-gqa").double())
+    plain = copy.deepcopy(model)
+    wrapped = attach_subspaces(model, 4, "random", seed=0)
+    torch.manual_seed(1)
+    for wrapper in wrapped.values():
+        for vector in (wrapper.inner, wrapper.outer):
+            nn.init.normal_(vector, std=0.3)
+    merge_subspaces(plain, {n: SubspaceVectors(w.indices, w.inner, w.outer) for n, w in wrapped.items()})
+    ids = factor_samples.TOKENS[:2]
+    assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-9)
+    if method == "skipcat":
+        with pytest.raises(RankwiseError, match="no order of variance"):
+            attach_subspaces(plain, 4, "top", seed=0)
 
 
 def test_the_random_subspaces_of_layers_differ_and_follow_the_seed() -> None:

@@ -45,6 +45,9 @@ class Named(SimpleNamespace):
     def __iter__(self) -> Iterator[Any]:
         return iter(vars(self).values())
 
+    def items(self) -> Iterator[tuple[str, Any]]:
+        return iter(vars(self).items())
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -25,11 +25,12 @@ from lowrank.cluster.sizes import (
     either,
     in_dtype,
 )
+from lowrank.config.low_rank import StackedSettings
 from lowrank.config.outputs import PredictedLossFigure
 from lowrank.config.presets import MethodSettings, Validation
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
-from lowrank.model.families import FAMILIES
+from lowrank.model.families import FAMILIES, LinearModule
 from lowrank.ranks.budget import Budget
 
 SEARCH_LIBRARIES = 0.25 * GIB
@@ -44,6 +45,9 @@ TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 
 STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+TRAIN_MASKS = ("llrc",)
+"""Kinds of methods that train masks over all directions of all matrices."""
 
 INVERT_NEURONS = ("modegpt",)
 """Kinds of methods that invert the second moment of all neurons of a block."""
@@ -344,7 +348,8 @@ class Estimator:
         """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
         windows. An upper estimate for all of them."""
         on_device = computes_on_device(method)
-        device = {"a decomposition": float(decomposition(dense.block))} if on_device else {}
+        matrices = _stacked(method, dense)
+        device = {"a decomposition": float(decomposition(matrices))} if on_device else {}
         if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
             device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
         host = {"program": PROGRAM, "weights": dense.weights}
@@ -353,7 +358,7 @@ class Estimator:
         work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
         work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
         if "statistics" in method.needs and method.calibration:
-            host["a block's statistics"] = 2 * dense.moments(DOUBLE)
+            host["a block's statistics"] = 2 * dense.moments(DOUBLE) * getattr(method, "blocks_together", 1)
             work = plus(work, disk=dense.shape.layers * dense.statistics_file(0))
         if "gradients" in method.needs:
             host["a block's gradients"] = dense.output_moments(SINGLE)
@@ -369,14 +374,22 @@ class Estimator:
             else:
                 device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
             device["weights"] = dense.weights
+            if method.kind in TRAIN_MASKS:
+                device |= _masks(method, dense, length)
             if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
                 host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
             else:
                 del host["weights"]
-            host["hidden states"] = 2 * dense.hidden(tokens)
+            if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
+                host["hidden states"] = 2 * dense.hidden(tokens)
             # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
             trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
-            passes = 4 * rounds + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            refined = getattr(method, "refine", 0)  # passes forward and backward through each block
+            if refined:  # the pairs of a block, their gradients and both moments of AdamW
+                device["training a block"] = 4 * SINGLE * dense.linears / dense.shape.layers
+            passes = 4 * rounds + 3 * refined + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+            if method.kind in TRAIN_MASKS:  # forward in both models, backward in one of about twice the size
+                tokens, passes = getattr(method, "steps", 0) * getattr(method, "batch_size", 1) * length, 7
             work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
         return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
 
@@ -388,6 +401,24 @@ class Estimator:
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length
         return suite_need(self._checkpoint(wildcards), suite, longest)
+
+
+def _stacked(method: MethodSettings, dense: Sizes) -> list[LinearModule]:
+    """The matrices that a method decomposes in a block: those of the block, or stacks of them."""
+    if not isinstance(method, StackedSettings):
+        return dense.block
+    blocks = Budget.of(dense.shape.model_copy(update={"layers": min(method.blocks_together, dense.shape.layers)}))
+    return [stack.module for stack in method.stacks(blocks)]
+
+
+def _masks(method: MethodSettings, dense: Sizes, length: int) -> dict[str, float]:
+    """What training masks over all directions takes on a device, besides the dense model."""
+    directions = [(min(m.out_features, m.in_features), m.out_features + m.in_features) for m in dense.block]
+    return {
+        "all directions": dense.number * dense.shape.layers * sum(k * both for k, both in directions),
+        "masks": 8 * SINGLE * dense.shape.layers * sum(k for k, _ in directions),
+        "activations": dense.training_activations(getattr(method, "batch_size", 1) * length),
+    }
 
 
 def _sampled(tokens: int) -> Need:

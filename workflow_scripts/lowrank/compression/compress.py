@@ -15,9 +15,10 @@ from lowrank.calibration.statistics import Statistics
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.replacements import IdentityBlockFactors, Replacements
+from lowrank.model.replacements import IdentityBlockFactors, Pair, Replacements
 from lowrank.model.runtime import pick_device
 from lowrank.ranks.budget import Budget, Ranks
 
@@ -39,6 +40,7 @@ class CompressionTask:
         gradients: second moments of the loss gradients at the layers' outputs, if the method reads them.
         tokens: calibration windows, n x length, if the method reads them.
         account: what the method says of its result besides; the manifest has it.
+        parts: where a method that takes long keeps what another try need not do again; None: nowhere.
     """
 
     settings: Any
@@ -53,6 +55,7 @@ class CompressionTask:
     gradients: OutputGradients | None = None
     tokens: torch.Tensor | None = None
     account: dict[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
     def required_bases(self) -> Bases:
         """The bases; an error if the preset names no covariance."""
@@ -107,8 +110,7 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     if identity_block:
         replacements = with_identity_blocks(replacements)
     replace_modules(task.model, replacements)
-    pairs = LowRankFactors | IdentityBlockFactors
-    factors = {name: changed for name, changed in replacements.items() if isinstance(changed, pairs)}
+    factors = {name: changed for name, changed in replacements.items() if isinstance(changed, Pair)}
     return {
         linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
     }

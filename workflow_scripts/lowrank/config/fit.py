@@ -236,7 +236,7 @@ def _tuning_problems(study: Study) -> Iterator[str]:
                 "`lora` with `stages: [all]`"
             )
         ordered = isinstance(tuning, ScaledSubspaceTuning) and tuning.subspace != "random"
-        if ordered and getattr(method, "identity_block", False):
+        if ordered and not method.has_order:
             yield (
                 f"{place}: '{use.tuning}' takes a subspace by the order of dimensions, and those of pairs with "
                 f"identity blocks, as of '{use.method}', have none; write `subspace: random`"

@@ -1,4 +1,4 @@
-"""What the presets of all methods that make low-rank pairs may name."""
+"""What the presets of methods that make low-rank pairs may name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.ranks.budget import Budget, Ranks, uniform_kept
 from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.rounding import Rounding
+from lowrank.ranks.stacks import Stack, StackedBudget, stacked_budget, uniform_stacks
 
 
 class LowRankSettings(MethodSettings):
@@ -26,6 +27,11 @@ class LowRankSettings(MethodSettings):
     identity_block: bool = Field(
         default=False, description="store pairs with an identity block: the same map, and more rank a parameter"
     )
+
+    @property
+    def has_order(self) -> bool:
+        """An identity block leaves the dimensions in no order."""
+        return not self.identity_block
 
     def budget_of_pairs(self, budget: Budget, covariance: Covariance | None) -> Budget:
         """A model's budget with the form of this preset's pairs, as `compression.compress_model` has it of the bases.
@@ -98,3 +104,48 @@ class UniformSettings(RoundedSettings):
     def ranks(self, budget: Budget, ratio: int) -> Ranks:
         """Those that one kept ratio buys."""
         return uniform_ranks(budget, ratio, self.uncompressed, self.rounding)
+
+
+class StackedSettings(MethodSettings):
+    """A method whose matrices share first factors, at one kept ratio for all.
+
+    Attributes:
+        blocks_together: how many blocks a stack may be of.
+    """
+
+    uncompressed: tuple[str, ...] = Field(default=(), description="types that stay dense")
+
+    @property
+    def blocks_together(self) -> int:
+        """One, unless a method says more."""
+        return 1
+
+    @property
+    def identity_columns(self) -> bool:
+        """Whether first factors hold an identity block."""
+        return False
+
+    @abstractmethod
+    def stacks(self, budget: Budget) -> list[Stack]:
+        """Which matrices share a factor.
+
+        Raises:
+            RankwiseError: an unknown type.
+        """
+
+    def stacked_budget(self, budget: Budget) -> StackedBudget:
+        """What ranks of them cost."""
+        return stacked_budget(budget, self.stacks(budget), self.identity_columns, self.blocks_together)
+
+    def ranks(self, budget: Budget, ratio: int) -> list[tuple[Stack, int]]:
+        """The stacks that do not stay dense, and the ranks that one kept ratio buys.
+
+        Raises:
+            RankwiseError: the ratio is out of reach.
+        """
+        return uniform_stacks(self.stacked_budget(budget), self.stacks(budget), ratio, self.uncompressed)
+
+    def kept_parameters(self, budget: Budget, ratio: int) -> int | None:
+        """Those of the pairs, first factors counted once, and of what stays dense."""
+        ranks: Ranks = {stack.module.name: rank for stack, rank in self.ranks(budget, ratio)}
+        return self.stacked_budget(budget).parameters(ranks)

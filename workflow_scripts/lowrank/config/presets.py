@@ -332,6 +332,11 @@ class MethodSettings(Section):
         return self.makes_pairs
 
     @property
+    def has_order(self) -> bool:
+        """Whether the dimensions of its pairs are in the order of what they carry, as a tuning may ask for."""
+        return True
+
+    @property
     def sets_aside_ratio(self) -> bool:
         """Whether the key of `beside_ratio` is in use."""
         return bool(self.beside_ratio) and getattr(self, self.beside_ratio) != self.default_of(self.beside_ratio)

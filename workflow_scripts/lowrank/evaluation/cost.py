@@ -126,7 +126,8 @@ def _module(model: PreTrainedModel, linear: LinearModule) -> CountedLayer:
 def _weights(module: CountedLayer) -> int:
     """Weights of a layer without its bias: its multiply-accumulates for one token."""
     if isinstance(module, LowRankLinear):
-        return int(module.down.weight.numel() + module.up.weight.numel())
+        first = sum(factor.numel() for factor in module.down.parameters())  # a shared one runs here once more
+        return int(first + module.up.weight.numel())
     if isinstance(module, IdentityBlockLinear):
         return int(module.down.weight.numel() + module.rest.weight.numel())
     return module.weight.numel()

@@ -13,10 +13,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank.errors import RankwiseError
-from lowrank.files import digest_of, read_json, sha256_file, write_error, write_json
+from lowrank.files import digest_of, load_tensors, read_json, save_tensors, sha256_file, write_error, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,28 @@ class Clock:
     def save(self) -> None:
         """Remember the time until now."""
         write_json(self.path, self.seconds)
+
+
+class Parts:
+    """Parts of a job's work that another try need not do again, each a file of tensors in the folder of the state."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: of the unfinished work."""
+        self.folder, self.clock = folder, Clock(folder / "seconds.json")
+
+    def load(self, name: str) -> dict[str, torch.Tensor] | None:
+        """A part, or None if it is not there yet.
+
+        Raises:
+            RankwiseError: it is damaged; the folder to delete is named.
+        """
+        path = self.folder / f"{name}.safetensors"
+        return load_tensors(path, whole=self.folder) if path.is_file() else None
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a part, and the time until now."""
+        save_tensors(self.folder / f"{name}.safetensors", tensors)
+        self.clock.save()
 
 
 def _seconds(path: Path) -> float:

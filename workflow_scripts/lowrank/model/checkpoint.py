@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank.errors import RankwiseError
 from lowrank.files import atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
+from lowrank.model.factors import SharedDownFactors
 from lowrank.model.families import FAMILIES, Family
 from lowrank.model.replacements import ChangedModule, Replacements
 
@@ -121,10 +122,14 @@ def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
     Raises:
         RankwiseError: a new weight is not finite; the module is named.
     """
-    for name, replacement in replacements.items():
+    owners_first = sorted(replacements.items(), key=lambda item: isinstance(item[1], SharedDownFactors))
+    for name, replacement in owners_first:
         parent, _, child = name.rpartition(".")
         if isinstance(replacement, ChangedModule):
             replacement.change(model.get_submodule(name), model.dtype, model.device)
+        elif isinstance(replacement, SharedDownFactors):
+            owner: Any = model.get_submodule(replacement.shares)
+            setattr(model.get_submodule(parent), child, replacement.as_module(owner, model.dtype, model.device))
         else:
             setattr(model.get_submodule(parent), child, replacement.as_module(model.dtype, model.device))
     for name in replacements:

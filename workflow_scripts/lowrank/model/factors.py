@@ -1,4 +1,4 @@
-"""A linear layer as two thin factors."""
+"""A linear layer as two thin factors: plain, with an identity block in the first, or the first of another layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank.model.modeling_rankwise import LowRankLinear
+from lowrank.model.modeling_rankwise import IdentityColumnsLinear, LowRankLinear, SharedDownLinear
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,75 @@ class LowRankFactors:
             layer = LowRankLinear(n, m, self.rank, bias=self.bias is not None)
         layer = layer.to_empty(device=device).to(dtype)
         with torch.no_grad():
-            layer.down.weight.copy_(self.down)
-            layer.up.weight.copy_(self.up)
-            if self.bias is not None:
-                layer.up.bias.copy_(self.bias)
-        return layer.requires_grad_(False)
+            layer.get_parameter("down.weight").copy_(self.down)
+        return _with_up(layer, self)
+
+
+@dataclass(frozen=True)
+class IdentityColumnsFactors:
+    """A pair whose first factor holds an identity: `y = up (x_1 + rest x_2) + bias`, r^2 weights less, n indices more.
+
+    Attributes:
+        order: a permutation of the n inputs, int32; its first r are x_1, the others x_2.
+        rest: r x (n - r).
+        up: m x r.
+        bias: m, or None.
+    """
+
+    order: torch.Tensor
+    rest: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.up.shape[1]
+
+    def as_module(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LowRankLinear:
+        """The layer that a model runs."""
+        with torch.device("meta"):
+            layer = IdentityColumnsLinear(len(self.order), len(self.up), self.rank, bias=self.bias is not None)
+        layer = layer.to_empty(device=device).to(dtype)
+        with torch.no_grad():
+            layer.get_parameter("down.rest.weight").copy_(self.rest)
+            layer.get_buffer("down.order").copy_(self.order)
+        return _with_up(layer, self)
+
+
+@dataclass(frozen=True)
+class SharedDownFactors:
+    """A pair whose first factor is that of another layer, where alone it is stored and counted.
+
+    Attributes:
+        shares: full name of that layer, whose own factors are a replacement beside this one.
+        up: m x r.
+        bias: m, or None.
+    """
+
+    shares: str
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.up.shape[1]
+
+    def as_module(self, owner: LowRankLinear, dtype: torch.dtype, device: torch.device | str = "cpu") -> LowRankLinear:
+        """The layer that a model runs, beside the one that it shares with."""
+        m, bias = len(self.up), self.bias is not None
+        with torch.device("meta"):
+            layer = SharedDownLinear(owner.in_features, m, self.rank, bias, self.shares, owner)
+        return _with_up(layer.to_empty(device=device).to(dtype), self)
+
+
+def _with_up(
+    layer: LowRankLinear, factors: LowRankFactors | IdentityColumnsFactors | SharedDownFactors
+) -> LowRankLinear:
+    """A layer with the second factor and the bias of a pair, frozen."""
+    with torch.no_grad():
+        layer.up.weight.copy_(factors.up)
+        if factors.bias is not None:
+            layer.up.bias.copy_(factors.bias)
+    return layer.requires_grad_(False)

@@ -9,6 +9,11 @@ The recipe in `config.json` maps module names to what each became:
         {"kind": "low_rank", "in_features": 576, "out_features": 1536, "rank": 312, "bias": true}
     "model.layers.0.mlp.down_proj":
         {"kind": "identity_block", "in_features": 1536, "out_features": 576, "rank": 400, "bias": true}
+    "model.layers.1.mlp.gate_proj":
+        {"kind": "identity_columns", "in_features": 576, "out_features": 1536, "rank": 400, "bias": false}
+    "model.layers.1.mlp.up_proj":
+        {"kind": "shared_down", "in_features": 576, "out_features": 1536, "rank": 400, "bias": false,
+         "shares": "model.layers.1.mlp.gate_proj"}
     "model.layers.0.mlp.gate_proj": {"kind": "linear", "in_features": 576, "out_features": 1200, "bias": false}
     "model.layers.0.self_attn": {"kind": "heads", "heads": 6, "kv_heads": 2}
     "model.layers.1.self_attn": {"kind": "narrow_heads", "heads": 9, "kv_heads": 3, "pairs": 24}
@@ -57,7 +62,7 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.down = nn.Linear(in_features, rank, bias=False)
+        self.down: nn.Module = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
     def expand(self, z: torch.Tensor) -> torch.Tensor:
@@ -72,6 +77,66 @@ class LowRankLinear(nn.Module):
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this layer."""
         return {"kind": "low_rank", **features_of(self), "rank": self.rank, "bias": self.up.bias is not None}
+
+
+class IdentityColumns(nn.Module):
+    """A first factor with an r x r identity block: `z = x_1 + rest(x_2)`, so r (n - r) weights, not r n.
+
+    `order` is a permutation of the n inputs: its first r are x_1, the others x_2.
+    """
+
+    order: torch.Tensor
+
+    def __init__(self, in_features: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.rest = nn.Linear(in_features - rank, rank, bias=False)
+        self.register_buffer("order", torch.arange(in_features, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., n) to (..., rank)."""
+        first, others = x.index_select(-1, self.order).tensor_split([self.rank], dim=-1)
+        z: torch.Tensor = first + self.rest(others)
+        return z
+
+
+class IdentityColumnsLinear(LowRankLinear):
+    """A linear layer of rank r whose first factor has an identity block: r (m + n - r) weights."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, rank, bias)
+        self.down = IdentityColumns(in_features, rank)
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this layer."""
+        return {**super().recipe_entry(), "kind": "identity_columns"}
+
+
+class SharedDownLinear(LowRankLinear):
+    """A low-rank layer that has its own `up` alone; its first factor is that of another layer, which stores it.
+
+    The product with that factor is computed here again, also where both layers read the same inputs.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool, shares: str, owner: LowRankLinear
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.up = nn.Linear(rank, out_features, bias=bias)
+        self.shares = shares
+        self._owner = (owner,)  # in a tuple, for a module would be stored here once more
+
+    @property
+    def down(self) -> nn.Module:  # type: ignore[override]
+        """The first factor of the owner, with whatever has been put around it since."""
+        return self._owner[0].down
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What the recipe says of this layer; `shares` is the full name of the owner."""
+        return {**super().recipe_entry(), "kind": "shared_down", "shares": self.shares}
 
 
 def _may_write(x: torch.Tensor, *layers: nn.Module) -> bool:
@@ -378,7 +443,8 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
     Raises:
         ValueError: a module that does not exist, or a kind that this file does not know.
     """
-    for full_name, entry in recipe.items():
+    owners_first = sorted(recipe.items(), key=lambda item: item[1]["kind"] == "shared_down")
+    for full_name, entry in owners_first:
         name = full_name.removeprefix(prefix)
         parent_name, _, child = name.rpartition(".")
         try:
@@ -391,6 +457,13 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
             setattr(parent, child, LowRankLinear(**(features_of(module) | options)))
         elif entry["kind"] == "identity_block":
             setattr(parent, child, IdentityBlockLinear(**(features_of(module) | options)))
+        elif entry["kind"] == "identity_columns":
+            setattr(parent, child, IdentityColumnsLinear(**options))
+        elif entry["kind"] == "shared_down":
+            owner = model.get_submodule(options["shares"].removeprefix(prefix))
+            if not isinstance(owner, LowRankLinear) or isinstance(owner, SharedDownLinear):
+                raise ValueError(f"{full_name} shares the factor of {options['shares']}, which has none of its own")
+            setattr(parent, child, SharedDownLinear(**options, owner=owner))
         elif entry["kind"] == "linear":
             setattr(parent, child, ResizedLinear(**options))
         elif entry["kind"] == "rms_norm":

@@ -84,6 +84,33 @@ def input_of(model: PreTrainedModel, name: str, ids: torch.Tensor, block: int, h
         return _first_argument(model, name, ids)
 
 
+def output_of(model: PreTrainedModel, ids: torch.Tensor, block: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states that leave a block, batch x length x d, when `hidden` of that size enters it.
+
+    Args:
+        model: a dense or compressed model of a known family.
+        ids: token ids, batch x length, on the model's device.
+        block: the block.
+        hidden: what enters it; gradients go through.
+    """
+    caught: list[torch.Tensor] = []
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = model.get_submodule(f"{family_of(model).blocks}.{block}").register_forward_hook(leave)
+    try:
+        with _beginning_at(model, block, hidden):
+            last_hidden(model, ids)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    (found,) = caught
+    return found
+
+
 def block_input(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The hidden states that enter the first block: batch x length x d."""
     return _first_argument(model, f"{family_of(model).blocks}.0", ids)

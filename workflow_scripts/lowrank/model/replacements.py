@@ -1,7 +1,8 @@
 """What a method may make of a module: a low-rank pair, a smaller layer, a norm without gain, other heads, shortcuts.
 
-A pair may have an identity block. A method returns a mapping of module names to these; whatever it does not name stays
-as it is. Each knows how to change a model in memory; what the checkpoint's recipe says is read off the changed model.
+A pair may have an identity block, or the first factor of another layer's pair. A method returns a mapping of module
+names to these; whatever it does not name stays as it is. Each knows how to change a model in memory; what the
+checkpoint's recipe says is read off the changed model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import RankwiseError
-from lowrank.model.factors import LowRankFactors
+from lowrank.model.factors import IdentityColumnsFactors, LowRankFactors, SharedDownFactors
 from lowrank.model.modeling_rankwise import (
     GainFreeRMSNorm,
     IdentityBlockLinear,
@@ -203,7 +204,9 @@ class ResidualShortcuts:
 
 ChangedModule = KeptHeads | NarrowedHeads | ResidualShortcuts
 """What changes a module and leaves it in its place."""
-Replacement = LowRankFactors | IdentityBlockFactors | SmallerLinear | NormWithoutGain | ChangedModule
+Pair = LowRankFactors | IdentityBlockFactors | IdentityColumnsFactors | SharedDownFactors
+"""What has a rank."""
+Replacement = Pair | SmallerLinear | NormWithoutGain | ChangedModule
 Replacements = Mapping[str, Replacement]
 
 

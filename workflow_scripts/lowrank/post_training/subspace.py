@@ -23,7 +23,7 @@ from torch import nn
 
 from lowrank.errors import RankwiseError
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
+from lowrank.model.modeling_rankwise import IdentityBlockLinear, IdentityColumns, LowRankLinear
 from lowrank.model.replacements import IdentityBlockFactors
 
 Strategy = Literal["random", "top", "bottom"]
@@ -61,13 +61,13 @@ class ScaledSubspaceLinear(nn.Module):
 
     def __init__(self, layer: PairLinear, indices: torch.Tensor) -> None:
         super().__init__()
-        weight = layer.down.weight
+        weight = second_factor(layer).detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         indices = indices.to(weight.device)
         self.layer = layer.requires_grad_(False)
         self.register_buffer("indices", indices)
         # A copy of B_I (m x r'): indexing B in each forward pass would cost this copy every time.
-        self.register_buffer("subspace", second_factor(layer).detach()[:, indices].clone(), persistent=False)
+        self.register_buffer("subspace", weight[:, indices].clone(), persistent=False)
         self.inner = nn.Parameter(torch.full((len(indices),), INNER_START, dtype=dtype, device=weight.device))
         self.outer = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=weight.device))
 
@@ -134,7 +134,7 @@ def attach_subspaces(model: nn.Module, count: int, strategy: Strategy, seed: int
     model.requires_grad_(False)
     wrapped: dict[str, ScaledSubspaceLinear] = {}
     for name, layer in low_rank_layers(model):
-        if strategy != "random" and isinstance(layer, IdentityBlockLinear):
+        if strategy != "random" and (isinstance(layer, IdentityBlockLinear) or isinstance(layer.down, IdentityColumns)):
             raise RankwiseError(
                 f"{name}: its pair has an identity block, so its dimensions are in no order of variance and "
                 f"`subspace: {strategy}` means nothing. Write `subspace: random` in this tuning."

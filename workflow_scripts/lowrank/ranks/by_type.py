@@ -36,7 +36,7 @@ def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str], round
     modules = [module for members in free.values() for module in members]
     size, biases = sum(module.parameters for module in modules), sum(budget.cost(module, 0) for module in modules)
     kept = (budget.allowed(ratio) - (budget.dense_parameters - size) - biases) / size
-    return _given_back(budget, ratio, free, dict.fromkeys(free, kept))
+    return _given_back(budget, ratio, free, {name: kept for name, _ in free})
 
 
 def lord_ranks(budget: Budget, ratio: int, rounding: Rounding) -> Ranks:
@@ -59,8 +59,8 @@ def lord_ranks(budget: Budget, ratio: int, rounding: Rounding) -> Ranks:
     return _given_back(budget, ratio, _free(budget, ratio, ["v"]), kept)
 
 
-def _free(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dict[str, list[LinearModule]]:
-    """Type -> its matrices, of the types that are compressed.
+def _free(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dict[tuple[str, int], list[LinearModule]]:
+    """Type and m -> its matrices, of the types that are compressed; only stacks of one type may differ in m.
 
     Raises:
         RankwiseError: the ratio is out of reach, or a type is unknown.
@@ -68,19 +68,19 @@ def _free(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dict[str, 
     modules = budget.free(uncompressed)
     if why := why_out_of_reach(budget, ratio, uncompressed, 0.0):
         raise RankwiseError(why)
-    free: dict[str, list[LinearModule]] = {}
+    free: dict[tuple[str, int], list[LinearModule]] = {}
     for module in modules:
-        free.setdefault(module.type.name, []).append(module)
+        free.setdefault((module.type.name, module.out_features), []).append(module)
     return free
 
 
 def _given_back(
-    budget: Budget, ratio: int, free: Mapping[str, Sequence[LinearModule]], kept: Mapping[str, float]
+    budget: Budget, ratio: int, free: Mapping[tuple[str, int], Sequence[LinearModule]], kept: Mapping[str, float]
 ) -> Ranks:
     """The ranks of kept ratios by type, with what their rounding frees given back."""
     units = [Unit(index, tuple(members)) for index, members in enumerate(free.values())]
     rounder = Rounder(budget, units, "give-back")
-    ratios = [kept[name] for name in free]
+    ratios = [kept[name] for name, _ in free]
     size = sum(rounder.cost(index, None) for index in range(len(units)))
     allowed = math.floor(budget.allowed(ratio) + WHOLE) - (budget.dense_parameters - size)
     wanted = sum(share * rounder.cost(index, None) + rounder.cost(index, 0) for index, share in enumerate(ratios))

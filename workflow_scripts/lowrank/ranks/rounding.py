@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule
-from lowrank.ranks.budget import ALIGNMENT, Budget
+from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.reach import largest_rank_worth_it, smallest_choice
 
 Rounding = Literal["give-back", "down"]
@@ -146,3 +146,27 @@ class Rounder:
         if raised > self.largest[index]:
             return None if unit.upper >= 1 else choice
         return raised if raised <= self._rank(index, unit.upper) + 1e-9 else choice
+
+
+def pair_or_dense(budget: Budget, module: LinearModule, rank: int) -> int:
+    """Parameters of a matrix at a rank, or dense where that is no more."""
+    return min(budget.cost(module, rank), module.parameters)
+
+
+def rounded_ranks(budget: Budget, ratio: int, wanted: Mapping[str, int]) -> Ranks:
+    """Ranks that differ from matrix to matrix, rounded by `give-back`, each matrix by itself.
+
+    Args:
+        budget: of the model; matrices that `wanted` does not name stay dense.
+        ratio: percent of the linear layers' parameters to remove.
+        wanted: module -> a rank that need be no multiple of 8; above the break-even rank the matrix is dense.
+
+    Raises:
+        RankwiseError: even the smallest ranks exceed the budget.
+    """
+    free = [module for module in budget.modules if module.name in wanted]
+    allowed = int(budget.allowed(ratio)) - budget.dense_parameters + sum(module.parameters for module in free)
+    shares = [pair_or_dense(budget, module, wanted[module.name]) / module.parameters for module in free]
+    rounder = Rounder(budget, [Unit(index, (module,)) for index, module in enumerate(free)], "give-back")
+    chosen = rounder.choose(shares, allowed, allowed)
+    return {module.name: choice for module, choice in zip(free, chosen, strict=True)}

@@ -24,7 +24,7 @@ from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.reach import smallest_choice
-from lowrank.ranks.rounding import Rounder, Unit
+from lowrank.ranks.rounding import pair_or_dense, rounded_ranks
 
 MEANING = "first order, on the calibration text"
 """What a predicted change of the loss is."""
@@ -74,16 +74,9 @@ def greedy_ranks(
             "or remove less."
         )
     wanted = _wanted_ranks(budget, free, changes, least, allowed, balanced)
-    shares = [_parameters(budget, module, wanted[module.name]) / module.parameters for module in free]
-    rounder = Rounder(budget, [Unit(index, (module,)) for index, module in enumerate(free)], "give-back")
-    ranks |= dict(zip(wanted, rounder.choose(shares, allowed, allowed), strict=True))
+    ranks |= rounded_ranks(budget, ratio, wanted)
     left_out = [changes[name][rank:].sum() for name, rank in ranks.items() if rank is not None]
     return GreedyAllocation(ranks, float(sum(left_out)))
-
-
-def _parameters(budget: Budget, module: LinearModule, rank: int) -> int:
-    """Of a matrix at a rank, or dense where that is no more."""
-    return min(budget.cost(module, rank), module.parameters)
 
 
 def _wanted_ranks(
@@ -111,7 +104,7 @@ def _wanted_ranks(
         change, name = offers.take(total <= 0)
         total += change
         module, rank = by_name[name], ranks[name]
-        stays -= _parameters(budget, module, rank) - _parameters(budget, module, rank - 1)
+        stays -= pair_or_dense(budget, module, rank) - pair_or_dense(budget, module, rank - 1)
         ranks[name] = rank - 1
         offer(name)
     return ranks

@@ -1,0 +1,216 @@
+"""Masks over the directions of decomposed matrices, trained so that hidden states stay those of the dense model.
+
+Each matrix is W = B A with all of its directions, and runs as B diag(m) A. Each direction has a logit w; in training
+its mask is drawn anew in every step,
+
+    m = 1 if sigmoid((w + g) / t) > 1/2 else 0,    g the difference of two Gumbel variates,
+
+so that it is 1 with probability sigmoid(w), and the gradient goes through as if m were the sigmoid itself (straight
+through). The loss is the mean square error of the hidden states after the middle block and in front of the head, each
+as a share of their mean square, plus `pressure` times the mean logit, directions weighed by their parameters. The
+pressure grows from step to step until the directions with w > 0 meet the budget; then training ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
+from lowrank.model.checkpoint import family_of
+from lowrank.model.losses import last_hidden
+from lowrank.model.partial_forward import exchanged
+
+log = logging.getLogger(__name__)
+
+FIRST_LOGIT, LAST_LOGIT = 6.0, 3.0
+"""Of the directions in the order of their singular values, at the start."""
+STEPS_KEPT = 50
+"""Another try begins at most so many steps before the stop."""
+
+
+class MaskedLinear(nn.Module):
+    """y = up (mask * (down x)) + bias; all but the mask is frozen.
+
+    Attributes:
+        mask: k, set anew for each pass.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+    mask: torch.Tensor
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Args: down: k x n; up: m x k; bias: m, or None; all on one device."""
+        super().__init__()
+        self.down, self.up, self.bias, self.mask = down, up, bias, torch.ones_like(up[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., n) to (..., m)."""
+        return functional.linear(functional.linear(x, self.down) * self.mask.to(x.dtype), self.up, self.bias)
+
+
+@dataclass(frozen=True)
+class MaskTraining:
+    """How masks are trained.
+
+    Attributes:
+        steps: at most.
+        batch_size: windows a step, drawn at random.
+        learning_rate: of Adam, on the logits.
+        temperature: t.
+        pressure: on the mean logit, in the first step.
+        growth: by which share it grows from step to step.
+        seed: of windows and masks.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    temperature: float
+    pressure: float
+    growth: float
+    seed: int
+
+
+def trained_masks(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    layers: Mapping[str, MaskedLinear],
+    enough: Callable[[dict[str, int]], bool],
+    training: MaskTraining,
+    device: torch.device,
+    parts: Parts | None = None,
+) -> dict[str, torch.Tensor]:
+    """The logits of every matrix's directions, k each, float32 on the CPU.
+
+    Args:
+        model: the dense model, on `device`; changed, and changed back.
+        tokens: windows x length token ids.
+        layers: what stands in the place of its matrices, on `device`.
+        enough: whether so many directions of each matrix meet the budget.
+        training: how.
+        device: where.
+        parts: where the state is kept from time to time, and found again; it must be of the same call.
+
+    Raises:
+        RankwiseError: the budget is not met within all steps, or the loss is not finite.
+    """
+    sizes = [len(layer.down) for layer in layers.values()]
+    logits = torch.cat([torch.linspace(FIRST_LOGIT, LAST_LOGIT, size) for size in sizes]).to(device)
+    logits.requires_grad_(True)
+    weight = torch.cat(
+        [torch.full((size,), float(sum(layer.down.shape[1:] + layer.up.shape[:1]))) for size, layer in
+         zip(sizes, layers.values(), strict=True)]
+    ).to(device)  # fmt: skip
+    weight /= weight.sum()
+    optimiser = torch.optim.Adam([logits], lr=training.learning_rate)
+    begin = _restored(parts, optimiser, logits)
+    for step in range(begin, training.steps):
+        if enough(_counts(layers, logits, sizes)):
+            log.info("masks: the budget is met after %d steps", step)
+            return dict(zip(layers, torch.split(logits.detach().cpu(), sizes), strict=True))
+        generator = torch.Generator().manual_seed(training.seed * training.steps + step)
+        chosen = torch.randint(len(tokens), (training.batch_size,), generator=generator)
+        _draw_masks(layers, logits, sizes, training.temperature, generator)
+        with torch.enable_grad():
+            loss = _distance(model, tokens[chosen].to(device), layers)
+            pressure = training.pressure * (1 + training.growth) ** step
+            total = loss + pressure * (weight * logits).sum()
+        if not math.isfinite(float(total.detach())):
+            raise RankwiseError(f"masks: the loss of step {step} is not finite; set `dtype: float32` for this model")
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward([total])
+        optimiser.step()
+        if step % STEPS_KEPT == STEPS_KEPT - 1:
+            log.info("masks: step %d, distance of hidden states %.3g", step + 1, float(loss.detach()))
+            if parts is not None:
+                parts.save("masks", _state(optimiser, logits, step + 1))
+    raise RankwiseError(
+        f"masks: after {training.steps} steps they do not meet the budget yet; raise `steps`, `pressure` or `growth`"
+    )
+
+
+def _counts(layers: Mapping[str, Any], logits: torch.Tensor, sizes: list[int]) -> dict[str, int]:
+    """How many directions of each matrix have a logit above zero."""
+    parts = torch.split((logits.detach() > 0).cpu(), sizes)
+    return {name: int(part.sum()) for name, part in zip(layers, parts, strict=True)}
+
+
+def _draw_masks(
+    layers: Mapping[str, MaskedLinear],
+    logits: torch.Tensor,
+    sizes: list[int],
+    temperature: float,
+    generator: torch.Generator,
+) -> None:
+    """Give every layer a mask, with a gradient to its logits."""
+    uniform = torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
+    with torch.enable_grad():
+        soft = torch.sigmoid((logits + uniform.logit()) / temperature)
+        masks = (soft > 0.5).to(soft) + (soft - soft.detach())
+        for layer, mask in zip(layers.values(), torch.split(masks, sizes), strict=True):
+            layer.mask = mask
+
+
+def _distance(model: PreTrainedModel, ids: torch.Tensor, layers: Mapping[str, MaskedLinear]) -> torch.Tensor:
+    """Mean square errors of hidden states after the middle block and in front of the head, as shares of their size."""
+    with torch.no_grad():
+        right = _states(model, ids)
+    with exchanged(model, layers):
+        found = _states(model, ids)
+    shares = [
+        functional.mse_loss(one.float(), other.float()) / other.float().square().mean()
+        for one, other in zip(found, right, strict=True)
+    ]
+    return torch.stack(shares).sum()
+
+
+def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    blocks: Any = model.get_submodule(family_of(model).blocks)
+    caught: list[torch.Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks[(len(blocks) - 1) // 2].register_forward_hook(catch)
+    try:
+        caught.append(last_hidden(model, ids))
+    finally:
+        handle.remove()
+    return caught
+
+
+def _state(optimiser: torch.optim.Adam, logits: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    """All that the next step depends on."""
+    moments = optimiser.state[logits]
+    return {
+        "logits": logits.detach(),
+        "first": moments["exp_avg"],
+        "second": moments["exp_avg_sq"],
+        "step": torch.tensor([step]),
+    }
+
+
+def _restored(parts: Parts | None, optimiser: torch.optim.Adam, logits: torch.Tensor) -> int:
+    """Put a kept state back, if there is one; returns the step to begin with."""
+    kept = parts.load("masks") if parts is not None else None
+    if kept is None:
+        return 0
+    step = int(kept["step"])
+    with torch.no_grad():
+        logits.copy_(kept["logits"])
+    moments = {name: kept[key].to(logits) for name, key in (("exp_avg", "first"), ("exp_avg_sq", "second"))}
+    optimiser.state[logits] = {**moments, "step": torch.tensor(float(step))}
+    log.info("masks: going on with step %d", step)
+    return step
