@@ -1,8 +1,8 @@
 """Snakemake with one line of progress: `python workflow_scripts/run.py ARGUMENTS`, with the arguments of Snakemake.
 
-All that Snakemake and its jobs say goes to a log file, whose path is printed. The terminal shows how far the study is, and
-errors at once. Where there is no terminal, it prints a line for each tenth of the steps. Snakemake runs in this process, so
-signals reach it as ever, and its exit code is that of this command.
+All that Snakemake and its jobs say goes to a log file, whose path is printed. The terminal shows how far the study is,
+and errors at once. Where there is no terminal, it prints a line for each tenth of the steps. Snakemake runs in this
+process, so signals reach it as ever, and its exit code is that of this command.
 """
 
 from __future__ import annotations

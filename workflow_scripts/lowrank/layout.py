@@ -53,8 +53,8 @@ def study_of(run: Path) -> Study:
     if (run / PROVENANCE).is_file():  # results that were copied, or made before configs were kept
         return Study.model_validate(read_json(run / PROVENANCE)["config"])
     raise RankwiseError(
-        f"{run}: holds no run ({USED_CONFIG} is missing). Name a folder that a study has written, as results/quickstart; "
-        "a study that has not started yet has none."
+        f"{run}: holds no run ({USED_CONFIG} is missing). Name the folder of a study that has been "
+        "started, as results/quickstart."
     )
 
 

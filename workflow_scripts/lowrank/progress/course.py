@@ -82,8 +82,8 @@ class Course:
     def left(self) -> float | None:
         """Seconds until the end, about; None before a job has been measured that the plan knows.
 
-        A rule's jobs take as long as those of it that were measured; of other rules, as long as the plan says, times what
-        measured ones took longer than planned. As many run side by side as did so far.
+        A rule's jobs take as long as those of it that were measured; of other rules, as long as the plan says, times
+        what measured ones took longer than planned. As many run side by side as did so far.
         """
         known = [rule for rule in self.measured if rule in self.plan]
         if not known:

@@ -1,7 +1,7 @@
 """`python -m lowrank.progress.status results/<run>` says what of a run is done, runs, failed and is missing.
 
-It reads the config that the run was started with, and locks, logs and records; it changes nothing, and may be asked while
-the run goes on. Whether something that is done would run again, `make why` tells.
+It reads the config that the run was started with, and locks, logs and records; it changes nothing, and may be asked
+while the run goes on. Whether something that is done would run again, `make why` tells.
 """
 
 from __future__ import annotations
