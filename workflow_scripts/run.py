@@ -135,6 +135,13 @@ def output_to(log: Path) -> Iterator[Console]:
                 os.close(old)
 
 
+def live(watch: Watch, console: Console) -> contextlib.AbstractContextManager[object]:
+    """What keeps the line of progress up to date, if there is a terminal."""
+    if not console.is_terminal:
+        return contextlib.nullcontext()
+    return Live(watch, console=console, refresh_per_second=1, transient=True)
+
+
 def log_file(arguments: Sequence[str]) -> Path:
     """Where the output goes: beside the logs that Snakemake writes by itself."""
     options, _ = snakemake.cli.get_argument_parser().parse_known_args(list(arguments))
@@ -151,7 +158,7 @@ def run(arguments: Sequence[str]) -> int:
         watch = Watch(console)
         logger.addFilter(watch)
         try:
-            with Live(watch, console=console, refresh_per_second=1, transient=True) if console.is_terminal else console:
+            with live(watch, console):
                 snakemake.cli.main(list(arguments))
             code = 0
         except SystemExit as ended:
