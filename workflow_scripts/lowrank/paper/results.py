@@ -25,9 +25,9 @@ def load_results(run: str | Path) -> pd.DataFrame:
 
     Returns:
         A frame with these columns: `model`, `method`, `ratio` (percent removed, 0: dense), `tuning` ("none" without
-        post-training) and `seed` say what was evaluated, `suite` by what, `of` on which corpus or task (empty for costs),
-        `measure` what `value` is: `perplexity`; `acc` or `acc_norm`, from 0 to 1, the one that the config asks for;
-        of costs `parameters`, `linears_kept` (0 to 1), `disk_bytes`, `prefill_tokens_per_second` and
+        post-training) and `seed` say what was evaluated, `suite` by what, `of` on which corpus or task (empty for
+        costs), `measure` what `value` is: `perplexity`; `acc` or `acc_norm`, from 0 to 1, the one that the config asks
+        for; of costs `parameters`, `linears_kept` (0 to 1), `disk_bytes`, `prefill_tokens_per_second` and
         `decode_tokens_per_second`. `stderr` is the standard error of `value`, NaN where there is none. Generated texts
         have no numbers and are left out.
 
