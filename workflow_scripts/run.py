@@ -29,14 +29,18 @@ from lowrank.jobs.log_file import ending
 from lowrank.jobs.record import LOGS
 from lowrank.layout import study_of
 from lowrank.progress.course import Course, planned_seconds
-from lowrank.progress.words import duration, named
+from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 
 TARGETS = ("all", "data", "total")
 """What Snakemake counts beside jobs."""
 LINES = 10
 """Printed in the course of a run where there is no terminal."""
-OF_A_JOB = ("RuleException", "WorkflowError")
-"""Errors by which Snakemake tells once more that a job has failed."""
+FAILED_ONCE_MORE = (
+    "CalledProcessError in file",
+    "Exiting because a job execution failed.",
+    "At least one job did not complete successfully.",
+)
+"""What Snakemake says of a job that has failed, beside its own event for that."""
 TAIL = 20
 
 
@@ -47,7 +51,6 @@ class Watch(logging.Filter):
         super().__init__()
         self.console = console
         self.course = Course()
-        self.failed = 0
         self.told = False
         self.tenths = 0
 
@@ -60,23 +63,23 @@ class Watch(logging.Filter):
         return True
 
     def _follow(self, record: logging.LogRecord) -> None:
-        said = record.__dict__
-        match said.get("event"):
+        given = record.__dict__
+        match given.get("event"):
             case LogEvent.RUN_INFO:
-                self.course.will_run({rule: count for rule, count in said["stats"].items() if rule not in TARGETS})
-            case LogEvent.JOB_INFO if said["rule_name"] not in TARGETS:
-                self._plan(str(said["log"][0]) if said["log"] else "")
-                wildcards = {name: str(value) for name, value in (said["wildcards"] or {}).items()}
-                self.course.starts(said["jobid"], said["rule_name"], wildcards)
+                self.course.will_run({rule: count for rule, count in given["stats"].items() if rule not in TARGETS})
+            case LogEvent.JOB_INFO if given["rule_name"] not in TARGETS:
+                self._plan(str(given["log"][0]) if given["log"] else "")
+                wildcards = {name: str(value) for name, value in (given["wildcards"] or {}).items()}
+                self.course.starts(given["jobid"], given["rule_name"], wildcards)
             case LogEvent.JOB_FINISHED:
-                self.course.ends(said["job_id"])
+                self.course.ends(given["job_id"])
                 self._line()
             case LogEvent.JOB_ERROR:
                 self._error(record)
-            case LogEvent.ERROR if not (self.failed and said.get("exception") in OF_A_JOB):
-                self._say(Text(record.getMessage(), style="red"))
-            case None if record.levelno >= logging.ERROR and record.msg:
-                self._say(Text(record.getMessage(), style="red"))
+            case LogEvent.ERROR | None if record.levelno >= logging.ERROR and record.msg:
+                said = record.getMessage()
+                if not any(words in said for words in FAILED_ONCE_MORE):
+                    self._say(Text(said, style="red"))
 
     def _plan(self, log: str) -> None:
         """Learn what jobs are expected to take, from the config that the run has left beside its logs."""
@@ -87,12 +90,11 @@ class Watch(logging.Filter):
     def _error(self, record: logging.LogRecord) -> None:
         """Show the job's own error; Snakemake's block of a failed job has it as its message, too."""
         said = record.__dict__
-        self.failed += 1
         job = self.course.running.get(said["jobid"])
         self.course.ends(said["jobid"], well=False)
         logs = [Path(log) for log in said["log"]]
         end = ending(logs[0]) if logs else None
-        error = (end.error if end else "") or "it ended without a word: killed, or out of memory"
+        error = (end.error if end else "") or WITHOUT_A_WORD
         if said.get("rule_msg") is None:
             record.rule_msg = error
         what = named(said["rule_name"], job.wildcards if job else {})

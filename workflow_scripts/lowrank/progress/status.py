@@ -18,7 +18,7 @@ from rich.text import Text
 from lowrank.errors import RankwiseError
 from lowrank.layout import study_of
 from lowrank.progress.steps import State, Step, steps_of
-from lowrank.progress.words import duration, named
+from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 
 PIPE_WIDTH = 120
 STYLES = {State.RUNNING: "cyan", State.FAILED: "bold red", State.STOPPED: "yellow"}
@@ -63,10 +63,7 @@ def as_table(steps: list[Step]) -> Table:
 
 def _line(step: Step) -> Text:
     what = named(step.job.rule, step.job.wildcards)
-    if step.state is State.RUNNING:
-        said = f"since {duration(step.seconds or 0)}"
-    else:
-        said = step.error or "it ended without a word: killed, or out of memory"
+    said = f"since {duration(step.seconds or 0)}" if step.state is State.RUNNING else step.error or WITHOUT_A_WORD
     return Text.assemble((step.state.value, STYLES[step.state]), f" {what}: {said}\n    log: {step.log}")
 
 

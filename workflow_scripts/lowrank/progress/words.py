@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from lowrank.layout import LOGGED
 
+WITHOUT_A_WORD = "it ended without a word: stopped, killed, or out of memory"
+"""Of a job whose log tells neither an error nor that it has finished."""
+
 
 def duration(seconds: float) -> str:
     """`40 s`, `3 min`, `2 h 05 min`."""
