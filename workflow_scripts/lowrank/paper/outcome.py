@@ -56,11 +56,14 @@ def _measured(results: pd.DataFrame, row: Row) -> dict[str, str]:
     mine = results[of_row & (results["model"] == row.model)].set_index("measure")
     if not {"perplexity", "disk_bytes"} <= set(mine.index):
         raise RankwiseError(f"{row.model}, {row.method}, {row.ratio} %: not evaluated yet. Run the workflow again.")
-    texts = mine[mine.index == "perplexity"].itertuples()
+    texts = mine[mine.index == "perplexity"]
     costs = mine["value"].drop(index="perplexity")
     unit, size = size_unit(costs["disk_bytes"])
     return {
-        **{f"perplexity ({text.of})": estimate_text(text.value, text.stderr, 2) for text in texts},
+        **{
+            f"perplexity ({of})": estimate_text(value, stderr, 2)
+            for of, value, stderr in zip(texts["of"], texts["value"], texts["stderr"], strict=True)
+        },
         "parameters": f"{costs['parameters'] / 1e6:,.2f} M",
         "linear weights removed": f"{100 * (1 - costs['linears_kept']):.1f} %",
         "size on disk": f"{costs['disk_bytes'] / size:.2f} {unit}",

@@ -43,7 +43,9 @@ def show(folder: Path, console: Console) -> None:
     shown: set[str] = set()
     for name in in_order(study.tables):
         table = study.tables[name]
-        groups = {measure.group for measure in _measures(table, study)} if table.kind == "accuracy" else set()
+        if table.kind != "accuracy":
+            continue
+        groups = {measure.group for measure in _measures(table, study)}
         if groups - shown:
             _print_table(folder / "tables" / f"{name}.csv", table, study, console)
             shown |= groups
