@@ -226,7 +226,7 @@ CHANGES = [
     Change(
         "what searches, selections and uniform allocations share",
         code("lowrank/ranks/rounding.py", "Rounder._give_back"),
-        either(rule("search_allocation", "select_validation"), method("svd"), method("rankwise")),
+        either(rule("search_allocation", "select_validation"), method("svd")),
     ),
     Change("the choice of windows", code("lowrank/search/validation.py", "select_windows"), rule("select_validation")),
     Change("bases", code("lowrank/bases/block.py", "bases_of_block"), rule("compute_bases")),
