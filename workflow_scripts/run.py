@@ -141,7 +141,10 @@ def live(watch: Watch, console: Console) -> contextlib.AbstractContextManager[ob
     """What keeps the line of progress up to date, if there is a terminal."""
     if not console.is_terminal:
         return contextlib.nullcontext()
-    return Live(watch, console=console, refresh_per_second=1, transient=True)
+    # Without redirection: what this process prints goes to the log, not above the line.
+    return Live(
+        watch, console=console, refresh_per_second=1, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 def log_file(arguments: Sequence[str]) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -58,6 +60,23 @@ def test_a_run_is_few_lines_and_all_else_is_in_the_log(tmp_path: Path) -> None:
     assert "Finished jobid" in log
     code, shown, log = run(tmp_path, "touch {output}")
     assert (code, shown.splitlines()[1:]) == (0, ["nothing to be done"])
+
+
+def test_on_a_terminal_there_is_one_line_and_nothing_of_snakemake(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(RULES.format(first="sleep 1; touch {output}"))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command(tmp_path, "--cores", "1"), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # of a terminal that nobody holds any more
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "0 of 2 steps | first | " in text
+    assert "2 steps done in " in text
+    assert not any(words in text for words in ("chatter of a job", "Finished jobid", "Job stats", "localrule"))
 
 
 def test_an_error_is_shown_with_the_jobs_own_words_and_the_exit_code_is_snakemakes(tmp_path: Path) -> None:
