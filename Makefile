@@ -4,6 +4,7 @@
 # make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
+# make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
 # All set up ./.venv first if it is missing.
 
@@ -14,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress check fast test test-slurm lint plan why benchmark memory schema rulegraph
+.PHONY: setup quickstart compress check fast test test-slurm lint plan status why benchmark memory schema rulegraph
 
 setup: $(VENV)/.installed
 
@@ -26,8 +27,8 @@ $(VENV)/.installed: envs/requirements.txt
 	touch $@
 
 quickstart: setup
-	snakemake --configfile config/quickstart.yaml --profile profiles/local
-	PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
+	@python workflow_scripts/run.py --configfile config/quickstart.yaml --profile profiles/local
+	@PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
 # A variable of the environment is no option: `OUT` and `TEST` are common names.
 option = $(if $(filter command,$(firstword $(origin $(1)))),'$(2)$(subst ','\'',$($(1)))')
@@ -67,6 +68,11 @@ CONFIG ?= config/paper.yaml
 
 plan: setup
 	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(CONFIG)
+
+RUN ?= results/quickstart
+
+status: setup
+	@PYTHONPATH=workflow_scripts python -m lowrank.progress.status $(RUN)
 
 why: setup
 	@python workflow_scripts/why.py $(TARGET) --configfile $(CONFIG) --cores 1

@@ -32,6 +32,10 @@ checked(
 )
 
 
+onstart:
+    checked(write_json, LAYOUT.used_config, USED.plain())
+
+
 localrules:
     all,
     data,

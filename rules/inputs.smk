@@ -10,7 +10,8 @@ def local_files(source):
         return []
     if path.is_file():
         return [str(path)]
-    return sorted(str(file) for file in path.glob(getattr(source, "file", None) or "*") if file.is_file())
+    files = (file for file in path.glob(getattr(source, "file", None) or "*") if not file.name.startswith("."))
+    return sorted(str(file) for file in files if file.is_file())
 
 
 def model_sources(name):

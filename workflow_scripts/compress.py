@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def snakemake(arguments: Sequence[str]) -> int:
-    """Run Snakemake in this repository; returns its exit code."""
-    return subprocess.run([sys.executable, "-m", "snakemake", *arguments], cwd=REPOSITORY, check=False).returncode
+    """Run Snakemake in this repository, with a line of progress; returns its exit code."""
+    command = [sys.executable, str(REPOSITORY / "workflow_scripts/run.py"), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
 
 
 def arguments_of(own: Own) -> list[str]:

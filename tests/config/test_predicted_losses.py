@@ -25,7 +25,7 @@ METHOD = {"kind": "rankwise", "calibration": "c4-32", "covariance": "fisher"}
 
 
 def study(*changes: Change) -> dict[str, Any]:
-    """The quickstart's config with such a figure, a method that uses the same bases, and further changes."""
+    """The config with such a figure, a method that uses the same bases, and further changes."""
     added: list[Change] = [
         (("covariance", "fisher"), FISHER),
         (("figures", "prediction"), FIGURE),
@@ -41,7 +41,7 @@ def test_the_figure_is_accepted_and_reads_one_result_a_covariance() -> None:
     )
     assert errors_of(raw) == []
     layout = Layout(check_study(raw, "test"))
-    files = [f"results/quickstart/truncations/prediction/{name}.json" for name in ("fisher", "pca")]
+    files = [f"results/checked/truncations/prediction/{name}.json" for name in ("fisher", "pca")]
     assert layout.figure_inputs("prediction") == files
     assert set(files) <= set(layout.evidence())
     assert layout.used_models() == ["smollm2-135m"]

@@ -1,4 +1,4 @@
-"""The quickstart's config with one thing changed."""
+"""The config `study.yaml` with one thing changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lowrank.errors import RankwiseError
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "config/quickstart.yaml"
 GONE = object()
-BASE = read_config(QUICKSTART)
+STUDY = Path(__file__).with_name("study.yaml")
+BASE = read_config(STUDY)
 
 MODEL = ("models", "smollm2-135m")
 SOURCE, SHAPE = (*MODEL, "source"), (*MODEL, "shape")

@@ -68,7 +68,12 @@ def results() -> set[str]:
     layout = Layout(load_study(QUICKSTART))
     log = f"{layout.logs}/make_table/table_1.log"
     files = [*layout.fetched(), *layout.evidence(), *layout.tables(), *layout.figures(), log, str(record_file(log))]
-    files += [f"{layout.state}/make_table-0", f"{layout.run}/provenance.json", layout.compared_texts]
+    files += [
+        f"{layout.state}/make_table-0",
+        f"{layout.run}/provenance.json",
+        layout.compared_texts,
+        layout.used_config,
+    ]
     return {str(place) for file in files for place in (Path(file), *Path(file).parents)}
 
 

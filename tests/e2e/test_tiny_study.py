@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,7 +21,9 @@ import yaml
 
 from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
+from lowrank.layout import study_of
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.progress.steps import State, steps_of
 from tests import tiny
 from tests.apt import Unavailable
 from tests.browser import browser, check_page
@@ -123,6 +126,27 @@ def test_the_report_of_snakemake_shows_tables_figures_and_the_page(finished: Stu
         assert f"results/tiny/{shown}" in html
     for caption in ("as CSV with all digits", "exactly the values that are drawn", "It needs no network"):
         assert caption in html
+
+
+def test_the_notebook_of_the_docs_draws_the_results(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = json.loads(Path("results.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("../results/quickstart", str(study / "results/tiny")), names)
+    assert set(names["rise"].index.get_level_values("method")) == {"svd", "lord", "bolaco", "rankwise", "flap"}
+    assert len(names["axes"].lines) == 5
+
+
+def test_the_status_of_a_finished_run_is_that_all_is_done(study: Path) -> None:
+    run = study / "results/tiny"
+    steps = steps_of(study_of(run), study)
+    assert {step.state for step in steps} == {State.DONE}
+    assert all(step.seconds is not None for step in steps)
+    assert sorted(str(step.log) for step in steps) == sorted(map(str, run.glob("logs/**/*.log")))
 
 
 def test_a_second_run_has_nothing_to_do(finished: Study) -> None:

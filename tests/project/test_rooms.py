@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from lowrank import ROOMS
+from lowrank.config.load import load_study
+from lowrank.layout import Layout
 from lowrank.reruns.syntax import Module
 
 REPOSITORY = Path(__file__).parents[2]
@@ -83,8 +85,8 @@ def test_rooms_hand_nothing_on() -> None:
 @pytest.mark.parametrize("package", ["snakemake", "stages"])
 def test_the_library_does_not_know_snakemake(package: str) -> None:
     assert not [(path, name) for path in LIBRARY for name in imports(path) if name.split(".")[0] == package]
-    others = [path for path in SCRIPTS.glob("*.py") if path.name not in ("compress.py", "why.py")]
-    assert not others, "what knows Snakemake lies in stages/, but for `make compress` and `make why`"
+    others = [path for path in SCRIPTS.glob("*.py") if path.name not in ("compress.py", "run.py", "why.py")]
+    assert not others, "what knows Snakemake lies in stages/, but for what `make` calls"
 
 
 def at_import(module: str, files: dict[str, Path], seen: set[str]) -> set[str]:
@@ -131,6 +133,15 @@ def test_a_rule_its_stage_its_log_and_its_memory_have_one_name() -> None:
         assert re.search(rf'log:\s+f"{{LOGS}}/{name}[/.]', body), f"{path}: {name} logs elsewhere"
         asked = re.findall(r'asks\("(\w+)"\)', body)
         assert asked in ([], [name]), f"{path}: {name} asks for what {asked} need"
+
+
+def test_the_layout_knows_where_each_rule_logs() -> None:
+    layout = Layout(load_study(REPOSITORY / "config/quickstart.yaml"))
+    for name, (path, body) in rules().items():
+        (log,) = re.findall(r'log:\s+f"{LOGS}(/.*)"', body)
+        wildcards = re.findall(r"{{(\w+)}}", log)
+        expected = layout.log(name, {wildcard: f"{{{{{wildcard}}}}}" for wildcard in sorted(wildcards)})
+        assert expected == layout.logs + log, path
 
 
 def test_the_tests_of_a_module_are_found_by_its_path() -> None:

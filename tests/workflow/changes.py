@@ -193,7 +193,7 @@ def calibrate_on_more(content: Config) -> None:
 
 
 def add_row(content: Config) -> None:
-    content["tables"]["table_7"]["rows"].append({"model": "smollm2-135m", "method": "lord", "ratio": 40})
+    content["tables"]["table_7"]["rows"].append({"model": "smollm2-135m", "method": "svd", "ratio": 40})
 
 
 def add_suite(content: Config) -> None:
@@ -226,7 +226,7 @@ CHANGES = [
     Change(
         "what searches, selections and uniform allocations share",
         code("lowrank/ranks/rounding.py", "Rounder._give_back"),
-        either(rule("search_allocation", "select_validation"), method("svd"), method("lord")),
+        either(rule("search_allocation", "select_validation"), method("svd")),
     ),
     Change("the choice of windows", code("lowrank/search/validation.py", "select_windows"), rule("select_validation")),
     Change("bases", code("lowrank/bases/block.py", "bases_of_block"), rule("compute_bases")),

@@ -6,7 +6,7 @@ Wildcards are names of presets, never values of parameters; all paths start with
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -26,9 +26,36 @@ from lowrank.config.outputs import (
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.tested import Pair, corpora_shown, pairs_of
+from lowrank.errors import RankwiseError
+from lowrank.files import read_json
 
+LOGGED = ("figure", "model", "calibration", "covariance", "validation", "method", "ratio", "tuning", "seed", "suite")
+"""Wildcards in the order in which they make up the name of a log; a rule with another wildcard has only that one."""
 TABLE_FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png", "csv")
+
+
+USED_CONFIG = "config.json"
+PROVENANCE = "provenance.json"
+
+
+def study_of(run: Path) -> Study:
+    """The study that a folder of results is of.
+
+    Args:
+        run: the folder, `results/<run>`; finished or not.
+
+    Raises:
+        RankwiseError: it holds no run.
+    """
+    if (run / USED_CONFIG).is_file():
+        return Study.model_validate(read_json(run / USED_CONFIG))
+    if (run / PROVENANCE).is_file():  # results that were copied, or made before configs were kept
+        return Study.model_validate(read_json(run / PROVENANCE)["config"])
+    raise RankwiseError(
+        f"{run}: holds no run ({USED_CONFIG} is missing). Name the folder of a study that has been "
+        "started, as results/quickstart."
+    )
 
 
 class Layout:
@@ -38,6 +65,7 @@ class Layout:
         run: folder of all results.
         state: folder of unfinished work.
         logs: folder of the logs.
+        used_config: the config that a run was last started with, as far as it is used.
         compared_texts: what tested texts were compared with.
         compressed, tuned, evaluation: patterns with wildcards, in braces.
     """
@@ -47,10 +75,17 @@ class Layout:
         self.run = f"results/{study.run}"
         self.state = f"{self.run}/.state"
         self.logs = f"{self.run}/logs"
+        self.used_config = f"{self.run}/{USED_CONFIG}"
         self.compared_texts = f"{self.run}/compared_texts.json"
         self.compressed = f"{self.run}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
         self.tuned = f"{self.run}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"
         self.evaluation = f"{self.run}/evaluation/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}/{{suite}}.json"
+
+    def log(self, rule: str, wildcards: Mapping[str, object]) -> str:
+        """The log of a job."""
+        order = [name for name in LOGGED if name in wildcards] or list(wildcards)
+        parts = [f"seed{wildcards[name]}" if name == "seed" else str(wildcards[name]) for name in order]
+        return "/".join([self.logs, rule.replace("fetch_token_corpus", "fetch_corpus"), *parts]) + ".log"
 
     def corpus_data(self, corpus: str) -> str:
         """A corpus's documents, or its token ids."""

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lowrank.config.checks import problems_of
-from lowrank.config.load import check_study, load_study, read_config
+from lowrank.config.load import check_study, load_study
 from lowrank.config.study import Study
 from lowrank.config.tested import Pair, corpora_shown, pairs_of
+from tests.config.wrong import changed
 
 CONFIGS = Path(__file__).parents[3] / "config"
 
 
-def quickstart() -> dict[str, Any]:
-    content: dict[str, Any] = read_config(CONFIGS / "quickstart.yaml")
-    return content
-
-
-def test_the_pairs_of_the_quickstart() -> None:
+def test_the_pairs_of_a_study() -> None:
     tested = ("c4-test", "wikipedia-test", "speeches-test")
     places = {name: f"suites.held-out.corpora[{index}]" for index, name in enumerate(tested)}
-    assert pairs_of(check_study(quickstart())) == [
+    assert pairs_of(check_study(changed())) == [
         Pair(name, seen, (places[name],), (reader,))
         for name in sorted(tested)
         for seen, reader in (
@@ -42,7 +37,7 @@ def test_a_figure_of_predicted_losses_is_held_against_its_own_calibration() -> N
 
 
 def test_what_no_table_or_figure_uses_is_not_compared() -> None:
-    content = quickstart()
+    content = changed()
     before = pairs_of(check_study(content))
     content["calibration"]["unused"] = {"corpora": ["wikipedia-validation"], "windows": 2, "length": 64}
     content["suites"]["unused"] = {**content["suites"]["held-out"], "corpora": ["speeches-test"]}
@@ -50,7 +45,7 @@ def test_what_no_table_or_figure_uses_is_not_compared() -> None:
 
 
 def test_places_of_equal_pairs_stand_together() -> None:
-    content = quickstart()
+    content = changed()
     content["calibration"]["c4-8"] = {**content["calibration"]["c4-32"], "windows": 8}
     content["methods"]["lord"]["calibration"] = "c4-8"
     content["suites"]["shorter"] = {**content["suites"]["held-out"], "length": 64}

@@ -208,10 +208,10 @@ def test_snakemake_sees_the_presets_and_their_errors(tmp_path: Path) -> None:
 
 def test_the_quickstart_has_what_it_leads_to_and_no_other_presets() -> None:
     plain = load_study(SHIPPED / "quickstart.yaml").plain()
-    assert plain["calibration"]["c4-32"]["windows"] == 32
+    assert plain["calibration"]["c4-32"]["gradient_windows"] == 12
     assert {name: sorted(plain[name]) for name in ("covariance", "search", "methods", "corpora")} == {
-        "covariance": ["naive", "pooled-8"],
+        "covariance": ["fisher", "pooled-8"],
         "search": ["bo-10"],
-        "methods": ["bolaco-5x1", "dense", "lord", "svd"],
-        "corpora": ["c4-calibration", "c4-test", "speeches-test", "wikipedia-test", "wikipedia-validation"],
+        "methods": ["bolaco-5x1", "dense", "rankwise", "svd"],
+        "corpora": ["c4-calibration", "c4-test", "wikipedia-test", "wikipedia-validation"],
     }

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -176,6 +177,22 @@ def test_the_main_table_fits_the_terminal(run: Path, width: int) -> None:
     assert re.search(r"20 %.*80\.0 %.*50\.0.*53\.0 ± 1\.2", text)
     assert "20.00 ± 0.40" in text
     assert "…" not in text, "nothing is cut off"
+
+
+def test_the_best_of_each_ratio_is_marked_and_the_page_says_how_to_read_it(run: Path) -> None:
+    csv = run / "tables/table_1.csv"
+    frame = pd.read_csv(csv)
+    ours = frame[(frame["source"] == "ours") & (frame["target_removed_percent"] == 20)].iloc[[0]]
+    better = ours.assign(label="better", wiki_test_perplexity=1.25, boolq=1.5)
+    pd.concat([frame, better]).to_csv(csv, index=False)
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(run, console)
+    text = console.export_text()
+    starred = [line for line in text.splitlines() if line.rstrip().endswith("*") or " * " in line]
+    assert any("better" in line and "1.25 ± 0.40 *" in line for line in starred), text
+    assert not any("better" in line and "1.5 *" in line for line in text.splitlines()), "of accuracies the largest"
+    assert "lower is better" in text
+    assert "percent of questions answered right; higher is better" in " ".join(text.split())
 
 
 def test_show_says_where_everything_lies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import LlamaConfig
 
 from lowrank.config.load import load_study
 from lowrank.errors import RankwiseError
+from lowrank.sources.local import find_files
 from lowrank.sources.own import CONFIG, Own, Wish, own_study, write_config
 from tests import tiny
 
@@ -69,13 +71,49 @@ def test_texts_of_ones_own(wish: Wish, tmp_path: Path) -> None:
     (folder / "a.txt").write_text(LONG[: len(LONG) // 2])
     (folder / "b.txt").write_text(LONG[len(LONG) // 2 :])
     (folder / "notes.md").write_text("of no kind that is read")
+    for ignored in ("a.txt.bak", "a.txt~", ".c.txt"):
+        (folder / ignored).write_text(LONG)
+    (folder / "d.txt").mkdir()
     own = granted(replace(wish, calibration=str(calibration), test=str(folder)))
     study = load_study(own.config)
     assert study.corpora["calibration"].format == "jsonl"
-    assert study.corpora["test"].source.plain() == {"path": str(folder), "file": "*.txt*"}
+    assert study.corpora["test"].source.plain() == {"path": str(folder), "file": "*.txt"}
+    assert {path.name for path in find_files(study.corpora["test"].source)} == {"a.txt", "b.txt"}
     assert study.calibration["standard"].windows == 128
     assert study.suites["perplexity"].windows == 32
     assert len(own.config.read_text().splitlines()) < 15
+
+
+def test_hidden_files_and_backups_do_not_count_as_text(wish: Wish, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("short")
+    for ignored in ("a.txt.bak", "a.txt~", ".b.txt"):
+        (folder / ignored).write_text(LONG)
+    assert f"TEST: {folder} has 5 characters" in refused(replace(wish, test=str(folder)))
+
+
+def test_packed_texts_are_a_kind_of_their_own(wish: Wish, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt.gz").write_bytes(gzip.compress(LONG.encode()))
+    corpus = load_study(granted(replace(wish, test=str(folder))).config).corpora["test"]
+    assert (corpus.source.plain(), corpus.format) == ({"path": str(folder), "file": "*.txt.gz"}, "text")
+    (folder / "a.txt").write_text(LONG)
+    assert "files of several kinds (.txt, .txt.gz)" in refused(replace(wish, test=str(folder)))
+
+
+def test_searches_validate_on_the_text_that_is_given(wish: Wish, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text(SHORT)
+    search = replace(wish, method="bolaco-5x1")
+    study = load_study(granted(replace(search, calibration=str(text))).config)
+    validation, calibration = study.validation["standard"], study.calibration["standard"]
+    assert validation.corpora == ["calibration"]
+    assert (validation.windows, validation.length, validation.select.keep) == (20, 256, 16)
+    assert validation.seed != calibration.seed, "other windows, as far as the text has others"
+    study = load_study(granted(replace(search, out=str(tmp_path / "presets"))).config)
+    assert study.validation["standard"].corpora == ["wikipedia-validation"]
 
 
 def test_short_texts_and_short_models_get_fewer_and_shorter_windows(tmp_path: Path) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from lowrank.config.arithmetic import arithmetic_problems
 from lowrank.config.lines import Lines
-from lowrank.config.load import listing
+from lowrank.config.load import ConfigError
 from lowrank.config.published import published_problems
 from lowrank.config.study import Study
 from lowrank.config.tuning import Tuning
-from lowrank.errors import RankwiseError
 
 
 def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> Study:
@@ -23,7 +22,7 @@ def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> 
         lines: of the config.
 
     Raises:
-        RankwiseError: all that is missing or does not answer, each with its YAML path.
+        ConfigError: all that is missing or does not answer, each with its YAML path.
     """
     published = Path(folder) / "published"
     problems = published_problems(study.tables, published)
@@ -34,7 +33,7 @@ def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> 
         if not Path(file).is_file():
             problems.append(f"tuning.{name}.deepspeed: there is no {file}")
     if problems:
-        raise RankwiseError(listing(where, problems, lines))
+        raise ConfigError(where, problems, lines)
     return study
 
 

@@ -20,6 +20,23 @@ from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 
 
+class ConfigError(RankwiseError):
+    """A config that is wrong.
+
+    Attributes:
+        problems: one a mistake: its YAML path, a colon, what is wrong and what would be right.
+    """
+
+    def __init__(self, where: str, problems: list[str], lines: Lines) -> None:
+        super().__init__(listing(where, problems, lines))
+        self.problems = problems
+
+    @property
+    def sections(self) -> set[str]:
+        """The sections of the config that have mistakes."""
+        return {problem.partition(":")[0].partition(".")[0] for problem in self.problems}
+
+
 def check_study(
     raw: dict[str, Any], where: str = "config", files: Sequence[str | Path] = (), unseen: bool = False
 ) -> Study:
@@ -32,29 +49,29 @@ def check_study(
         unseen: allow models without a shape that are not on this machine; what they are used for is not checked.
 
     Raises:
-        RankwiseError: lists every error, one a line, with its YAML path and the line of the file if that is known. If
+        ConfigError: lists every error, one a line, with its YAML path and the line of the file if that is known. If
             an entry is wrong by itself, the references to it are not judged.
     """
     try:
         whole = isinstance(raw, dict)  # else it has no entries, which is told below
         merged, offered = with_presets(raw, files) if whole else (raw, frozenset[Entry]())
     except RankwiseError as error:
-        raise RankwiseError(listing(where, [str(error)], Lines(files))) from error
+        raise ConfigError(where, [str(error)], Lines(files)) from error
     lines = Lines(files, raw)
     merged, without = with_shapes(merged) if whole else (merged, [])
     if without:
-        raise RankwiseError(listing(where, without, lines))
+        raise ConfigError(where, without, lines)
     try:
         study = Study.model_validate(merged)
     except ValidationError as error:
         found = error.errors(include_url=False)
         problems = [message(Study, item, merged) for item in found]
         problems += _further_problems(merged, [item["loc"] for item in found], offered)
-        raise RankwiseError(listing(where, problems, lines)) from error
+        raise ConfigError(where, problems, lines) from error
     unknown = models_without_shape(study)
     problems = [] if unseen else [f"models.{name}.shape: {_why_unknown(study.models[name])}" for name in unknown]
     if problems := problems + _problems_between(study, frozenset(), offered):
-        raise RankwiseError(listing(where, problems, lines))
+        raise ConfigError(where, problems, lines)
     return study
 
 

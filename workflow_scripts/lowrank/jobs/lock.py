@@ -32,6 +32,7 @@ ENDED = frozenset(
 )
 """States of SLURM's jobs that write nothing any more, and will not."""
 ENDING = "COMPLETING"
+SINCE = "%Y-%m-%d %H:%M:%S"
 PATIENCE = 120.0
 """Seconds to wait for a holder that is ending."""
 
@@ -56,6 +57,7 @@ class Holder:
         job, restarts, cluster: SLURM's job, how often SLURM has started it anew (-1: it does not say), and where;
             empty without SLURM.
         since: when the lock was taken, for people.
+        log: of the job; empty if it has none.
     """
 
     token: str
@@ -69,9 +71,10 @@ class Holder:
     restarts: int
     cluster: str
     since: str
+    log: str = ""
 
     @classmethod
-    def here(cls, rule: str) -> Holder:
+    def here(cls, rule: str, log: str = "") -> Holder:
         """This process."""
         job = os.environ.get("SLURM_JOB_ID", "")
         return cls(
@@ -85,7 +88,8 @@ class Holder:
             job=job,
             restarts=_restarts(job) if job else 0,
             cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
-            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            since=time.strftime(SINCE),
+            log=log,
         )
 
     def __str__(self) -> str:
@@ -99,8 +103,12 @@ def lock_path(output: str | Path) -> Path:
 
 
 @contextmanager
-def output_lock(outputs: Iterable[str | Path], rule: str) -> Iterator[str]:
+def output_lock(outputs: Iterable[str | Path], rule: str, log: str = "") -> Iterator[str]:
     """Hold the lock of a job's outputs.
+
+    Args:
+        outputs: its files and folders; the lock lies beside the first.
+        rule, log: of the job, for who reads the lock.
 
     Yields:
         Whose lock was taken over, and why; empty if nobody's.
@@ -112,7 +120,7 @@ def output_lock(outputs: Iterable[str | Path], rule: str) -> Iterator[str]:
     if first is None:
         yield ""
         return
-    with _held(lock_path(first), Holder.here(rule), str(first)) as found:
+    with _held(lock_path(first), Holder.here(rule, log), str(first)) as found:
         yield found
 
 
@@ -126,7 +134,7 @@ def _held(path: Path, me: Holder, result: str) -> Iterator[str]:
     try:
         yield found
     finally:
-        if _read(path) == me:
+        if read_lock(path) == me:
             path.unlink(missing_ok=True)
 
 
@@ -134,7 +142,7 @@ def _take(path: Path, me: Holder, result: str) -> str:
     """Create the lock or take it over; whose it was."""
     deadline = time.monotonic() + PATIENCE
     while not _create(path, me):
-        holder = _read(path)
+        holder = read_lock(path)
         if holder is None:  # it was given back just now
             time.sleep(0.05)
             continue
@@ -185,7 +193,7 @@ def _replace(path: Path, gone: Holder, me: Holder, result: str) -> bool:
     Of several jobs that find the same lock, the one that holds a second lock, of this holder's token, may replace it.
     """
     with _held(path.with_name(f"{path.name}.{gone.token}"), me, result):
-        if _read(path) != gone:
+        if read_lock(path) != gone:
             return False
         temporary = _beside(path, me)
         _write(temporary, me)
@@ -201,7 +209,7 @@ def _write(path: Path, me: Holder) -> None:
     path.write_text(json.dumps(asdict(me), indent=1), encoding="utf-8")
 
 
-def _read(path: Path) -> Holder | None:
+def read_lock(path: Path) -> Holder | None:
     """Who holds a lock; None if nobody.
 
     Raises:

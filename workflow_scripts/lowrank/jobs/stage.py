@@ -19,6 +19,7 @@ from lowrank.files import disk_error, write_error
 from lowrank.jobs.gpus import DEALING, own_gpus
 from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
+from lowrank.jobs.log_file import FINISHED
 from lowrank.jobs.record import write_job_record
 from lowrank.redact import SafeFormatter
 from lowrank.versions import package_version
@@ -33,6 +34,9 @@ FETCHING = "fetch_"
 
 ENVIRONMENT = "RANKWISE_ENVIRONMENT"
 """The variable that hands the head node's environment to its jobs."""
+
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Bars of progress fill a log with hundreds of lines; stages log their own."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
@@ -82,7 +86,7 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
     set_up_environment(job)
     started = time.monotonic()
     try:
-        with output_lock(job.output, job.rule) as taken_over:
+        with output_lock(job.output, job.rule, log_file or "") as taken_over:
             if log_file:
                 begin_log(log_file)  # only now: it may have been the log of a job that runs
             log.info("%s: %s", job.rule, describe_job(job))
@@ -111,6 +115,8 @@ def set_up_environment(job: Job) -> None:
     """Set the variables that libraries read when they are imported, which stages do later."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable in NO_BARS:
+        os.environ.setdefault(variable, "1")
     if not job.rule.startswith(FETCHING):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
     if computes_on_cpu(job) or got_no_gpu(job):
@@ -233,7 +239,7 @@ def usage_since(started: float) -> dict[str, float]:
 
 def describe_usage(usage: dict[str, float]) -> str:
     """What a job took by `usage_since`, and the torch that was used, in one line."""
-    parts = [f"finished in {usage['seconds']:.1f} s, peak memory {usage['peak_mib']:.0f} MiB"]
+    parts = [f"{FINISHED % usage['seconds']}, peak memory {usage['peak_mib']:.0f} MiB"]
     if "child_peak_mib" in usage:
         parts.append(f"{usage['child_peak_mib']:.0f} MiB in the largest process it started")
     torch: Any = sys.modules.get("torch")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.table import Table
 
 from lowrank.config.outputs import Row
 from lowrank.config.study import Study
-from lowrank.files import read_record
+from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
+from lowrank.paper.results import load_results
 from lowrank.paper.tables.rows import estimate_text
-
-GIB, MIB = 2**30, 2**20
+from lowrank.paper.tables.statistics import size_unit
 
 
 def outcome(study: Study, folder: Path) -> Table:
@@ -28,7 +28,8 @@ def outcome(study: Study, folder: Path) -> Table:
         RankwiseError: a result is missing or damaged.
     """
     table = next(iter(study.tables.values()))
-    columns = {row.label or _called(row): _measured(study, row, folder) for row in table.rows}
+    results = load_results(folder / Layout(study).run)
+    columns = {row.label or _called(row): _measured(results, row) for row in table.rows}
     shown = Table(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold")
     shown.add_column("")
     for name in columns:
@@ -41,38 +42,31 @@ def outcome(study: Study, folder: Path) -> Table:
 def checkpoint(study: Study, folder: Path) -> Path:
     """The folder of the checkpoint that came out."""
     row = next(iter(study.tables.values())).rows[-1]
-    return _place(Layout(study).compressed, row, study, folder) / "checkpoint"
+    (manifest,) = Layout(study).manifests(row)
+    return folder / Path(manifest).with_name("checkpoint")
 
 
 def _called(row: Row) -> str:
     return "before" if not row.ratio else f"{row.method}, {row.ratio} %"
 
 
-def _place(pattern: str, row: Row, study: Study, folder: Path, **more: str) -> Path:
-    seed = Layout(study).seeds(row.method, row.tuning)[0]
-    return folder / pattern.format(
-        model=row.model, method=row.method, ratio=row.ratio, tuning=row.tuning, seed=seed, **more
-    )
-
-
-def _measured(study: Study, row: Row, folder: Path) -> dict[str, str]:
+def _measured(results: pd.DataFrame, row: Row) -> dict[str, str]:
     """Measure -> the value of a row, as it is printed."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, suite in study.suites.items():
-        if suite.kind in ("perplexity", "cost"):
-            found[suite.kind] = read_record(_place(Layout(study).evaluation, row, study, folder, suite=name))
-    corpora, cost = found["perplexity"]["corpora"], found["cost"]
-    parameters, speed = cost["parameters"], cost["measured"]
-    removed = 1 - parameters["decoder_linears"] / parameters["decoder_linears_dense"]
+    of_row = (results["method"] == row.method) & (results["ratio"] == row.ratio) & (results["tuning"] == row.tuning)
+    mine = results[of_row & (results["model"] == row.model)].set_index("measure")
+    if not {"perplexity", "disk_bytes"} <= set(mine.index):
+        raise RankwiseError(f"{row.model}, {row.method}, {row.ratio} %: not evaluated yet. Run the workflow again.")
+    texts = mine[mine.index == "perplexity"]
+    costs = mine["value"].drop(index="perplexity")
+    unit, size = size_unit(costs["disk_bytes"])
     return {
-        **{f"perplexity ({name})": estimate_text(of["perplexity"], of["stderr"], 2) for name, of in corpora.items()},
-        "parameters": f"{parameters['total'] / 1e6:,.2f} M",
-        "linear weights removed": f"{100 * removed:.1f} %",
-        "size on disk": _bytes(cost["disk_bytes"]),
-        "prompt, tokens/s": f"{speed['prefill_tokens_per_second']:,.0f}",
-        "generation, tokens/s": f"{speed['decode_tokens_per_second']:,.1f}",
+        **{
+            f"perplexity ({of})": estimate_text(value, stderr, 2)
+            for of, value, stderr in zip(texts["of"], texts["value"], texts["stderr"], strict=True)
+        },
+        "parameters": f"{costs['parameters'] / 1e6:,.2f} M",
+        "linear weights removed": f"{100 * (1 - costs['linears_kept']):.1f} %",
+        "size on disk": f"{costs['disk_bytes'] / size:.2f} {unit}",
+        "prompt, tokens/s": f"{costs['prefill_tokens_per_second']:,.0f}",
+        "generation, tokens/s": f"{costs['decode_tokens_per_second']:,.1f}",
     }
-
-
-def _bytes(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"

@@ -1,8 +1,9 @@
-"""`python -m lowrank.paper.show results/<run>` prints the main table and says where everything lies."""
+"""`python -m lowrank.paper.show results/<run>` prints what came out, what it means, and where everything lies."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,40 @@ from lowrank.config.outputs import RowTable
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json
-from lowrank.layout import in_order
+from lowrank.layout import PROVENANCE, in_order, study_of
 from lowrank.paper.tables.data import MISSING, Context
-from lowrank.paper.tables.measures import Measure, measures_of
+from lowrank.paper.tables.measures import ACCURACY, PERPLEXITY, Measure, measures_of
 from lowrank.paper.tables.rows import estimate_text
 
 Record = dict[str, Any]
 METHOD_WIDTH = 14
+BEST = "*"
 PIPE_WIDTH = 120  # of lines that go to a file or a pipe, which has no width of its own
 
 
 def show(folder: Path, console: Console) -> None:
-    """Print the first table of kind `accuracy` of a finished run, and the places of all results.
+    """Print the main tables of a finished run, how to read them, and the places of all results.
+
+    Main are, of the tables of kind `accuracy`, the first that shows perplexity and the first that shows tasks.
 
     Raises:
         RankwiseError: the folder holds no finished run.
     """
-    provenance = folder / "provenance.json"
+    provenance = folder / PROVENANCE
     if not provenance.is_file():
         raise RankwiseError(f"{folder}: holds no finished run ({provenance.name} is missing). Run the workflow first.")
-    study = Study.model_validate(read_json(provenance)["config"])
-    tables = ((name, study.tables[name]) for name in in_order(study.tables))
-    main_table = next(((name, table) for name, table in tables if table.kind == "accuracy"), None)
-    if main_table is not None:
-        _print_table(folder / "tables" / f"{main_table[0]}.csv", main_table[1], study, console)
+    study = study_of(folder)
+    shown: set[str] = set()
+    for name in in_order(study.tables):
+        table = study.tables[name]
+        if table.kind != "accuracy":
+            continue
+        groups = {measure.group for measure in _measures(table, study)}
+        if groups - shown:
+            _print_table(folder / "tables" / f"{name}.csv", table, study, console)
+            shown |= groups
+    if shown:
+        console.print(how_to_read(study, shown), style="dim")
     console.print()
     for name, path in (
         ("report", folder / "report.html"),
@@ -52,14 +62,36 @@ def show(folder: Path, console: Console) -> None:
             console.print(f"{name + ':':<12}{path}", soft_wrap=True, highlight=False)
 
 
+def how_to_read(study: Study, groups: Collection[str]) -> str:
+    """What the numbers of some groups of measures mean."""
+    parts = [
+        "0 % is the model before compression; Removed: percent of its decoder's linear weights that were to go, Kept: "
+        "percent that remain, counted."
+    ]
+    if PERPLEXITY in groups:
+        parts.append("Perplexity: how surprised the model is by text that no step has read; lower is better.")
+    if ACCURACY in groups:
+        parts.append("Accuracy: percent of questions answered right; higher is better.")
+    parts.append(f"±: one standard error. {BEST} marks the best of each ratio.")
+    if study.smoke:
+        parts.append("Numbers closer than a few standard errors do not say which method is better.")
+    return " ".join(parts)
+
+
+def _measures(table: RowTable, study: Study) -> list[Measure]:
+    return measures_of(Context(suites=_suites(table, study)), table.tasks)
+
+
+def _suites(table: RowTable, study: Study) -> dict[str, ZeroShotSuite | PerplexitySuite]:
+    found = {name: study.suites[name] for name in table.suites}
+    return {name: suite for name, suite in found.items() if isinstance(suite, ZeroShotSuite | PerplexitySuite)}
+
+
 def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> None:
     if not csv.is_file():
         raise RankwiseError(f"{csv}: missing. Run the workflow again: it makes what is missing.")
     records = [{str(key): value for key, value in row.items()} for row in pd.read_csv(csv).to_dict(orient="records")]
-    suites = {
-        name: suite for name in table.suites if isinstance(suite := study.suites[name], ZeroShotSuite | PerplexitySuite)
-    }
-    measures = measures_of(Context(suites=suites), table.tasks)
+    suites, measures = _suites(table, study), _measures(table, study)
     console.print(Text(table.title, style="bold"))
     limits = [suite.limit for suite in suites.values() if isinstance(suite, ZeroShotSuite) and suite.limit]
     if study.smoke or limits:
@@ -67,7 +99,10 @@ def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> 
         console.print(Text(f"Smoke run{extent}, not a measurement.", style="yellow"))
     for group in dict.fromkeys(measure.group for measure in measures):
         # In the terminal the average and the perplexities carry their error; the full table is in the report.
-        console.print(_rich_table(group, [m for m in measures if m.group == group], records))
+        mine = [measure for measure in measures if measure.group == group]
+        if len(mine) == 2 and mine[1].key.endswith("average"):  # of one task
+            mine.pop()
+        console.print(_rich_table(group, mine, records))
 
 
 def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> RichTable:
@@ -80,8 +115,10 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
     shown.add_column("Method", overflow="fold", min_width=METHOD_WIDTH)
     for measure in measures:
         shown.add_column(measure.title, justify="right", no_wrap=True)
+    best = {measure.key: _best(measure, records) for measure in measures}
+    alone = len(measures) == 1
     previous: tuple[Any, Any] | None = None
-    for record in records:
+    for place, record in enumerate(records):
         if record["source"] != "ours" and all(_value(record, measure) == MISSING for measure in measures):
             continue  # nothing of this group was published
         block = (record["model"], record["target_removed_percent"])
@@ -89,24 +126,39 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
             if previous is not None and block != previous:
                 shown.add_section()
             previous = block
+        values = [
+            _value(record, measure, alone) + (f" {BEST}" if place in best[measure.key] else "") for measure in measures
+        ]
         shown.add_row(
-            *_texts(record, measures, len(models) > 1), style="dim italic" if record["source"] != "ours" else ""
+            *_leading(record, len(models) > 1), *values, style="dim italic" if record["source"] != "ours" else ""
         )
     return shown
 
 
-def _texts(record: Record, measures: list[Measure], several_models: bool) -> list[str]:
+def _best(measure: Measure, records: list[Record]) -> set[int]:
+    """Which of several records of ours are best at their ratio, by their places."""
+    blocks: dict[tuple[Any, Any], dict[int, float]] = {}
+    for place, record in enumerate(records):
+        if record["source"] == "ours" and record["target_removed_percent"] and not pd.isna(record[measure.key]):
+            block = (record["model"], record["target_removed_percent"])
+            blocks.setdefault(block, {})[place] = record[measure.key]
+    choose = min if measure.lower_is_better else max
+    return {choose(values, key=lambda place: values[place]) for values in blocks.values() if len(values) > 1}
+
+
+def _leading(record: Record, several_models: bool) -> list[str]:
     ours = record["source"] == "ours"
     leading = [f"{record['target_removed_percent']} %", f"{record['kept_percent']:.1f} %"] if ours else ["", ""]
     model = [str(record["model"])] if several_models else []
-    return [*model, *leading, str(record["label"]), *(_value(record, measure) for measure in measures)]
+    return [*model, *leading, str(record["label"])]
 
 
-def _value(record: Record, measure: Measure) -> str:
+def _value(record: Record, measure: Measure, with_error: bool = False) -> str:
+    """A value as it is printed; a perplexity and an average always have their error."""
     value, stderr = record.get(measure.key), record.get(f"{measure.key}_stderr")
     if value is None or pd.isna(value):
         return MISSING
-    with_error = measure.key.endswith("average") or measure.lower_is_better
+    with_error = with_error or measure.key.endswith("average") or measure.lower_is_better
     return estimate_text(value, stderr if with_error and stderr is not None else None, measure.digits)
 
 

@@ -17,21 +17,23 @@ from typing import Any
 
 import yaml
 
-from lowrank.config.load import check_study, models_without_shape
+from lowrank.config.load import ConfigError, check_study, models_without_shape
 from lowrank.config.messages import did_you_mean
 from lowrank.config.shapes import found_shape, model_files
-from lowrank.config.sources import Model
+from lowrank.config.sources import Model, PathSource
 from lowrank.config.study import Study
 from lowrank.config.use import SHIPPED
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from lowrank.model.shapes import model_config, shape_numbers
+from lowrank.sources.local import find_files
 from lowrank.sources.readers import iter_texts
 
 PRESETS = "presets/default.yaml"
 CONFIG = "study.yaml"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+GZIP = ".gz"
 CHARACTERS_PER_TOKEN = 8
 """A cautious guess, to take no more windows than a short text has; English has about 4.5 characters a token."""
 FEWEST = {"calibration": 8, "test": 1}
@@ -95,6 +97,8 @@ def own_study(wish: Wish, cache: Path) -> Own:
     built = _built(wish, path)
     name, ratio = _name(path), _ratio(wish.ratio)
     shortened = _texts(wish, built)
+    presets = read_yaml(SHIPPED / PRESETS)
+    validation = _validation(wish, presets, shortened)
     model: dict[str, Any] = {"source": {"path": str(path)}, "dtype": _dtype(wish, built)}
     longest: int = Model.model_fields["max_length"].default
     if (reads := built.get("max_position_embeddings") or longest) < longest:
@@ -102,11 +106,12 @@ def own_study(wish: Wish, cache: Path) -> Own:
     parts = {"run": name, "cache": str(cache.absolute()), "models": {name: model}} | shortened
 
     def text_for(method: str) -> str:
+        searches = bool(presets["methods"].get(method, {}).get("validation"))
         rows: list[dict[str, Any]] = [
             {"model": name, "method": "dense"},
             {"model": name, "method": method, "ratio": ratio, "tolerance": 5},
         ]
-        return _written(wish, parts, rows)
+        return _written(wish, parts | (validation if searches else {}), rows)
 
     study = _checked(wish, text_for)
     default = Path("compressed") / f"{name}-{wish.method}-{ratio}"
@@ -216,6 +221,26 @@ def _texts(wish: Wish, built: dict[str, Any]) -> dict[str, Any]:
     return sections
 
 
+def _validation(wish: Wish, presets: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+    """The section by which searches validate on the text that is given for calibration, if one is.
+
+    Windows are drawn with another seed than those of the calibration; of a short text some are in both.
+    """
+    if not wish.calibration:
+        return {}
+    entry, select = presets["validation"]["standard"], presets["validation"]["standard"]["select"]
+    given = texts.get("calibration", {}).get("standard", presets["calibration"]["standard"])
+    windows = min(entry["windows"], given["windows"])
+    changes = {
+        "corpora": ["calibration"],
+        "windows": windows,
+        "length": given["length"],
+        "seed": 1,
+        "select": select | {"keep": min(select["keep"], windows)},
+    }
+    return {"validation": {"standard": entry | changes}}
+
+
 def own_corpus(given: str, key: str) -> dict[str, Any]:
     """The section of a corpus for a text file, or a folder of text files of one kind.
 
@@ -231,19 +256,21 @@ def own_corpus(given: str, key: str) -> dict[str, Any]:
     if path.is_file():
         if (kind := _kind(path)) is None:
             raise RankwiseError(f"{key}: {path} is no text file of a known kind ({kinds})")
-        return {"source": {"path": str(path)}, "format": FORMATS[kind]}
+        return {"source": {"path": str(path)}, "format": FORMATS[kind.removesuffix(GZIP)]}
     if not path.is_dir():
         raise RankwiseError(f"{key}: there is no {path}")
-    found = sorted({kind for file in path.iterdir() if (kind := _kind(file))})
+    found = sorted({kind for file in path.iterdir() if file.is_file() and (kind := _kind(file))})
     if len(found) != 1:
         what = f"files of several kinds ({', '.join(found)})" if found else f"no text file ({kinds})"
         raise RankwiseError(f"{key}: {path} holds {what}; name a folder with one kind of text files, or a file")
-    return {"source": {"path": str(path), "file": f"*{found[0]}*"}, "format": FORMATS[found[0]]}
+    return {"source": {"path": str(path), "file": f"*{found[0]}"}, "format": FORMATS[found[0].removesuffix(GZIP)]}
 
 
 def _kind(file: Path) -> str | None:
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    return suffix if suffix in FORMATS and not file.name.startswith(".") else None
+    """The end of a text file's name, as `.txt` or `.txt.gz`; None for other files, hidden ones and backups."""
+    packed = GZIP if file.suffix == GZIP else ""
+    suffix = Path(file.name.removesuffix(packed)).suffix
+    return suffix + packed if suffix in FORMATS and not file.name.startswith(".") else None
 
 
 def _windows(corpus: dict[str, Any], key: str, wanted: int, length: int) -> int:
@@ -252,16 +279,16 @@ def _windows(corpus: dict[str, Any], key: str, wanted: int, length: int) -> int:
     Raises:
         RankwiseError: it cannot be read, or is too short for the fewest.
     """
-    path, pattern = Path(corpus["source"]["path"]), corpus["source"].get("file")
-    files = sorted(path.glob(pattern)) if pattern else [path]
+    source = PathSource.model_validate(corpus["source"])
     size = length * CHARACTERS_PER_TOKEN
     try:
-        characters = sum(_until(map(len, iter_texts(files, corpus["format"], "text")), wanted * size))
+        texts = iter_texts(find_files(source), corpus["format"], "text")
+        characters = sum(_until(map(len, texts), wanted * size))
     except RankwiseError as error:
         raise RankwiseError(f"{key.upper()}: {error}") from error
     if (windows := characters // size) < FEWEST[key]:
         raise RankwiseError(
-            f"{key.upper()}: {path} has {characters:,} characters, and {FEWEST[key] * size:,} are the least "
+            f"{key.upper()}: {source.path} has {characters:,} characters, and {FEWEST[key] * size:,} are the least "
             f"({FEWEST[key]} x {length} tokens); give more text"
         )
     return windows
@@ -335,15 +362,14 @@ def _checked(wish: Wish, text_for: Callable[[str], str]) -> Study:
         return _study(text_for(wish.method))
     except RankwiseError as error:
         fitting = [name for name in known if name != wish.method and _fits(text_for(name))]
-        if wish.method in known and not (fitting and _is_of_method(str(error))):
+        if wish.method in known and not (fitting and _is_of_method(error)):
             raise
         raise RankwiseError(f"METHOD: {error}\nThese work with this model and ratio: {', '.join(fitting)}") from error
 
 
-def _is_of_method(listed: str) -> bool:
-    """Whether all errors of a list are about a method or its row, and none about texts or suites."""
-    _, *errors = listed.splitlines()
-    return all(re.match(r"\s+(line \d+: )?(methods|tables)\.", error) for error in errors)
+def _is_of_method(error: RankwiseError) -> bool:
+    """Whether all mistakes are about a method or its row, and none about texts or suites."""
+    return isinstance(error, ConfigError) and error.sections <= {"methods", "tables"}
 
 
 def _study(text: str) -> Study:

@@ -90,10 +90,15 @@ def _printed(values: dict[str, float | None]) -> dict[str, float | None]:
     return printed
 
 
+def size_unit(size: float) -> tuple[str, float]:
+    """The unit in which so many bytes are told, and its bytes."""
+    return ("GiB", GIB) if size >= GIB else ("MiB", MIB)
+
+
 def _units(counts: Sequence[dict[str, float]]) -> dict[str, tuple[str, float]]:
     """Column -> unit and its size: one unit a column, by the largest of our values."""
     largest = {key: max(values[key] for values in counts) for key in MEASURES}
-    units = {key: ("GiB", GIB) if largest[key] >= GIB else ("MiB", MIB) for key in ("weight_bytes", "disk_bytes")}
+    units = {key: size_unit(largest[key]) for key in ("weight_bytes", "disk_bytes")}
     parameters = ("B", 1e9) if largest["parameters"] >= 1e9 else ("M", 1e6)
     return {"parameters": parameters, "kept_percent": ("%", 1), "macs": ("G", 1e9), **units}
 

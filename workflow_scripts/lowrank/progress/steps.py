@@ -1,0 +1,101 @@
+"""The jobs of a run, and what has become of each: read off its locks, logs and records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from lowrank.cluster.planned_jobs import Job, planned_jobs
+from lowrank.config.study import Study
+from lowrank.errors import RankwiseError
+from lowrank.files import read_record
+from lowrank.jobs.lock import SINCE, Fate, Holder, fate_of, read_lock
+from lowrank.jobs.log_file import ending
+from lowrank.jobs.record import record_file
+from lowrank.layout import Layout
+
+WITHOUT_LOCKS = {"checkpoint", "layers", "logs", "records", ".state"}
+"""Folders that may be large, and hold no lock."""
+
+
+class State(Enum):
+    """What has become of a job."""
+
+    DONE = "done"
+    RUNNING = "running"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job of a study.
+
+    Attributes:
+        job: its rule and wildcards.
+        state: what has become of it. `STOPPED`: it was killed, or has lost its machine.
+        log: its log, which is there once it has begun.
+        seconds: it took, or has taken so far; None if that is not known.
+        error: of a job that failed, in one line.
+    """
+
+    job: Job
+    state: State
+    log: Path
+    seconds: float | None = None
+    error: str = ""
+
+
+def steps_of(study: Study, root: Path) -> list[Step]:
+    """All jobs of a study, each after those that it waits for.
+
+    Args:
+        study: its config.
+        root: the folder that `results` is in.
+    """
+    layout = Layout(study)
+    holders = {holder.log: holder for holder in _holders(root / layout.run)}
+    return [_step(job, layout.log(job.rule, job.wildcards), holders, root) for job in planned_jobs(study)]
+
+
+def _step(job: Job, name: str, holders: dict[str, Holder], root: Path) -> Step:
+    log = root / name
+    if (holder := holders.get(name)) and fate_of(holder, Holder.here("status"))[0] is not Fate.GONE:
+        return Step(job, State.RUNNING, log, _seconds_since(holder))
+    end = ending(log)
+    if end and end.error:
+        return Step(job, State.FAILED, log, error=end.error)
+    if _is_made(name, root) and (end is None or end.seconds is not None):
+        return Step(job, State.DONE, log, end.seconds if end else None)
+    if end and end.seconds is None:
+        return Step(job, State.STOPPED, log)
+    return Step(job, State.MISSING, log)
+
+
+def _is_made(log: str, root: Path) -> bool:
+    """Whether a job has left its record, and all that this names is there."""
+    record = root / (record_file(log) or "")
+    if not record.is_file():
+        return False
+    try:
+        return all((root / path).exists() for path in read_record(record)["outputs"])
+    except RankwiseError:  # a damaged record, of which no result depends
+        return False
+
+
+def _holders(run: Path) -> Iterator[Holder]:
+    """Who holds the locks of a run."""
+    for folder, inner, files in os.walk(run):
+        inner[:] = [name for name in inner if name not in WITHOUT_LOCKS]
+        for name in files:
+            if name.startswith(".") and name.endswith(".lock") and (holder := read_lock(Path(folder) / name)):
+                yield holder
+
+
+def _seconds_since(holder: Holder) -> float:
+    return max(0.0, time.time() - time.mktime(time.strptime(holder.since, SINCE)))
