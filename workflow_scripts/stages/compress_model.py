@@ -17,6 +17,7 @@ def work(job: Snakemake) -> None:
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record, write_json
+    from lowrank.model.card import base_of, model_card
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.model.parameters import count_parameters
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
@@ -50,25 +51,26 @@ def work(job: Snakemake) -> None:
         },
     )
     target = job.output.checkpoint
-    changed = bool(recipe_of(model))
-    files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
     parameters = count_parameters(model, shape)
+    described = {
+        "subject": settings["subject"],
+        "base": base_of(job.wildcards.model, job.params.base["source"], job.params.base["license"]),
+        "method": method,
+        "ranks": ranks,
+        **account,
+        "parameters": parameters,
+        "kept": {
+            "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
+            "total": parameters["total"] / parameters["total_dense"],
+        },
+    }
+    if recipe_of(model):
+        files = save_checkpoint(model, job.input.model, target, lambda folder: model_card(described, folder))
+    else:
+        files = link_checkpoint(job.input.model, target)
     write_json(
         job.output.manifest,
-        {
-            "subject": settings["subject"],
-            "method": method,
-            "ranks": ranks,
-            **account,
-            "parameters": parameters,
-            "kept": {
-                "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
-                "total": parameters["total"] / parameters["total_dense"],
-            },
-            "files": files,
-            "seconds": time.monotonic() - started,
-            "environment": describe_environment(),
-        },
+        described | {"files": files, "seconds": time.monotonic() - started, "environment": describe_environment()},
     )
 
 
