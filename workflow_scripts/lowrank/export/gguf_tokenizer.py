@@ -21,11 +21,11 @@ _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     ("bytes",): "gpt-2",
     ("digits", "bytes"): "smollm",
-    (_CONTRACTIONS + r"\p{N}{1,3}" + _SPACES, "bytes"): "llama-bpe",
-    (_CONTRACTIONS + r"\p{N}" + _SPACES, "bytes"): "qwen2",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _SPACES, "plain bytes"): "llama-bpe",
+    (_CONTRACTIONS + r"\p{N}" + _SPACES, "plain bytes"): "qwen2",
 }
-"""Steps of a byte-level tokenizer -> llama.cpp's name for them: `bytes` splits as GPT-2 does if no pattern stands
-before it, `digits` puts each digit alone (llama.cpp, `src/llama-vocab.cpp`)."""
+"""Steps of a byte-level tokenizer -> llama.cpp's name for them: `bytes` splits as GPT-2 does, `plain bytes` does not,
+`digits` puts each digit alone, and patterns are patterns (llama.cpp, `src/llama-vocab.cpp`)."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
@@ -115,7 +115,7 @@ def _pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
         elif step["type"] == "Split":
             steps.append(step["pattern"].get("Regex", ""))
         elif step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
-            steps.append("bytes")
+            steps.append("bytes" if step.get("use_regex", True) else "plain bytes")
         else:
             steps.append(str(step["type"]))
     if tuple(steps) not in PRE_TOKENIZERS:
