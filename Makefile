@@ -39,7 +39,7 @@ compress: setup
 		-- '$(subst ','\'',$(MODEL))' '$(RATIO)'
 
 export: setup
-	@python workflow_scripts/export.py $(call option,TO,--to=) -- '$(subst ','\'',$(CHECKPOINT))' '$(subst ','\'',$(OUT))'
+	@python workflow_scripts/export.py $(call option,TO,--to=) -- $(call option,CHECKPOINT,) $(call option,OUT,)
 
 check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast

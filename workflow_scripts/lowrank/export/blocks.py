@@ -122,6 +122,7 @@ def _block(model: PreTrainedModel, structure: Structure, layer: int) -> Block:
 
 def _plain(layer: Any, dtype: torch.dtype) -> Plain:
     """One matrix of a layer, in the model's dtype; products are of float32."""
+    bias: torch.Tensor | None
     if isinstance(layer, LowRankLinear):
         weight, bias = layer.up.weight.float() @ layer.down.weight.float(), layer.up.bias
     elif isinstance(layer, IdentityBlockLinear):

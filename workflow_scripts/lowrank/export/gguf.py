@@ -97,7 +97,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Path, target: Path) -> str:
     with atomic_path(target) as file:
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[name])
         _add_numbers(writer, model, structure, blocks, name)
-        add_tokenizer(writer, tokenizer, structure.budget.dimensions.vocabulary)
+        add_tokenizer(writer, tokenizer, model.config.vocab_size)
         names = gguf.get_tensor_name_map(name, len(blocks))
         for tensor_name, tensor in _tensors(model, structure, blocks, way):
             _add(writer, _gguf_name(names, tensor_name), tensor, model.dtype)
@@ -107,7 +107,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Path, target: Path) -> str:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return gguf.MODEL_ARCH_NAMES[name]
+    return str(gguf.MODEL_ARCH_NAMES[name])
 
 
 def _alike(structure: Structure, blocks: list[Block], whole_heads: bool) -> list[Block]:
@@ -176,7 +176,7 @@ def _add_numbers(
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(shape.vocabulary)
+    writer.add_vocab_size(config.vocab_size)
 
 
 def _context(config: Any) -> int:

@@ -105,7 +105,7 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
         else:
             shutil.copyfile(file, folder / file.name)
     for file in files:
-        legal = any(fnmatch(file.name, pattern) for pattern in LEGAL_FILES)
+        legal = file.suffix in ("", ".md", ".txt") and any(fnmatch(file.name, pattern) for pattern in LEGAL_FILES)
         wanted = file.parent == source and (file.suffix in COMPANIONS or legal)
         if wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
             shutil.copyfile(file, folder / file.name)
