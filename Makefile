@@ -1,5 +1,6 @@
 # make quickstart   a whole small study, installed and run
 # make compress     a model of one's own: make compress MODEL=/data/my-model RATIO=20 (METHOD, OUT, CALIBRATION, TEST, DTYPE)
+# make export       a checkpoint for other tools: make export CHECKPOINT=folder TO=dense OUT=folder (TO: same, dense, gguf)
 # make check        before a commit: style, types and the fast tests that run no whole model
 # make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
@@ -15,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress check fast test test-slurm lint plan status why benchmark memory schema rulegraph
+.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why benchmark memory schema rulegraph
 
 setup: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ compress: setup
 	@python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
 		$(call option,CALIBRATION,--calibration=) $(call option,TEST,--test=) $(call option,DTYPE,--dtype=) \
 		-- '$(subst ','\'',$(MODEL))' '$(RATIO)'
+
+export: setup
+	@python workflow_scripts/export.py $(call option,TO,--to=) -- $(call option,CHECKPOINT,) $(call option,OUT,)
 
 check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast

@@ -15,6 +15,7 @@ rule compress_model:
     resources:
         **asks("compress_model"),
     params:
+        base=untracked_base,
         settings=lambda wildcards: with_code(
             "compress_model",
             model_settings(wildcards.model)

@@ -32,6 +32,12 @@ def untracked_max_length(wildcards, output):
     return STUDY.models[wildcards.model].max_length
 
 
+def untracked_base(wildcards, output):
+    """What a model card says of the base model: to change a licence in the config compresses nothing again."""
+    model = STUDY.models[wildcards.model]
+    return {"source": model.source.plain(), "license": model.license}
+
+
 def fetch_settings(stage, key, name, section):
     """What decides the content of something fetched: not its licence, nor how it is used later, nor a shape that is
     left out: it is read from what was fetched.

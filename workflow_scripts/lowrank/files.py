@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 HASH_CHUNK = 1 << 20
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""What says under which terms a model may be used; it goes where the weights go."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 

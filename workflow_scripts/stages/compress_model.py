@@ -19,6 +19,7 @@ def work(job: Snakemake) -> None:
     from lowrank.config.sources import ModelShape
     from lowrank.files import load_tensors, read_record
     from lowrank.jobs.state import Parts, resumable_state
+    from lowrank.model.card import base_of, model_card
     from lowrank.model.checkpoint import link_checkpoint, load_checkpoint, recipe_of, save_checkpoint
     from lowrank.model.parameters import count_parameters, linear_sizes
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, seed_everything
@@ -56,26 +57,27 @@ def work(job: Snakemake) -> None:
             },
         )
         target = job.output.checkpoint
-        changed = bool(recipe_of(model))
-        files = save_checkpoint(model, job.input.model, target) if changed else link_checkpoint(job.input.model, target)
         parameters = count_parameters(model, shape)
+        described = {
+            "subject": settings["subject"],
+            "base": base_of(job.wildcards.model, job.params.base["source"], job.params.base["license"]),
+            "method": method,
+            "ranks": ranks,
+            **account,
+            "linears": linear_sizes(model, shape),
+            "parameters": parameters,
+            "kept": {
+                "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
+                "total": parameters["total"] / parameters["total_dense"],
+            },
+        }
+        if recipe_of(model):
+            files = save_checkpoint(model, job.input.model, target, lambda folder: model_card(described, folder))
+        else:
+            files = link_checkpoint(job.input.model, target)
         write_manifest(
             job.output.manifest,
-            {
-                "subject": settings["subject"],
-                "method": method,
-                "ranks": ranks,
-                **account,
-                "linears": linear_sizes(model, shape),
-                "parameters": parameters,
-                "kept": {
-                    "linears": parameters["decoder_linears"] / parameters["decoder_linears_dense"],
-                    "total": parameters["total"] / parameters["total_dense"],
-                },
-                "files": files,
-                "seconds": parts.clock.seconds,
-                "environment": describe_environment(),
-            },
+            described | {"files": files, "seconds": parts.clock.seconds, "environment": describe_environment()},
         )
 
 

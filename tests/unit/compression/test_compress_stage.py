@@ -42,7 +42,7 @@ def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
         input=Named(model=str(folder / "model"), **inputs),
         wildcards=Named(model="tiny", method="m", ratio="30", seed="0"),
-        params=Named(settings=settings),
+        params=Named(settings=settings, base={"source": {"path": "/somewhere"}, "license": "Apache-2.0"}),
     )
     runpy.run_path(str(STAGE), init_globals={"snakemake": job})
     manifest: dict[str, Any] = json.loads(Path(output.manifest).read_text())
@@ -77,3 +77,17 @@ def test_parts_that_were_kept_are_gone_once_the_checkpoint_is_there(tmp_path: Pa
 
 def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:
     assert "predicted_loss_rise" not in run(tmp_path, {"kind": "svd"})
+
+
+def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_path: Path) -> None:
+    found = run(tmp_path, {"kind": "svd"})
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert found["files"]["README.md"]
+    assert found["base"] == {"name": "tiny", "source": {}, "license": "Apache-2.0"}
+    assert f"| {found['parameters']['total_dense']:,} | {found['parameters']['total']:,} |" in card
+    assert f"{(tmp_path / 'checkpoint/model.safetensors').stat().st_size:,}" in card
+    assert "/somewhere" not in card
+    assert str(tmp_path) not in card
+    (tmp_path / "again").mkdir()
+    run(tmp_path / "again", {"kind": "svd"})
+    assert (tmp_path / "again/checkpoint/README.md").read_text() == card

@@ -21,6 +21,7 @@ from lowrank.compression.branches import Structure
 from lowrank.compression.structured import cut
 from lowrank.config.sources import ModelShape
 from lowrank.model.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules, save_checkpoint
+from lowrank.model.factors import LowRankFactors
 from lowrank.model.replacements import NormWithoutGain, Replacement, ResidualShortcuts, SmallerLinear
 from lowrank.ranks.budget import Budget
 from tests import tiny
@@ -209,3 +210,22 @@ def test_the_cache_of_keys_and_values_changes_nothing(
     )
     assert cached.shape[1] == ids.shape[1] + 8
     assert torch.equal(cached, plain)
+
+
+def test_modules_of_one_make_share_a_class_and_of_others_do_not(tmp_path: Path) -> None:
+    """Servers look at one instance of a class; blocks keep theirs, by which loaders know them."""
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = tiny.model("llama")
+    names = [f"model.layers.{layer}.mlp" for layer in range(2)]
+    pair = LowRankFactors(torch.randn(8, tiny.HIDDEN), torch.randn(tiny.INTERMEDIATE, 8))
+    replace_modules(model, {f"{names[1]}.up_proj": pair})
+    save_checkpoint(model, tmp_path / "tokenizer", tmp_path / "second")
+    mixed = load_checkpoint(tmp_path / "second", torch.float32)
+    first, second = (type(mixed.get_submodule(name)) for name in names)
+    assert (first.__name__, second.__name__) == ("LlamaMLP", "LlamaMLP_up_proj_LowRankLinear")
+    assert issubclass(second, first)
+    replace_modules(model, {f"{names[0]}.up_proj": pair})
+    save_checkpoint(model, tmp_path / "tokenizer", tmp_path / "both")
+    alike = load_checkpoint(tmp_path / "both", torch.float32)
+    assert {type(alike.get_submodule(name)) for name in names} == {second}
+    assert {type(block).__name__ for block in alike.model.layers} == {"LlamaDecoderLayer"}

@@ -16,6 +16,7 @@ from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob
 
 REPOSITORY = Path(__file__).parents[3]
+SUBJECT = {"model": "tiny", "method": "svd", "ratio": 20, "tuning": "eq9", "seed": 0}
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -41,6 +42,16 @@ def save_tiny_model(folder: Path, compressed: bool = True) -> Path:
     (folder / "no_tokenizer").mkdir(parents=True)
     save_checkpoint(tiny_model(compressed), folder / "no_tokenizer", folder / "checkpoint")
     return folder / "checkpoint"
+
+
+def write_manifest(path: Path) -> None:
+    """That of the tiny model, in so far as post-training reads it."""
+    sizes = {"total": 80, "total_dense": 100, "decoder_linears": 60, "decoder_linears_dense": 80}
+    manifest = {
+        "subject": SUBJECT | {"tuning": "none"}, "base": {"name": "tiny", "source": {}, "license": "Apache-2.0"},
+        "method": {"kind": "svd"}, "ranks": {"x": 6}, "kept": {"total": 0.8, "linears": 0.75}, "parameters": sizes,
+    }  # fmt: skip
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def some_rows(count: int, seed: int) -> Examples:

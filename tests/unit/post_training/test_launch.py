@@ -19,7 +19,7 @@ from lowrank.post_training.job import Progress
 from lowrank.post_training.launch import launch
 from lowrank.post_training.subspace import SubspaceVectors, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
-from tests.unit.post_training.post_training_samples import a_job, save_tiny_model
+from tests.unit.post_training.post_training_samples import SUBJECT, a_job, save_tiny_model, write_manifest
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 
@@ -46,12 +46,10 @@ def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: P
     words = ["alpha", "beta", "gamma", "delta"]
     rows = [{"instruction": "say", "output": " ".join(words[i % 4 :])} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({"subject": {}, "ranks": {"x": 6}, "kept": {"total": 0.8}, "parameters": {"total": 1}})
-    )
+    write_manifest(tmp_path / "manifest.json")
     job = a_job(source, tmp_path / "unused", max_length=300, learning_rate=0.05)
     settings = {
-        "tuning": job.tuning, "deepspeed": job.deepspeed, "subject": {"seed": 0, "tuning": "eq9"}, "dtype": "float32",
+        "tuning": job.tuning, "deepspeed": job.deepspeed, "subject": SUBJECT, "dtype": "float32",
         "code": "abc", "state": str(tmp_path / "state"),
     }  # fmt: skip
     tune_checkpoint(
@@ -61,9 +59,12 @@ def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: P
 
     manifest = read_json(tmp_path / "tuned.json")
     assert manifest["ranks"] == {"x": 6}
-    assert manifest["kept"] == {"total": 0.8}
+    assert manifest["kept"] == {"total": 0.8, "linears": 0.75}
     assert manifest["tuning"] == job.tuning
-    assert manifest["subject"] == {"seed": 0, "tuning": "eq9"}
+    assert manifest["subject"] == SUBJECT
+    card = (tmp_path / "tuned/README.md").read_text()
+    assert "# tiny, svd, 20 % removed, post-trained (eq9)" in card
+    assert "6 steps, of which step" in card
     assert manifest["files"]["model.safetensors"] == sha256_file(tmp_path / "tuned" / "model.safetensors")
     training = manifest["training"]
     assert training["steps"] == 6

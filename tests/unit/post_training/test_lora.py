@@ -34,7 +34,7 @@ from lowrank.post_training.tune import tune_checkpoint
 from tests import tiny
 from tests.unit.methods import test_slicegpt
 from tests.unit.model import factor_samples
-from tests.unit.post_training.post_training_samples import REPOSITORY, save_tiny_model
+from tests.unit.post_training.post_training_samples import REPOSITORY, SUBJECT, save_tiny_model, write_manifest
 from tests.unit.post_training.test_launch import ON_CPU, a_tokenizer
 
 IDS = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -306,13 +306,13 @@ def test_two_stages_train_one_factor_each_and_write_one_merged_checkpoint(tmp_pa
     words = ["alpha", "beta", "gamma", "delta"]
     rows = [{"instruction": "say", "output": " ".join(words[i % 4 :])} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "manifest.json").write_text(json.dumps({"subject": {}, "ranks": {"x": 6}}))
+    write_manifest(tmp_path / "manifest.json")
     tuning = a_tuning(
         stages=["up", "down"], rank=4, alpha=8, learning_rate=0.05, steps=4, batch_size=8, micro_batch_size=4,
         warmup_steps=1, validation_examples=6, evaluate_every=2, dtype="float32", max_length=300,
     )  # fmt: skip
     settings = {
-        "tuning": tuning.plain(), "subject": {"seed": 0}, "dtype": "float32", "code": "abc",
+        "tuning": tuning.plain(), "subject": SUBJECT, "dtype": "float32", "code": "abc",
         "deepspeed": json.loads((REPOSITORY / "config/deepspeed/zero2.json").read_text()),
         "state": str(tmp_path / "state"),
     }  # fmt: skip

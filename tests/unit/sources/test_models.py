@@ -53,6 +53,14 @@ def test_a_checkpoint_folder_is_taken_over_and_described(folder: Path, tmp_path:
     assert AutoTokenizer.from_pretrained(target)("the texts").input_ids == make_tokenizer()("the texts").input_ids
 
 
+def test_the_licence_comes_along_and_code_does_not(folder: Path, tmp_path: Path) -> None:
+    for name in ("LICENSE", "NOTICE.md", "USE_POLICY.md", "README.md", "LICENSE.py"):
+        (folder / name).write_text(name)
+    manifest = fetch(folder, tmp_path)
+    assert {"LICENSE", "NOTICE.md", "USE_POLICY.md"} <= set(manifest["files"])
+    assert not {"README.md", "LICENSE.py"} & set(manifest["files"])
+
+
 def test_shards_and_hub_snapshots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     for file in folder.glob("tokenizer*"):

@@ -1,4 +1,4 @@
 """From a method's answer to a smaller model, and what methods share: pruning, rotation, refitting, rank searches.
 
-Imported by methods alone.
+Imported by methods alone, but for `branches` and `structured`, which `export` reads too.
 """

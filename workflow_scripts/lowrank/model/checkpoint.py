@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
-from lowrank.files import atomic_path, check_manifest, checksums_of, link_or_copy
+from lowrank.files import LEGAL_FILES, atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
 from lowrank.model.factors import SharedDownFactors
 from lowrank.model.families import FAMILIES, Family
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MODELING_FILE = Path(modeling_rankwise.__file__)
 MODEL_TYPE_PREFIX = "rankwise_"
+CARD = "README.md"
 
 for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -141,10 +143,21 @@ def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
                 )
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer_from: str | Path, target: str | Path) -> dict[str, str]:
-    """Write a checkpoint folder, atomically: safetensors, config with recipe, model code, tokenizer.
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer_from: str | Path,
+    target: str | Path,
+    card: Callable[[Path], str] | None = None,
+) -> dict[str, str]:
+    """Write a checkpoint folder, atomically: safetensors, config with recipe, model code, tokenizer, model card.
 
     A model in which nothing changed is written as a plain checkpoint of its base architecture.
+
+    Args:
+        model: dense or compressed.
+        tokenizer_from: folder of its tokenizer and its licence.
+        target: the folder to make.
+        card: the text of its README.md, given the folder with its weights; None: no card.
 
     Returns:
         File name -> SHA-256 of its content.
@@ -157,7 +170,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer_from: str | Path, target: 
         _write_config(folder, model, recipe)
         if recipe:
             shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-        copy_tokenizer(Path(tokenizer_from), folder)
+        copy_companions(Path(tokenizer_from), folder)
+        if card is not None:
+            (folder / CARD).write_text(card(folder), encoding="utf-8")
     return checksums_of(target)
 
 
@@ -184,11 +199,12 @@ def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[s
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer (and the generation config) byte for byte."""
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, the generation config, and the licence byte for byte."""
     patterns = (
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
         "generation_config.json",
+        *LEGAL_FILES,
     )
     for pattern in patterns:
         for path in source.glob(pattern):

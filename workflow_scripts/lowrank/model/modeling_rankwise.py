@@ -437,6 +437,25 @@ def set_shortcuts(block: Any, attention: nn.Linear, mlp: nn.Linear) -> None:
     block.mlp_shortcut = mlp
 
 
+_MAKES: dict[tuple[Any, ...], type] = {}
+
+
+def name_make(parent: nn.Module) -> None:
+    """Give a module whose linear layers are not all plain a class of its own, one for each make.
+
+    Servers look at the first instance of a class and then treat all others in the same way; vLLM joins `gate` and `up`
+    of every `LlamaMLP` into one matrix if they are matrices in the first.
+    """
+    kinds = (LowRankLinear, IdentityBlockLinear)
+    pairs = tuple((name, type(child)) for name, child in parent.named_children() if isinstance(child, kinds))
+    if pairs and getattr(type(parent), "pairs_of_make", None) != pairs:
+        make = (type(parent), pairs)
+        if make not in _MAKES:
+            name = "_".join([type(parent).__name__, *(f"{child}_{kind.__name__}" for child, kind in pairs)])
+            _MAKES[make] = type(name, (type(parent),), {"pairs_of_make": pairs})
+        parent.__class__ = _MAKES[make]
+
+
 def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: str = "") -> None:
     """Change the modules that `recipe` names, in place; their weights are loaded afterwards.
 
@@ -477,6 +496,12 @@ def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: st
             set_shortcuts(module, nn.Linear(entered, between, bias=False), nn.Linear(between, left, bias=False))
         else:
             raise ValueError(f"{full_name}: unknown kind {entry['kind']!r} in the recipe; use a newer rankwise")
+    parents = {full_name.removeprefix(prefix).rpartition(".")[0] for full_name in recipe}
+    for name in sorted(parents):
+        if not name.rpartition(".")[
+            2
+        ].isdigit():  # a block: loaders that split a model know it by the name of its class
+            name_make(model.get_submodule(name))
 
 
 def _base_model(base: type, config_class: type) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 from lowrank.compression.given_up import write_manifest
 from lowrank.config.tuning import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_record
+from lowrank.files import Record, load_tensors, read_record
 from lowrank.jobs.crew import Crew
 from lowrank.jobs.state import resumable_state
+from lowrank.model.card import model_card
 from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
 from lowrank.model.runtime import describe_environment, parse_dtype
 from lowrank.post_training.adapters import merge, stages_of, trained_numbers
@@ -71,20 +72,18 @@ def tune_checkpoint(
         learnt = [load_tensors(path, whole=folder) for path in results]
         for tensors in learnt:
             merge(model, tuning, tensors)
-        files = save_checkpoint(model, checkpoint, target)
         trainable = sum(map(trained_numbers, learnt))
         total = sum(parameter.numel() for parameter in model.parameters())
+        new = {
+            "subject": settings["subject"],
+            "tuning": settings["tuning"],
+            "training": describe_training(progress, trainable, total, processes),
+        }
+        described = Record(read_record(manifest) | new, Path(manifest))
+        files = save_checkpoint(model, checkpoint, target, lambda folder: model_card(described, folder))
         write_manifest(
             target_manifest,
-            {
-                **read_record(manifest),
-                "subject": settings["subject"],
-                "files": files,
-                "tuning": settings["tuning"],
-                "training": describe_training(progress, trainable, total, processes),
-                "seconds": progress.seconds,
-                "environment": describe_environment(),
-            },
+            described | {"files": files, "seconds": progress.seconds, "environment": describe_environment()},
         )
 
 

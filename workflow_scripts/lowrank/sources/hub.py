@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowrank.config.sources import HubSource
 from lowrank.errors import RankwiseError
+from lowrank.files import LEGAL_FILES
 from lowrank.redact import without_secrets
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Weights as safetensors only (a pickle can run code), and only those that transformers would load.
-CHECKPOINT_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+CHECKPOINT_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *LEGAL_FILES)
 
 
 def fetch_snapshot(source: HubSource) -> list[Path]:

@@ -6,12 +6,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
-from lowrank.files import atomic_path, link_or_copy, read_record, sha256_file
+from lowrank.files import LEGAL_FILES, atomic_path, link_or_copy, read_record, sha256_file
 from lowrank.model.runtime import parse_dtype
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
@@ -81,7 +82,7 @@ def _files(model: Model, cache: Path) -> Iterator[list[Path]]:
 
 
 def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
-    """Bring weights, configuration and tokenizer of a checkpoint into `folder`; nothing else.
+    """Bring weights, configuration, tokenizer and licence of a checkpoint into `folder`; nothing else.
 
     Weights are hard links if `link` says that nobody will ever change the source's files, and copies if not.
 
@@ -104,7 +105,8 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
         else:
             shutil.copyfile(file, folder / file.name)
     for file in files:
-        wanted = file.parent == source and file.suffix in COMPANIONS
+        legal = file.suffix in ("", ".md", ".txt") and any(fnmatch(file.name, pattern) for pattern in LEGAL_FILES)
+        wanted = file.parent == source and (file.suffix in COMPANIONS or legal)
         if wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
             shutil.copyfile(file, folder / file.name)
 

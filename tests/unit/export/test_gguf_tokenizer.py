@@ -1,0 +1,121 @@
+"""Tokenizers in GGUF files: tokens, their kinds, and llama.cpp's name for how text is split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from lowrank.errors import RankwiseError
+from lowrank.export.gguf_tokenizer import add_tokenizer
+from tests import tiny
+
+QWEN2 = PRETOKENIZE_REGEX
+LLAMA3 = TikTokenConverter().pattern
+plain_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+digits = pre_tokenizers.Digits(individual_digits=True)
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def fields(tokenizer: PreTrainedTokenizerFast, folder: Path, vocabulary: int) -> dict[str, Any]:
+    """What a file with this tokenizer says of it."""
+    tokenizer.save_pretrained(folder)
+    writer = gguf.GGUFWriter(folder / "t.gguf", "llama")
+    add_tokenizer(writer, folder, vocabulary)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return {name: field.contents() for name, field in gguf.GGUFReader(folder / "t.gguf").fields.items()}
+
+
+def test_tokens_stand_at_their_places(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([AddedToken("more", special=False)])
+    tokenizer.chat_template = "{{ messages }}"
+    found = fields(tokenizer, tmp_path, len(tokenizer) + 2)
+    texts, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert texts[:-2] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    control, user, unused, normal = (gguf.TokenType[name] for name in ("CONTROL", "USER_DEFINED", "UNUSED", "NORMAL"))
+    assert kinds[:2] == [control, control]
+    assert kinds[-3:] == [user, unused, unused]
+    assert set(kinds[2:-3]) == {normal}
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (0, 1)
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    merges = [" ".join(pair) for pair in _model(tokenizer)["merges"]]
+    assert found["tokenizer.ggml.merges"] == merges
+
+
+def _model(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return found
+
+
+SPLITS = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "qwen2": [split(QWEN2), plain_bytes],
+    "llama-bpe": [split(LLAMA3), plain_bytes],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_known_way_to_split_has_its_name(name: str, tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[name])
+    assert fields(tokenizer, tmp_path, len(tokenizer))["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize(
+    "steps", [[split(r"\d"), plain_bytes], [pre_tokenizers.ByteLevel(add_prefix_space=True)], [plain_bytes]]
+)
+def test_any_other_way_is_refused(steps: list[Any], tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    with pytest.raises(RankwiseError, match=r"tokenizer\.json: how it splits text .* has no name here"):
+        fields(tokenizer, tmp_path, len(tokenizer))
+
+
+def sentencepiece(merges: list[tuple[str, str]], pieces: list[str]) -> PreTrainedTokenizerFast:
+    """A vocabulary as that of Llama 2: unknown, control, bytes, pieces in the order of merging, letters."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "▁", "a", "b", "c"]
+    places = {piece: place for place, piece in enumerate(vocabulary)}
+    raw = Tokenizer(models.BPE(places, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_pieces_have_scores_in_the_order_of_merging(tmp_path: Path) -> None:
+    merges = [("▁", "a"), ("b", "c"), ("▁a", "bc")]
+    found = fields(sentencepiece(merges, ["▁a", "bc", "▁abc"]), tmp_path, 266)
+    assert found["tokenizer.ggml.model"] == "llama"
+    scores, kinds = found["tokenizer.ggml.scores"], found["tokenizer.ggml.token_type"]
+    first, second, third = (found["tokenizer.ggml.tokens"].index(piece) for piece in ("▁a", "bc", "▁abc"))
+    assert scores[first] > scores[second] > scores[third]
+    names = [gguf.TokenType(kinds[place]).name for place in (0, 1, 2, 3, 258, first)]
+    assert names == ["UNKNOWN", "CONTROL", "CONTROL", "BYTE", "BYTE", "NORMAL"]
+    assert found["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_pieces_in_another_order_are_refused(tmp_path: Path) -> None:
+    merges = [("▁", "a"), ("b", "c"), ("▁a", "bc")]
+    with pytest.raises(RankwiseError, match="do not stand in the order in which they are merged"):
+        fields(sentencepiece(merges, ["▁abc", "bc", "▁a"]), tmp_path, 266)
+
+
+def test_only_pairs_of_bytes_are_written(tmp_path: Path) -> None:
+    raw = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    with pytest.raises(RankwiseError, match="a WordLevel tokenizer"):
+        fields(PreTrainedTokenizerFast(tokenizer_object=raw), tmp_path, 2)

@@ -1,0 +1,159 @@
+"""`make export` as a command: what comes out, what its card says, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank.config.sources import ModelShape
+from lowrank.files import write_json
+from lowrank.model.card import base_of, model_card
+from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
+from lowrank.model.parameters import count_parameters
+from tests import tiny
+from tests.unit.export.export_samples import IDS, MAKES, Graph
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "workflow_scripts"))
+import export as command
+
+KIND = "llama-gqa"
+SUBJECT = {"model": "tiny", "method": "m", "ratio": 20, "tuning": "none", "seed": 0}
+HUB = {"hub": "owner/name", "revision": "a" * 40}
+
+
+def described(make: str, licence: str | None = "Apache-2.0", source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the manifest of a tiny checkpoint says."""
+    counts = count_parameters(MAKES[make](KIND), ModelShape(**tiny.shape(KIND)))
+    kept = {"linears": counts["decoder_linears"] / counts["decoder_linears_dense"]}
+    kept["total"] = counts["total"] / counts["total_dense"]
+    base = base_of("tiny", source or HUB, licence)
+    return {"subject": SUBJECT, "base": base, "method": {"kind": "svd"}, "parameters": counts, "kept": kept}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint in the results of a study, with two evaluations."""
+    made_from = tmp_path / "tokenizer"
+    tiny.tokenizer().save_pretrained(made_from)
+    (made_from / "LICENSE").write_text("terms")
+    (made_from / "generation_config.json").write_text("{}")
+    folder = tmp_path / "results/run/compressed/tiny/m/20/seed0/checkpoint"
+    manifest = described("own widths")
+    files = save_checkpoint(MAKES["own widths"](KIND), made_from, folder, lambda at: model_card(manifest, at))
+    write_json(folder.with_name("manifest.json"), manifest | {"files": files})
+    evaluations = tmp_path / "results/run/evaluation/tiny/m/20/none/seed0"
+    found = {"perplexity": 31.256, "stderr": 0.514, "windows": 6}
+    protocol = {"length": 256, "dtype": "float32", "harness": "lm-eval 1.2"}
+    text = {"kind": "perplexity", "subject": SUBJECT, "protocol": protocol, "corpora": {"c4-test": found}}
+    write_json(evaluations / "held-out.json", text)
+    task = {"metric": "acc", "acc": 0.625, "acc_stderr": 0.021, "documents": 500}
+    tasks = {"kind": "zero-shot", "subject": SUBJECT, "protocol": protocol, "tasks": {"piqa": task}, "smoke": True}
+    write_json(evaluations / "zero-shot.json", tasks)
+    return folder
+
+
+def run(checkpoint: Path, to: str, out: Path) -> int:
+    return command.main([f"--to={to}", "--", str(checkpoint), str(out)])
+
+
+def test_dense_opens_without_trust_and_its_card_has_sizes_and_numbers(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dense"
+    assert run(checkpoint, "dense", out) == 0
+    said = capsys.readouterr().out
+    stock, model = AutoModelForCausalLM.from_pretrained(out), load_checkpoint(checkpoint, torch.float32)
+    assert torch.allclose(stock(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert f"LlamaForCausalLM, {stock.num_parameters():,} parameters" in said
+    assert AutoTokenizer.from_pretrained(out)("a river").input_ids
+    names = {path.name for path in out.iterdir()}
+    assert {"README.md", "LICENSE", "generation_config.json", "tokenizer.json"} <= names
+    assert not [name for name in names if name.endswith(".py")]
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert (
+        f"{stock.num_parameters():,} parameters where the compressed checkpoint has {model.num_parameters():,}" in card
+    )
+    assert "| perplexity, c4-test | 31.26 ± 0.51 | 6 windows of 256 tokens, float32 |" in card
+    assert "| piqa, % | 62.5 ± 2.1 | lm-eval 1.2, acc, 500 documents, float32, a smoke run |" in card
+
+
+def test_same_is_the_checkpoint_with_its_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    assert run(checkpoint, "same", tmp_path / "same") == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "same").iterdir()}
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"README.md"}
+    card = after["README.md"].decode()
+    assert "31.26 ± 0.51" in card
+    assert card.count("## Load") == 1
+    assert "trust_remote_code=True" in card
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_gguf_is_one_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(checkpoint, "gguf", tmp_path / "model.gguf") == 0
+    assert "architecture deci" in capsys.readouterr().out
+    expected = load_checkpoint(checkpoint, torch.float32)(IDS).logits[0]
+    assert torch.allclose(Graph(tmp_path / "model.gguf").logits(IDS[0]), expected, atol=1e-4)
+
+
+def test_what_cannot_be_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [
+        (checkpoint, "onnx", tmp_path / "a", "TO: 'onnx' is no target; there are same, dense, gguf"),
+        (tmp_path, "dense", tmp_path / "a", f"CHECKPOINT: {tmp_path} is no checkpoint, it has no config.json"),
+        (checkpoint, "dense", checkpoint, f"OUT: {checkpoint} is there already."),
+        (checkpoint, "gguf", tmp_path / "a.bin", f"OUT: {tmp_path / 'a.bin'} must end in .gguf"),
+    ]
+    for folder, to, out, message in wrong:
+        assert run(folder, to, out) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(message)
+        assert said.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_changed_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    """It is compared with its manifest."""
+    with (checkpoint / "config.json").open("a") as file:
+        file.write(" ")
+    for to in ("same", "dense"):
+        assert run(checkpoint, to, tmp_path / "out") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_was_copied_elsewhere_is_exported_too(checkpoint: Path, tmp_path: Path) -> None:
+    """Without the manifest and the evaluations beside it, and, as older ones, without a card."""
+    elsewhere = checkpoint.rename(tmp_path / "elsewhere")
+    (elsewhere / "README.md").unlink()
+    assert run(elsewhere, "dense", tmp_path / "dense") == 0
+    assert "## Measured" not in (tmp_path / "dense/README.md").read_text()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def test_the_hub_reads_the_base_and_the_licence(tmp_path: Path) -> None:
+    facts = front_matter(model_card(described("pairs"), tmp_path))
+    assert (facts["base_model"], facts["license"]) == ("owner/name", "apache-2.0")
+    card = model_card(described("pairs", "Llama 2 Community License", {"path": "/data/secret"}), tmp_path)
+    assert front_matter(card)["license"] == "other"
+    assert front_matter(card)["license_name"] == "Llama 2 Community License"
+    assert "base_model" not in front_matter(card)
+    assert "/data/secret" not in card
+    assert "not stated in the config" in model_card(described("pairs", None), tmp_path)
+
+
+def test_json_of_the_configuration_is_that_of_the_base(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, "dense", tmp_path / "dense")
+    found = json.loads((tmp_path / "dense/config.json").read_text())
+    assert found["model_type"] == "llama"
+    assert not {"recipe", "auto_map"} & set(found)

@@ -1,0 +1,35 @@
+"""Write a checkpoint for other tools: `python workflow_scripts/export.py CHECKPOINT OUT --to dense`.
+
+`make export` calls it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lowrank.errors import RankwiseError
+
+
+def main(given: Sequence[str]) -> int:
+    """Export a checkpoint; returns 0, or 1 for a wish that cannot be granted."""
+    parser = argparse.ArgumentParser(prog="export.py", description="Write a checkpoint for other tools.")
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, compressed or tuned")
+    parser.add_argument("out", type=Path, help="the folder to make, or the .gguf file")
+    parser.add_argument("--to", default="dense", help="same, dense or gguf (docs/serving.md)")
+    wish = parser.parse_args(given)
+    from lowrank.export.share import Export, export
+
+    try:
+        print(export(Export(wish.checkpoint, wish.to, wish.out)))
+    except RankwiseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

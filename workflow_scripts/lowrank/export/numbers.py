@@ -1,0 +1,51 @@
+"""What was measured of a checkpoint, for its model card: the evaluations of the study in which it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.files import manifest_of, read_record
+from lowrank.paper.tables.rows import estimate_text
+
+
+def measured(checkpoint: Path) -> str:
+    """A section of a model card: perplexities and accuracies with their protocols; nothing if there are none.
+
+    Args:
+        checkpoint: folder; evaluations are looked for in the results that it is part of.
+
+    Raises:
+        RankwiseError: an evaluation is damaged; it is named.
+    """
+    rows = [row for file in _evaluations(checkpoint.absolute()) for row in _rows(read_record(file))]
+    if not rows:
+        return ""
+    return "\n".join(["## Measured", "", "| what | value | how |", "|---|---|---|", *rows]) + "\n"
+
+
+def _evaluations(checkpoint: Path) -> list[Path]:
+    """The JSONs of a checkpoint's evaluations, by name of the suite."""
+    manifest = manifest_of(checkpoint)
+    roots = [parent.parent for parent in checkpoint.parents if parent.name in ("compressed", "tuned")]
+    if manifest is None or not roots:
+        return []
+    subject = read_record(manifest)["subject"]
+    names = [subject[key] for key in ("model", "method", "ratio", "tuning")]
+    return sorted(roots[0].joinpath("evaluation", *map(str, names), f"seed{subject['seed']}").glob("*.json"))
+
+
+def _rows(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    protocol = evaluation["protocol"]
+    smoke = ", a smoke run" if evaluation.get("smoke") else ""
+    if evaluation["kind"] == "perplexity":
+        for corpus, found in evaluation["corpora"].items():
+            how = f"{found['windows']} windows of {protocol['length']} tokens, {protocol['dtype']}"
+            yield f"| perplexity, {corpus} | {estimate_text(found['perplexity'], found['stderr'], 2)} | {how} |"
+    elif evaluation["kind"] == "zero-shot":
+        for task, found in evaluation["tasks"].items():
+            metric = found["metric"]
+            value = estimate_text(100 * found[metric], 100 * found[f"{metric}_stderr"], 1)
+            how = f"{protocol['harness']}, {metric}, {found['documents']} documents, {protocol['dtype']}{smoke}"
+            yield f"| {task}, % | {value} | {how} |"

