@@ -17,7 +17,7 @@ COMMANDS = [
     for path in PAGES
     for command in re.findall(r"^(?:    |\t)(snakemake .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-TARGETS = {"all", "data"}
+TARGETS = {"all", "checkpoints", "data"}
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)

@@ -15,7 +15,7 @@ from lowrank.compression.branches import Structure
 from lowrank.compression.structured import cut
 from lowrank.config.sources import ModelShape
 from lowrank.model.checkpoint import family_of, replace_modules
-from lowrank.model.factors import LowRankFactors
+from lowrank.model.factors import IdentityColumnsFactors, LowRankFactors, SharedDownFactors
 from lowrank.model.replacements import IdentityBlockFactors, NarrowedHeads, Replacement, SmallerLinear
 from lowrank.ranks.budget import Budget
 from tests import tiny
@@ -43,6 +43,32 @@ def pairs(kind: str, identity_block: bool, bias: bool) -> PreTrainedModel:
         new = torch.randn(m, generator=random) / 8 if bias else had
         pair = LowRankFactors(torch.randn(8, n, generator=random) / 8, torch.randn(m, 8, generator=random) / 8, new)
         changes[module.name] = IdentityBlockFactors.of(pair, module.name) if identity_block else pair
+    replace_modules(model, changes)
+    return model
+
+
+def shared(kind: str) -> PreTrainedModel:
+    """q, k and v share a first factor that has an identity block, the first matrices of the MLP a plain one."""
+    model, parts, random = tiny.model(kind), structure(kind), draw()
+    changes: dict[str, Replacement] = {}
+    for layer in range(tiny.LAYERS):
+        of_block = [module for module in parts.budget.modules if module.layer == layer]
+        heads = [module for module in of_block if module.type.name in ("q", "k", "v")]
+        neurons = [module for module in of_block if module.type in parts.mlp.writers]
+        for owner, *followers in (heads, neurons):
+            n, rank, ups = owner.in_features, 8, {}
+            for module in (owner, *followers):
+                ups[module.name] = torch.randn(module.out_features, rank, generator=random) / 8
+            biases = {name: model.get_submodule(name).bias for name in ups}
+            order = torch.randperm(n, generator=random).int()
+            name, last = owner.name, (ups[owner.name], biases[owner.name])
+            changes[name] = (
+                IdentityColumnsFactors(order, torch.randn(rank, n - rank, generator=random) / 8, *last)
+                if owner.type.name == "q"
+                else LowRankFactors(torch.randn(rank, n, generator=random) / 8, *last)
+            )
+            for module in followers:
+                changes[module.name] = SharedDownFactors(name, ups[module.name], biases[module.name])
     replace_modules(model, changes)
     return model
 
@@ -93,6 +119,7 @@ MAKES: dict[str, Any] = {
     "pairs": lambda kind: pairs(kind, identity_block=False, bias=False),
     "identity blocks": lambda kind: pairs(kind, identity_block=True, bias=False),
     "biased pairs": lambda kind: pairs(kind, identity_block=True, bias=True),
+    "shared factors": shared,
     "one width": lambda kind: pruned(kind, (4, 4), (96, 96)),
     "one width, biased": lambda kind: pruned(kind, (4, 4), (96, 96), bias=True),
     "own widths": lambda kind: pruned(kind, (1, 2), (96, 40)),

@@ -8,6 +8,7 @@ adds nothing to a product, and the columns that read them are zero.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,9 @@ def _plain(layer: Any, dtype: torch.dtype) -> Plain:
     """One matrix of a layer, in the model's dtype; products are of float32."""
     bias: torch.Tensor | None
     if isinstance(layer, LowRankLinear):
-        weight, bias = layer.up.weight.float() @ layer.down.weight.float(), layer.up.bias
+        # Whatever kind of module the first factor is, and whose: it is what it makes of the unit vectors.
+        units = torch.eye(layer.in_features, device=layer.up.weight.device)
+        weight, bias = layer.up.weight.float() @ copy.deepcopy(layer.down).float()(units).T, layer.up.bias
     elif isinstance(layer, IdentityBlockLinear):
         first = layer.down.weight.float()
         weight, bias = torch.cat([first, layer.rest.weight.float() @ first])[layer.places()], layer.bias
