@@ -21,7 +21,7 @@ from lowrank.errors import RankwiseError
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
-from lowrank.ranks.predicted_loss import choices_of
+from lowrank.ranks.curves import choices_of
 from tests import tiny
 from tests.unit.calibration.test_output_gradients import by_autograd
 from tests.unit.methods import rankwise_samples as samples

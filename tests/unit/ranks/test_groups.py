@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.ranks.groups import combined, worth_having
-from lowrank.ranks.predicted_loss import Curve
+from lowrank.ranks.curves import Curve
 
 
 def curve(seed: int, size: int) -> Curve:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
-from lowrank.ranks.predicted_loss import Group, allocate, choices_of
+from lowrank.ranks.curves import Group, choices_of
+from lowrank.ranks.predicted_loss import allocate
 from tests import tiny
 
 KINDS = ("llama", "llama-gqa", "qwen2", "qwen3", "opt")

@@ -25,8 +25,8 @@ from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.replacements import Replacement, SmallerLinear
 from lowrank.model.runtime import pick_device
+from lowrank.ranks.curves import Curve, Group, choices_of
 from lowrank.ranks.groups import combined, worth_having
-from lowrank.ranks.predicted_loss import Curve, Group, choices_of
 
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask

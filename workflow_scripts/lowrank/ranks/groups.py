@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lowrank.ranks.predicted_loss import Curve
+from lowrank.ranks.curves import Curve
 
 Indices = npt.NDArray[np.int64]
 

@@ -6,6 +6,9 @@ neurons: such a group has a list of what it may become, with parameters and loss
 losses under a budget of parameters is a multiple choice knapsack; its Lagrangian relaxation splits into one choice a
 matrix or group, and with the right multiplier it is exact on the convex hulls of their curves. What the rounding of
 that solution leaves of the budget goes, step by step, to the matrix or group that gains most for a parameter.
+
+Predictions are made on the calibration text, and tell matrices of one block apart better than blocks. So whole blocks
+may also be compared by how much they do (`ranks.blocks`).
 """
 
 from __future__ import annotations
@@ -17,57 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank.errors import RankwiseError
-from lowrank.model.families import LinearModule
+from lowrank.ranks.blocks import weigh_blocks
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
+from lowrank.ranks.curves import Curve, Group, choices_of
 
 MEANING = "second order, on the calibration text"
 """What a predicted rise of the loss is; that of many matrices at once, on other text, was measured to be larger."""
 Losses = Mapping[str, npt.NDArray[np.float64]]
 _BISECTIONS = 200
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a matrix or a group of them may become, from the smallest to dense.
-
-    Attributes:
-        parameters: of each choice, in increasing order.
-        losses: predicted rise of the mean loss per token, in nats, decreasing; 0 for dense.
-    """
-
-    parameters: npt.NDArray[np.float64]
-    losses: npt.NDArray[np.float64]
-
-    @classmethod
-    def of_all(cls, curves: Sequence[Curve]) -> Curve:
-        """That of matrices which take their choices by one index, all of one length."""
-        return Curve(np.sum([c.parameters for c in curves], axis=0), np.sum([c.losses for c in curves], axis=0))
-
-    def at(self, indices: npt.NDArray[np.int64]) -> Curve:
-        """Some of the choices."""
-        return Curve(self.parameters[indices], self.losses[indices])
-
-
-@dataclass(frozen=True)
-class Choices(Curve):
-    """What one matrix may become.
-
-    Attributes:
-        ranks: rank, or None for dense.
-    """
-
-    ranks: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
-class Group(Curve):
-    """What some matrices may become together.
-
-    Attributes:
-        modules: their names; they have no choices of their own.
-    """
-
-    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +51,7 @@ def allocate(
     losses: Losses,
     uncompressed: Sequence[str] = (),
     groups: Mapping[str, Group] | None = None,
+    influence: Sequence[float] | None = None,
 ) -> PredictedAllocation:
     """Choose all ranks of a model, and what its groups become.
 
@@ -100,9 +61,11 @@ def allocate(
         losses: module -> predicted loss of leaving out each direction, in the order in which ranks grow.
         uncompressed: types that stay dense.
         groups: name (that is no module's) -> what some matrices may become together; none of an uncompressed type.
+        influence: of each block, by which blocks are compared as well (`ranks.blocks`); None: by their losses alone.
 
     Raises:
-        RankwiseError: the smallest choices exceed the budget, or a type is unknown.
+        RankwiseError: an influence that is not positive, the smallest choices exceed the budget,
+            or a type is unknown.
     """
     budget.types(uncompressed)
     groups = dict(groups or {})
@@ -124,23 +87,16 @@ def allocate(
             f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and {smallest}, "
             f"{stays:.1f} % stays. Compress more types, or remove less."
         )
-    picked = _spend_rest(curves, _by_multiplier(curves, allowed), allowed)
+    compared = curves
+    if influence is not None:
+        layer_of = {module.name: module.layer for module in budget.modules}
+        layers = {name: {layer_of[name]} for name in choices}
+        layers |= {name: {layer_of[module] for module in group.modules} for name, group in groups.items()}
+        compared = weigh_blocks(curves, layers, influence, kept=1 - ratio / 100)
+    picked = _spend_rest(compared, _by_multiplier(compared, allowed), allowed)
     ranks |= {name: choice.ranks[picked[name]] for name, choice in choices.items()}
     loss = sum(float(curves[name].losses[index]) for name, index in picked.items())
     return PredictedAllocation(ranks, loss, {name: picked[name] for name in groups})
-
-
-def choices_of(budget: Budget, module: LinearModule, losses: npt.NDArray[np.float64]) -> Choices:
-    """The ranks that save parameters, and dense."""
-    left_out = np.concatenate([np.cumsum(losses[::-1])[::-1], [0.0]])  # by rank: 0, 1, ..., k
-    steps = range(ALIGNMENT, len(losses) + 1, ALIGNMENT)
-    ranks = [rank for rank in steps if budget.cost(module, rank) < module.parameters]
-    parameters = [budget.cost(module, rank) for rank in ranks]
-    return Choices(
-        np.array([*parameters, module.parameters], dtype=np.float64),
-        np.array([*left_out[ranks], 0.0]) if ranks else np.zeros(1),
-        (*ranks, None),
-    )
 
 
 def _by_multiplier(choices: Mapping[str, Curve], allowed: float) -> dict[str, int]:
