@@ -4,8 +4,8 @@ One backward pass says how much the loss cares about each direction of each outp
 (`bases.fisher`), the loss that every rank is predicted to cost, and with it the best allocation under the
 budget (`ranks.predicted_loss`). An identity block in one factor of each pair buys more rank for the same parameters.
 What removing neurons of an MLP costs is predicted in the same unit (`compression.neurons`), so `mlp` may prune them
-under the same multiplier, instead of low rank or before it. docs/rankwise.md derives the ranks, `compression.neurons`
-the neurons.
+under the same multiplier, instead of low rank or before it. Whole blocks are compared by their influence as well
+(`ranks.blocks`). docs/rankwise.md derives the ranks, `compression.neurons` the neurons.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ATTENTION = {"q", "k", "v", "o"}
+INFLUENCE_WINDOWS = 16
+"""Calibration windows that the influence of blocks is measured on; it is a mean over tokens, and settles soon."""
 
 
 class Settings(LowRankSettings):
@@ -53,6 +55,12 @@ class Settings(LowRankSettings):
         default=ALIGNMENT, description="not with `mlp: pairs`; numbers of neurons that stay are multiples of it"
     )
 
+    influence: bool = Field(
+        default=True,
+        description="compare blocks by the geometric mean of what they are predicted to lose and of how much they turn "
+        "the residual stream; false: by predicted losses alone",
+    )
+
     @classmethod
     def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """Numbers of neurons are for those who prune."""
@@ -65,8 +73,15 @@ class Settings(LowRankSettings):
 
     @property
     def needs(self) -> Reads:
-        """Removing neurons wants to know how they move together, and what an error of the MLP's output costs."""
-        return () if self.mlp == "pairs" else ("statistics", "gradients")
+        """Removing neurons wants to know how they move together, and what an error of the MLP's output costs; the
+        influence of blocks comes from running the model."""
+        neurons: Reads = () if self.mlp == "pairs" else ("statistics", "gradients")
+        return (*neurons, "tokens") if self.influence else neurons
+
+    @property
+    def windows(self) -> int:
+        """How many calibration windows the model is run on."""
+        return INFLUENCE_WINDOWS
 
     def own_bases(self, budget: Budget) -> int:
         """One for each number of neurons of which pairs are made."""
@@ -132,7 +147,8 @@ def compress(task: CompressionTask) -> Replacements:
     prunes = settings.mlp != "pairs" and task.ratio > 0
     mlps = Mlps(task, settings.multiple, settings.widths == "one", settings.mlp == "both") if prunes else None
     groups = mlps.groups() if mlps else {}
-    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups)
+    influence = _influence(task) if settings.influence and task.ratio > 0 else None
+    allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups, influence)
     task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
     log.info(
         "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING
@@ -142,6 +158,17 @@ def compress(task: CompressionTask) -> Replacements:
         return factors
     _tell(task, mlps.chosen(allocation.picked))
     return {**factors, **mlps.replacements(allocation.picked)}
+
+
+def _influence(task: CompressionTask) -> list[float]:
+    """Of every block, on the first windows; the manifest has it."""
+    from lowrank.compression.influence import block_influence
+    from lowrank.model.runtime import pick_device
+
+    influence = block_influence(task.model, task.required_tokens()[:INFLUENCE_WINDOWS], pick_device())
+    task.account["influence"] = influence
+    log.info("influence of the blocks: %s", ", ".join(f"{value:.3f}" for value in influence))
+    return influence
 
 
 def _tell(task: CompressionTask, chosen: dict[int, Choice]) -> None:
