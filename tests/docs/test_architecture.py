@@ -33,7 +33,7 @@ RULES = [
     )
 ]
 NAMED = sorted(set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", PAGE))))
-ELSEWHERE = {".snakemake/metadata", ".<output>.lock"}
+ELSEWHERE = {".snakemake/log/", ".snakemake/metadata", ".<output>.lock"}
 """What Snakemake and jobs make, not the repository."""
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank.cluster.compression_needs import TAKE_GRADIENTS, computes_on_device
 from lowrank.cluster.needs import GIB, Need, Work, memory_request, runtime_request
-from lowrank.cluster.resources import TAKE_GRADIENTS, Estimator, computes_on_device
+from lowrank.cluster.resources import Estimator
 from lowrank.cluster.sizes import Sizes
 from lowrank.config.load import check_study, load_study
 from lowrank.config.sources import ModelShape
@@ -282,7 +283,8 @@ def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> 
 
     study, needs = study_of(LLAMA_7B), {}
     for mlp in ("pairs", "neurons", "both"):
-        study.methods["one"] = Settings(kind="rankwise", calibration="c4", covariance="pooled", mlp=mlp)
+        named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled", "influence": False}
+        study.methods["one"] = Settings(**named, mlp=mlp)
         needs[mlp] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
     assert not needs["pairs"].gpu
     for mlp in ("neurons", "both"):
@@ -290,6 +292,23 @@ def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> 
         assert 7 * 8 * 11008**2 < needs[mlp].device["elimination"] < 11 * 8 * 11008**2
         assert needs[mlp].host_bytes(0) > needs["pairs"].host_bytes(0)
     assert needs["both"].work.double > 2 * needs["neurons"].work.double > 2 * 32 * 11008**3
+
+
+def test_the_influence_of_blocks_takes_a_gpu_that_holds_the_model() -> None:
+    from lowrank.methods.rankwise import INFLUENCE_WINDOWS, Settings
+
+    study, needs = study_of(LLAMA_7B), {}
+    for influence in (True, False):
+        named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled"}
+        study.methods["one"] = Settings(**named, influence=influence)
+        needs[influence] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    assert needs[True].gpu
+    assert not needs[False].gpu
+    weights = 2 * 6.7e9
+    assert weights < needs[True].device_bytes < 1.2 * weights
+    windows = min(INFLUENCE_WINDOWS, study.calibration["c4"].windows)
+    operations = 2 * 6.5e9 * windows * study.calibration["c4"].length
+    assert operations < needs[True].work.half < 1.2 * operations
 
 
 def test_gradients_cost_larger_bases() -> None:

@@ -141,13 +141,13 @@ def test_activations_that_training_keeps(kind: str, monkeypatch: pytest.MonkeyPa
 
 def test_constants_are_those_of_the_code() -> None:
     from lowrank.calibration import output_gradients
-    from lowrank.cluster import checkpoint_needs, resources, sizes
+    from lowrank.cluster import checkpoint_needs, sizes
     from lowrank.evaluation import perplexity
     from lowrank.post_training import loss
     from lowrank.search import objective
 
-    assert statistics_module.TOKENS_PER_BATCH == resources.STATISTICS_TOKENS
-    assert output_gradients.TOKENS_PER_BATCH == resources.GRADIENT_TOKENS
+    assert statistics_module.TOKENS_PER_BATCH == sizes.STATISTICS_TOKENS
+    assert output_gradients.TOKENS_PER_BATCH == sizes.GRADIENT_TOKENS
     assert sizes.LOSS_TOKENS == objective.TOKENS_PER_BATCH == perplexity.BATCH_TOKENS
     assert losses.CHUNK_TOKENS == HEAD_TOKENS
     assert loss.CHUNK_TOKENS == checkpoint_needs.TRAINING_HEAD_TOKENS

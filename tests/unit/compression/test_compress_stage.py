@@ -51,7 +51,9 @@ def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
 
 def test_the_manifest_has_the_predicted_rise_of_the_loss_and_what_it_is(tmp_path: Path) -> None:
     bases = str(samples.fisher_bases(KIND).files[0].parent)
-    found = run(tmp_path, {"kind": "rankwise", "calibration": "c", "covariance": "c"}, bases=bases)
+    save_tensors(tmp_path / "tokens.safetensors", {"tokens": TOKENS.int()})
+    method = {"kind": "rankwise", "calibration": "c", "covariance": "c"}
+    found = run(tmp_path, method, bases=bases, tokens=str(tmp_path / "tokens.safetensors"))
     assert found["predicted_loss_rise"]["nats_per_token"] > 0
     assert found["predicted_loss_rise"]["meaning"] == "second order, on the calibration text"
     assert found["kept"]["linears"] <= 0.7

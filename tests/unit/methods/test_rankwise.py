@@ -16,12 +16,16 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
 from lowrank.compression.compress import compress_model
+from lowrank.compression.influence import block_influence
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
+from lowrank.methods.rankwise import Settings
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.curves import choices_of
+from lowrank.ranks.predicted_loss import allocate
+from lowrank.search.loss_scales import predicted_losses
 from tests import tiny
 from tests.unit.calibration.test_output_gradients import by_autograd
 from tests.unit.methods import rankwise_samples as samples
@@ -29,6 +33,7 @@ from tests.unit.model import factor_samples
 from tests.unit.model.factor_samples import TOKENS, shape_of
 
 KINDS = tuple(tiny.SHAPES)
+PRESET = {"kind": "rankwise", "calibration": "c", "covariance": "c"}
 PAIRS = ("svd", "fwsvd", "asvd", "svd-llm", "afm", "lord", "bolaco")
 
 
@@ -134,8 +139,22 @@ def test_it_says_what_its_ranks_are_predicted_to_cost_and_what_that_is(caplog: p
     assert expected > 0
     meaning = "second order, on the calibration text"
     said = {"nats_per_token": pytest.approx(expected, rel=1e-5), "meaning": meaning}
-    assert account == {"predicted_loss_rise": said}
+    assert account.pop("predicted_loss_rise") == said
+    assert account == {"influence": block_influence(tiny.model("llama-gqa"), TOKENS, factor_samples.CPU)}
     assert f"{expected:.4f} nats per token ({meaning};" in caplog.text
+
+
+def test_blocks_are_compared_by_their_influence_too_unless_that_is_switched_off() -> None:
+    kind = "llama-gqa"
+    losses = predicted_losses(samples.fisher_bases(kind), budget_of(kind))
+    budget = replace(budget_of(kind), adds_bias=True)
+    influence = block_influence(tiny.model(kind), TOKENS, factor_samples.CPU)
+    both, alone = (compressed(kind, 30, influence=used)[1] for used in (True, False))
+    assert both == allocate(budget, 30, losses, influence=influence).ranks
+    assert alone == allocate(budget, 30, losses).ranks
+    assert both != alone
+    assert Settings.model_validate({**PRESET, "influence": False}).needs == ()
+    assert Settings.model_validate(PRESET).needs == ("tokens",)
 
 
 def test_types_can_stay_dense() -> None:
@@ -160,7 +179,7 @@ def test_on_a_trained_model_it_loses_less_than_principal_directions_at_one_ratio
     budget, losses = Budget.of(shape_of("llama")), {}
     for method, used in (("rankwise", bases), ("afm", plain)):
         model = samples.trained_copy()
-        task = {"model": model, "budget": budget, "ratio": ratio, "seed": 0, "bases": used}
+        task = {"model": model, "budget": budget, "ratio": ratio, "seed": 0, "bases": used, "tokens": seen}
         compress_model(method, {"kind": method, "calibration": "c", "covariance": "c"}, task)
         losses[method] = float(model(input_ids=unseen, labels=unseen).loss)
     dense = float(samples.trained_model()(input_ids=unseen, labels=unseen).loss)

@@ -53,6 +53,7 @@ def compressed(
         "statistics": factor_samples.statistics(kind),
         "gradients": factor_samples.output_gradients(kind),
         "covariance": Covariance.model_validate({"estimator": estimator, "gradients": "weigh"}),
+        "tokens": TOKENS,
         "account": account,
     }
     ranks = compress_model("rankwise", {**PRESET, "mlp": mlp, **options}, task)
@@ -200,6 +201,7 @@ def test_on_a_trained_model_it_loses_less_than_removing_the_same_without_refitti
         "statistics": Statistics(folder / "statistics", shape),
         "gradients": OutputGradients(folder / "gradients", shape),
         "covariance": preset,
+        "tokens": seen,
     }
     compress_model("rankwise", {**PRESET, "mlp": mlp, "uncompressed": ATTENTION}, task)
     losses = {"refitted": float(model(input_ids=unseen, labels=unseen).loss)}

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.ranks.groups import combined, worth_having
 from lowrank.ranks.curves import Curve
+from lowrank.ranks.groups import combined, worth_having
 
 
 def curve(seed: int, size: int) -> Curve:

@@ -23,6 +23,9 @@ HEAD_TOKENS = 256
 LOSS_TOKENS = 2048
 """Tokens of a forward pass where losses are taken."""
 
+STATISTICS_TOKENS, GRADIENT_TOKENS = 4096, 512
+"""Tokens of a pass in the statistics, and of a backward pass for gradients."""
+
 
 def batch_tokens(length: int, tokens: int) -> int:
     """Tokens of one forward pass of windows that are put together up to `tokens`: at least one window."""

@@ -76,7 +76,12 @@ class Settings(LowRankSettings):
         """Removing neurons wants to know how they move together, and what an error of the MLP's output costs; the
         influence of blocks comes from running the model."""
         neurons: Reads = () if self.mlp == "pairs" else ("statistics", "gradients")
-        return (*neurons, "tokens") if self.influence else neurons
+        return (*neurons, "tokens") if self.influence and self._compares_blocks else neurons
+
+    @property
+    def _compares_blocks(self) -> bool:
+        """Not if one width of all MLPs is all that there is to choose."""
+        return self.widths == "own" or not set(self.uncompressed) >= _ATTENTION
 
     @property
     def windows(self) -> int:
@@ -147,7 +152,7 @@ def compress(task: CompressionTask) -> Replacements:
     prunes = settings.mlp != "pairs" and task.ratio > 0
     mlps = Mlps(task, settings.multiple, settings.widths == "one", settings.mlp == "both") if prunes else None
     groups = mlps.groups() if mlps else {}
-    influence = _influence(task) if settings.influence and task.ratio > 0 else None
+    influence = _influence(task) if "tokens" in settings.needs and task.ratio > 0 else None
     allocation = allocate(task.budget, task.ratio, losses, settings.uncompressed, groups, influence)
     task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
     log.info(

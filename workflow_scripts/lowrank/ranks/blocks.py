@@ -26,6 +26,9 @@ from lowrank.errors import RankwiseError
 from lowrank.ranks.curves import Curve
 from lowrank.ranks.groups import combined
 
+LEAST_INFLUENCE = 1e-6
+"""A block that turns the residual stream by less is taken to turn it by so much: one that does nothing has none."""
+
 
 def weigh_blocks(
     curves: Mapping[str, Curve], layers: Mapping[str, AbstractSet[int]], influence: Sequence[float], kept: float
@@ -41,7 +44,7 @@ def weigh_blocks(
         kept: share of the parameters that stay.
 
     Raises:
-        RankwiseError: the influence of a block is no positive number.
+        RankwiseError: the influence of a block is no number.
     """
     of_block: dict[int, list[str]] = {}
     for name, found in layers.items():
@@ -71,19 +74,22 @@ def block_weights(uniform: Mapping[int, float], influence: Sequence[float]) -> d
         influence: I_b of every block of the model.
 
     Raises:
-        RankwiseError: the influence of a block is no positive number.
+        RankwiseError: the influence of a block is no number.
     """
     for layer in uniform:
-        if not 0 < influence[layer] < np.inf:
-            raise RankwiseError(f"block {layer} has an influence of {influence[layer]}; it must be a positive number")
+        if not np.isfinite(influence[layer]):
+            raise RankwiseError(f"block {layer} has an influence of {influence[layer]}, which is no number")
     blocks = [layer for layer, loss in uniform.items() if loss > 0]
     if not blocks:
         return dict.fromkeys(uniform, 1.0)
-    ratios = _centred([influence[layer] for layer in blocks]) - _centred([uniform[layer] for layer in blocks])
+    ratios = _centred([max(influence[layer], LEAST_INFLUENCE) for layer in blocks]) - _centred(
+        [uniform[layer] for layer in blocks]
+    )
     return dict.fromkeys(uniform, 1.0) | dict(zip(blocks, np.exp(ratios / 2).tolist(), strict=True))
 
 
 def _centred(values: Sequence[float]) -> npt.NDArray[np.float64]:
     """Logarithms less their mean."""
-    logs: npt.NDArray[np.float64] = np.log(np.array(values, dtype=np.float64))
-    return logs - logs.mean()
+    logs = np.log(np.array(values, dtype=np.float64))
+    centred: npt.NDArray[np.float64] = logs - logs.mean()
+    return centred

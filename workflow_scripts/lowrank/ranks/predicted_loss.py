@@ -64,8 +64,7 @@ def allocate(
         influence: of each block, by which blocks are compared as well (`ranks.blocks`); None: by their losses alone.
 
     Raises:
-        RankwiseError: an influence that is not positive, the smallest choices exceed the budget,
-            or a type is unknown.
+        RankwiseError: an influence that is no number, smallest choices that exceed the budget, or an unknown type.
     """
     budget.types(uncompressed)
     groups = dict(groups or {})

@@ -1,0 +1,173 @@
+"""What compressing a model needs, from its sizes and a method's preset. See `resources`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowrank.cluster.needs import PROGRAM, Need, Work, plus
+from lowrank.cluster.sizes import (
+    DOUBLE,
+    LOSS_TOKENS,
+    SINGLE,
+    STATISTICS_TOKENS,
+    Sizes,
+    batch_tokens,
+    decomposition,
+    in_dtype,
+)
+from lowrank.config.low_rank import StackedSettings
+from lowrank.config.presets import Calibration, MethodSettings
+from lowrank.model.families import LinearModule
+from lowrank.ranks.budget import Budget
+
+ON_PROCESSORS = ("dense", "flap")
+"""Kinds of methods that have nothing to compute that a GPU would help with."""
+
+TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
+"""Kinds of methods that take loss gradients of weights, if they read calibration windows."""
+
+STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
+"""Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+TRAIN_MASKS = ("llrc",)
+"""Kinds of methods that train masks over all directions of all matrices."""
+
+INVERT_NEURONS = ("modegpt",)
+"""Kinds of methods that invert the second moment of all neurons of a block."""
+
+
+def compression_need(
+    method: MethodSettings, dense: Sizes, compressed: Sizes, calibration: Calibration | None, bases: float
+) -> Need:
+    """Compressing a model.
+
+    Args:
+        method: the preset.
+        dense, compressed: the model before and after.
+        calibration: what the preset names.
+        bases: bytes of the bases of a block, if the preset reads some.
+    """
+    if method.kind == "dense":  # its files are linked
+        return Need(host={"program": PROGRAM, "weights": dense.weights}, work=Work(disk=2 * dense.weights))
+    if method.covariance is None:
+        return _decomposed(method, dense, compressed, calibration)
+    all_bases = dense.shape.layers * bases
+    need = Need(
+        host={"program": PROGRAM, "weights": compressed.weights, "bases": compressed.kept * all_bases},
+        disk=compressed.weights,
+        work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
+    )
+    if "gradients" in method.needs:
+        need = _with_neurons(need, method, dense)
+    if "tokens" in method.needs and calibration:
+        need = _with_influence(need, method, dense, calibration)
+    return need
+
+
+def _with_neurons(sliced: Need, method: MethodSettings, dense: Sizes) -> Need:
+    """What it takes besides to remove neurons: a block's covariance and its inverse, and bases of what is left."""
+    shape = dense.shape
+    square, matrix = shape.intermediate**2, shape.intermediate * shape.hidden
+    # The correlation, its inverse and what an update adds, while the covariances of both inputs are there; G at
+    # the outputs of the first matrices; weights, and what is left of them.
+    device = DOUBLE * (5 * square + 2 * shape.hidden**2 + (2 if dense.gated else 1) * square + 8 * matrix)
+    bases = method.own_bases(Budget.of(shape)) * dense.decompositions()
+    read = dense.statistics(0) + dense.output_moments(SINGLE)
+    host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": dense.weights}
+    return replace(
+        sliced,
+        gpu=True,
+        device={"elimination": device, "a decomposition": decomposition(dense.block)},
+        host={**sliced.host, **host},
+        work=plus(sliced.work, double=4 * shape.layers * shape.intermediate**3 + bases, disk=2 * shape.layers * read),
+    )
+
+
+def _with_influence(need: Need, method: MethodSettings, dense: Sizes, calibration: Calibration) -> Need:
+    """What it takes besides to run the model on some windows, when nothing else is on the device."""
+    length = calibration.length
+    running = {"weights": dense.weights, "activations": dense.activations(batch_tokens(length, STATISTICS_TOKENS))}
+    tokens = min(getattr(method, "windows", calibration.windows), calibration.windows) * length
+    work = plus(need.work, in_dtype(dense, dense.forward(tokens, length, head=False)))
+    if sum(running.values()) <= need.device_bytes:
+        return replace(need, work=work)
+    host = {part: size for part, size in need.host.items() if part != "weights"}
+    return replace(need, gpu=True, device=running, host=host, loading=dense.weights, work=work)
+
+
+def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration: Calibration | None) -> Need:
+    """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
+    windows. An upper estimate for all of them."""
+    on_device = computes_on_device(method)
+    matrices = _stacked(method, dense)
+    device = {"a decomposition": float(decomposition(matrices))} if on_device else {}
+    if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
+        device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
+    host = {"program": PROGRAM, "weights": dense.weights}
+    as_written = method.kind in STORE_AS_WRITTEN
+    host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
+    work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
+    work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
+    if "statistics" in method.needs:
+        host["a block's statistics"] = 2 * dense.moments(DOUBLE) * getattr(method, "blocks_together", 1)
+        work = plus(work, disk=dense.shape.layers * dense.statistics_file(0))
+    if "gradients" in method.needs:
+        host["a block's gradients"] = dense.output_moments(SINGLE)
+        work = plus(work, disk=dense.shape.layers * dense.gradients_file)
+    if reads_tokens(method) and calibration:
+        rounds = 1 + getattr(method, "corrections", 0)
+        windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
+        length = getattr(method, "length", None) or calibration.length
+        tokens = min(windows, calibration.windows) * length
+        if method.kind in TAKE_GRADIENTS:  # before it decomposes anything
+            device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
+        else:
+            device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
+        device["weights"] = dense.weights
+        if method.kind in TRAIN_MASKS:
+            device |= _masks(method, dense, length)
+        if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
+            host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
+        else:
+            del host["weights"]
+        if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
+            host["hidden states"] = 2 * dense.hidden(tokens)
+        # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
+        trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
+        refined = getattr(method, "refine", 0)  # passes forward and backward through each block
+        if refined:  # the pairs of a block, their gradients and both moments of AdamW
+            device["training a block"] = 4 * SINGLE * dense.linears / dense.shape.layers
+        passes = 4 * rounds + 3 * refined + (trials / 2 if getattr(method, "allocation", None) == "strs" else 0)
+        if method.kind in TRAIN_MASKS:  # forward in both models, backward in one of about twice the size
+            tokens, passes = getattr(method, "steps", 0) * getattr(method, "batch_size", 1) * length, 7
+        work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
+    return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
+
+
+def _stacked(method: MethodSettings, dense: Sizes) -> list[LinearModule]:
+    """The matrices that a method decomposes in a block: those of the block, or stacks of them."""
+    if not isinstance(method, StackedSettings):
+        return dense.block
+    blocks = Budget.of(dense.shape.model_copy(update={"layers": min(method.blocks_together, dense.shape.layers)}))
+    return [stack.module for stack in method.stacks(blocks)]
+
+
+def _masks(method: MethodSettings, dense: Sizes, length: int) -> dict[str, float]:
+    """What training masks over all directions takes on a device, besides the dense model."""
+    directions = [(min(m.out_features, m.in_features), m.out_features + m.in_features) for m in dense.block]
+    return {
+        "all directions": dense.number * dense.shape.layers * sum(k * both for k, both in directions),
+        "masks": 8 * SINGLE * dense.shape.layers * sum(k for k, _ in directions),
+        "activations": dense.training_activations(getattr(method, "batch_size", 1) * length),
+    }
+
+
+def computes_on_device(method: MethodSettings) -> bool:
+    """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there."""
+    reads = {"gradients", "tokens"} & set(method.needs)
+    return method.kind not in ON_PROCESSORS and (method.covariance is None or bool(reads))
+
+
+def reads_tokens(method: MethodSettings) -> bool:
+    """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
+    return "tokens" in method.needs and bool(getattr(method, "update", True))
