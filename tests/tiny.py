@@ -13,6 +13,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from lowrank.model.families import BIAS_OPTIONS
+
 WORDS = [
     *("river", "stone", "light", "house", "morning", "paper", "green", "window", "answer", "garden", "winter"),
     *("letter", "music", "bread", "city", "mountain", "question", "table", "water", "silver", "engine", "island"),
@@ -22,11 +24,14 @@ WORDS = [
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"heads": 4, "kv_heads": 4, "tied": False},
     "llama-gqa": {"heads": 4, "kv_heads": 2, "tied": True},
+    "llama-biased": {"heads": 4, "kv_heads": 2, "tied": False, "attention_bias": True, "mlp_bias": True},
     "mistral": {"heads": 4, "kv_heads": 2, "tied": False},
     "qwen2": {"heads": 4, "kv_heads": 2, "tied": True},
     "qwen3": {"heads": 4, "kv_heads": 2, "tied": True},
     "opt": {"heads": 4, "kv_heads": 4, "tied": True},
 }
+FEW = ("llama-biased", "qwen3", "opt")
+"""One of each build: tests that would take long on all of `SHAPES` are made on these."""
 SMOLLM = {  # SmolLM2-135M, a real shape with grouped queries
     "family": "llama",
     "layers": 30,
@@ -93,13 +98,13 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
     else:
         classes = {
             "llama": transformers.LlamaConfig,
-            "llama-gqa": transformers.LlamaConfig,
             "mistral": transformers.MistralConfig,
             "qwen2": transformers.Qwen2Config,
             "qwen3": transformers.Qwen3Config,
         }
-        config = classes[kind](
+        config = classes[kind.split("-")[0]](
             **common,
+            **{option: shape[option] for option in BIAS_OPTIONS if option in shape},
             intermediate_size=INTERMEDIATE,
             num_key_value_heads=shape["kv_heads"],
             head_dim=HEAD_DIM,
@@ -124,6 +129,7 @@ def shape(kind: str, vocabulary: int = 400) -> dict[str, Any]:
         "head_dim": HEAD_DIM,
         "vocabulary": vocabulary,
         "tied_embeddings": SHAPES[kind]["tied"],
+        **{option: SHAPES[kind].get(option, False) for option in BIAS_OPTIONS},
     }
 
 

@@ -39,7 +39,7 @@ def test_without_a_mean_the_bias_is_the_layers_own_or_none(own: bool, weighed: b
     assert (stored.mean is None) == (not own)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_stored_bases_say_whether_a_mean_was_subtracted(kind: str) -> None:
     uncentred, naive = samples.bases(kind, "uncentred"), samples.bases(kind, "naive")
     assert naive.centred
@@ -66,7 +66,7 @@ def test_searches_count_the_biases_that_their_bases_bring(estimator: str, counts
     assert opened.budget.cost(module, 8) == pair + (module.out_features if counts else 0)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 @pytest.mark.parametrize("method", ["afm", "lord", "rankwise"])
 def test_a_checkpoint_of_uncentred_bases_has_no_bias_to_count(method: str, kind: str) -> None:
     settings = Covariance(estimator="uncentred", gradients="predict")

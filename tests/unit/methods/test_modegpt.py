@@ -29,7 +29,7 @@ from tests.unit.model.factor_samples import CPU, TOKENS, shape_of
 
 PRESET: dict[str, Any] = {"kind": "modegpt", "calibration": "c"}
 WITHOUT_QK = {"parts": ["mlp", "vo"]}
-KINDS = tuple(tiny.SHAPES)
+KINDS = tuple(tiny.FEW)
 
 
 def compressed(kind: str, ratio: int, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -32,7 +32,7 @@ from tests.unit.methods import rankwise_samples as samples
 from tests.unit.model import factor_samples
 from tests.unit.model.factor_samples import TOKENS, shape_of
 
-KINDS = tuple(tiny.SHAPES)
+KINDS = tuple(tiny.FEW)
 PRESET = {"kind": "rankwise", "calibration": "c", "covariance": "c"}
 PAIRS = ("svd", "fwsvd", "asvd", "svd-llm", "afm", "lord", "bolaco")
 

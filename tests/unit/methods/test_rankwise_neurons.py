@@ -29,7 +29,7 @@ from tests.unit.methods import rankwise_samples as samples
 from tests.unit.model import factor_samples
 from tests.unit.model.factor_samples import CPU, TOKENS, shape_of
 
-KINDS = tuple(tiny.SHAPES)
+KINDS = tuple(tiny.FEW)
 ATTENTION = ["q", "k", "v", "o"]
 PRESET = {"kind": "rankwise", "calibration": "c", "covariance": "c"}
 

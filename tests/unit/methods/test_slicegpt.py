@@ -31,7 +31,7 @@ from lowrank.ranks.budget import ALIGNMENT, Budget
 from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, OTHER_7B
 
-KINDS = [kind for kind in tiny.SHAPES if kind != "opt"]
+KINDS = [kind for kind in tiny.FEW if kind != "opt"]
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 EPS = 1e-6
 

@@ -19,6 +19,7 @@ from lowrank.bases import principal as bases_module
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
 from lowrank.calibration.statistics import collect_statistics, load_moments
+from lowrank.cluster.sizes import Sizes
 from lowrank.config.presets import Covariance, Selection
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
@@ -26,9 +27,10 @@ from lowrank.files import layer_name, save_tensors
 from lowrank.methods import bolaco
 from lowrank.model import modeling_rankwise
 from lowrank.model.checkpoint import family_of, replace_modules
-from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES, has_native_bias, linear_modules
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget, rank_for
+from lowrank.ranks.counts import count
 from lowrank.search.allocation import sliced_factors
 from lowrank.search.kept_ratios import SearchSpace
 from lowrank.search.sliced_model import SlicedModel
@@ -72,6 +74,7 @@ class Sample:
 SAMPLES = {
     "llama": Sample(transformers.LlamaConfig),
     "llama with grouped queries": Sample(transformers.LlamaConfig, kv_heads=2, tied=True),
+    "llama with biases": Sample(transformers.LlamaConfig, kv_heads=2, more={"attention_bias": True, "mlp_bias": True}),
     "mistral": Sample(transformers.MistralConfig, kv_heads=2, more={"sliding_window": 8}),
     "qwen2": Sample(transformers.Qwen2Config, kv_heads=2, tied=True),
     "qwen3": Sample(transformers.Qwen3Config, kv_heads=2, head_dim=20, tied=True),
@@ -113,6 +116,7 @@ def a_shape(name: str) -> ModelShape:
         head_dim=sample.head_dim,
         vocabulary=VOCABULARY,
         tied_embeddings=sample.tied,
+        **{option: sample.more.get(option, False) for option in BIAS_OPTIONS},
     )
 
 
@@ -170,6 +174,14 @@ def test_the_table_names_every_linear_layer_of_the_blocks_with_its_shape_and_bia
     table = {m.name: ((m.out_features, m.in_features), has_native_bias(shape, m)) for m in linear_modules(shape)}
     assert table == found
     assert isinstance(model.get_submodule(FAMILIES[shape.family].decoder), nn.Module)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "opt"])  # whose positions no shape tells
+def test_sizes_from_the_shape_are_those_that_transformers_counts(name: str) -> None:
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(a_model(name).config).num_parameters()
+    assert count(a_shape(name), {}, tokens=1).parameters == expected
+    assert Sizes(a_shape(name), "float32").parameters == expected
 
 
 @each_family

@@ -97,7 +97,7 @@ def shortcuts(model: PreTrainedModel, structure: Structure, generator: torch.Gen
                 replacements[full] = NormWithoutGain(tiny.HIDDEN, 1e-5)
             elif child in written:
                 weight = random_weight(written[child], module.in_features, generator)
-                replacements[full] = SmallerLinear(weight, module.bias)
+                replacements[full] = SmallerLinear(weight, None if module.bias is None else module.bias[: len(weight)])
             elif isinstance(module, torch.nn.Linear):
                 weight = random_weight(module.out_features, read[parent], generator)
                 replacements[full] = SmallerLinear(weight, module.bias)
@@ -109,7 +109,7 @@ def shortcuts(model: PreTrainedModel, structure: Structure, generator: torch.Gen
 
 Maker = Callable[[PreTrainedModel, Structure, torch.Generator], dict[str, Replacement]]
 KINDS: dict[str, Maker] = {"linear": linear, "heads": heads, "rms_norm": rms_norm, "shortcuts": shortcuts}
-CASES = [(entry, kind) for entry in KINDS for kind in tiny.SHAPES if (entry, kind) != ("shortcuts", "opt")]
+CASES = [(entry, kind) for entry in KINDS for kind in tiny.FEW if (entry, kind) != ("shortcuts", "opt")]
 """A block of OPT has other names for its parts, and no method gives it shortcuts."""
 
 

@@ -40,7 +40,7 @@ from tests import tiny
 from tests.unit.model.factor_samples import check_round_trip, shape_of
 from tests.unit.model.test_replacements import OUTSIDE, probe
 
-KINDS = tuple(tiny.SHAPES)
+KINDS = tuple(tiny.FEW)
 RANK = 24
 
 

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.unit.model.test_checkpoint import OUTSIDE
 
 IDS = torch.randint(2, 400, (2, 14), generator=torch.Generator().manual_seed(6))
-KINDS = [kind for kind in tiny.SHAPES if kind != "qwen3"]
+KINDS = [kind for kind in tiny.FEW if kind != "qwen3"]
 PAIRS, VALUES = 5, 11  # of 8 pairs and 16 dimensions
 
 

@@ -77,4 +77,6 @@ def test_metadata_of_a_gguf_file(family: str, name: str, tied: bool, tmp_path: P
         "head_dim": 16,
         "vocabulary": 3,
         "tied_embeddings": tied,
+        "attention_bias": False,
+        "mlp_bias": False,
     }

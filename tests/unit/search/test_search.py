@@ -50,7 +50,7 @@ def tiny_bases(kind: str, folder: Path, covariance: Covariance = POOLED) -> Base
 
 
 @pytest.mark.parametrize("covariance", [POOLED, Covariance(estimator="uncentred")], ids=["pooled", "uncentred"])
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_slices_score_as_a_rebuilt_model_does(kind: str, covariance: Covariance, tmp_path: Path) -> None:
     bases = tiny_bases(kind, tmp_path, covariance)
     budget = Budget.of(ModelShape(**tiny.shape(kind)))

@@ -63,7 +63,7 @@ def test_bases_without_predictions_and_shares_that_truncate_nothing_are_refused(
         choose_truncations(budget_of("opt"), samples.fisher_bases("opt"), 5, [0.999], seed=0)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_a_measured_rise_is_that_of_the_model_with_one_layer_replaced(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from lowrank.cluster.needs import Work
 from lowrank.config.sources import ModelShape
-from lowrank.model.families import FAMILIES, LinearModule, has_native_bias
+from lowrank.model.families import FAMILIES, LinearModule, bias_parameters, norm_parameters
 from lowrank.ranks.budget import Budget, largest_rank
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -76,12 +76,8 @@ class Sizes:
 
     @property
     def rest(self) -> int:
-        """Biases and norms: of a block with LayerNorm twice as many, and with norms of queries and keys two more."""
-        shape = self.shape
-        biases = sum(module.out_features for module in self.block if has_native_bias(shape, module))
-        norm = shape.hidden * (2 if shape.family == "opt" else 1)
-        of_heads = 2 * shape.head_dim if shape.family == "qwen3" else 0
-        return shape.layers * (biases + 2 * norm + of_heads) + norm
+        """Biases and norms."""
+        return bias_parameters(self.shape) + norm_parameters(self.shape)
 
     @property
     def parameters(self) -> float:

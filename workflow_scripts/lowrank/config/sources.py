@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from lowrank.config.base import Documents, Name, Positive, Says, Section, Seed, Sha256, Text, wrong
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -110,6 +111,15 @@ class ModelShape(Section):
     head_dim: Positive
     vocabulary: Positive
     tied_embeddings: bool
+    attention_bias: bool = Field(default=False, description="q, k, v and o have biases, as its config.json says")
+    mlp_bias: bool = Field(default=False, description="gate, up and down have biases, as its config.json says")
+
+    @model_validator(mode="after")
+    def _biases_are_those_that_a_family_may_have(self) -> ModelShape:
+        for option in BIAS_OPTIONS:
+            if getattr(self, option) and option not in FAMILIES[self.family].bias_options:
+                raise wrong(option, f"models of family '{self.family}' have no such option; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _heads_share_keys_and_values(self) -> ModelShape:

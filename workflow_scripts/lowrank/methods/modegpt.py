@@ -12,7 +12,7 @@ blocks: what turns the residual stream less loses more.
 Beyond the paper: shares are scaled so that the whole meets the row's ratio, and widths are multiples of `multiple`.
 Heads that share a key and value keep the same rotary pairs, and their v is decomposed with the o of all of them.
 Inputs are not centred and no bias is added, but biases that are there count, as parts of what q, k and v put out. Where
-q and k are normed head by head (Qwen3), `qk` is not defined.
+q and k are normed (Qwen3, OLMo 2, Gemma 3), `qk` is not defined.
 """
 
 from __future__ import annotations
@@ -117,11 +117,12 @@ def undefined(settings: Settings, budget: Budget) -> Iterator[tuple[str, str]]:
     from lowrank.model.families import FAMILIES
 
     steps, family = Steps(budget, tuple(settings.parts), settings.multiple), FAMILIES[budget.dimensions.family]
-    if family.normed_heads and "qk" in settings.parts:
+    if family.normed != "nothing" and "qk" in settings.parts:
         others = ", ".join(part for part in settings.parts if part != "qk") or "mlp, vo"
+        over = "head by head" if family.normed == "heads" else "as wholes"
         yield (
             "parts",
-            f"family '{family.model_type}' norms q and k head by head, each dimension by all of them, so none can go; "
+            f"family '{family.model_type}' norms q and k {over}, each dimension by all of them, so none can go; "
             f"leave `qk` out (`parts: [{others}]`)",
         )
     stuck = [part for part in settings.parts if steps.step(part) >= steps.full(part)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class Dimensions(Protocol):
@@ -35,6 +35,12 @@ class Dimensions(Protocol):
 
     @property
     def head_dim(self) -> int: ...
+
+    @property
+    def attention_bias(self) -> bool: ...
+
+    @property
+    def mlp_bias(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,14 @@ class Family:
         blocks: path of the list of decoder blocks inside the causal language model.
         decoder: path of the base model (without the head).
         types: the linear layers of a block.
-        biased: names of the types whose dense layers have a bias.
+        biased: names of the types whose dense layers always have a bias.
+        bias_options: which options of a configuration give more of them one, see `BIAS_OPTIONS`.
         rotary: whether q and k are rotated by position, dimension i of a head with dimension i + head_dim / 2.
-        normed_heads: whether q and k are normed head by head, each dimension by all of its head.
+        normed: over what queries and keys are normed before they meet: nothing, each head, or all heads at once.
+        norms: norms of the residual stream's width in a block.
+        layer_norm: whether they are LayerNorms, with a shift; else root mean square norms.
+        plain_branches: whether a branch reads the residual stream through one root mean square norm and writes
+            straight to it, as in Llama.
     """
 
     model_type: str
@@ -76,8 +87,12 @@ class Family:
     decoder: str
     types: tuple[LinearType, ...]
     biased: tuple[str, ...] = ()
+    bias_options: tuple[str, ...] = ()
     rotary: bool = True
-    normed_heads: bool = False
+    normed: Literal["nothing", "heads", "projections"] = "nothing"
+    norms: int = 2
+    layer_norm: bool = False
+    plain_branches: bool = True
 
     @property
     def sites(self) -> dict[str, LinearType]:
@@ -107,13 +122,16 @@ _OPT_TYPES = (
     LinearType("fc2", "fc2", "hidden", "intermediate", "mlp_output", "fc2"),
 )
 
+BIAS_OPTIONS = {"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("gate", "up", "down")}
+"""Options of a configuration, named as transformers names them -> types that have a bias where they are set."""
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "model.layers", "model", _LLAMA_TYPES),
+        Family("llama", "model.layers", "model", _LLAMA_TYPES, bias_options=("attention_bias", "mlp_bias")),
         Family("mistral", "model.layers", "model", _LLAMA_TYPES),
         Family("qwen2", "model.layers", "model", _LLAMA_TYPES, biased=("q", "k", "v")),
-        Family("qwen3", "model.layers", "model", _LLAMA_TYPES, normed_heads=True),
+        Family("qwen3", "model.layers", "model", _LLAMA_TYPES, bias_options=("attention_bias",), normed="heads"),
         Family(
             "opt",
             "model.decoder.layers",
@@ -121,6 +139,8 @@ FAMILIES: dict[str, Family] = {
             _OPT_TYPES,
             biased=tuple(linear.name for linear in _OPT_TYPES),
             rotary=False,
+            layer_norm=True,
+            plain_branches=False,
         ),
     )
 }
@@ -166,5 +186,20 @@ def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
 
 
 def has_native_bias(dimensions: Dimensions, module: LinearModule) -> bool:
-    """Whether the dense layer of this family has a bias already."""
-    return module.type.name in FAMILIES[dimensions.family].biased
+    """Whether the dense layer has a bias already: all of its family have one, or this model has."""
+    name = module.type.name
+    given = [option for option, types in BIAS_OPTIONS.items() if name in types and getattr(dimensions, option)]
+    return name in FAMILIES[dimensions.family].biased or bool(given)
+
+
+def norm_parameters(dimensions: Dimensions) -> int:
+    """Parameters of all norms of a model: in its blocks, and the one before the head."""
+    family = FAMILIES[dimensions.family]
+    width = dimensions.hidden * (2 if family.layer_norm else 1)
+    query_key = {"nothing": 0, "heads": 2, "projections": dimensions.heads + dimensions.kv_heads}[family.normed]
+    return dimensions.layers * (family.norms * width + query_key * dimensions.head_dim) + width
+
+
+def bias_parameters(dimensions: Dimensions) -> int:
+    """Biases of all linear layers of a dense model's blocks."""
+    return sum(m.out_features for m in linear_modules(dimensions) if has_native_bias(dimensions, m))

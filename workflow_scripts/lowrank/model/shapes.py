@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.model.families import FAMILIES
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES
 
 _KEYS = {
     "layers": "num_hidden_layers",
@@ -59,7 +59,13 @@ def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
         "kv_heads": heads if family == "opt" else found.get("num_key_value_heads") or heads,
         "head_dim": found.get("head_dim") or found["hidden_size"] // heads,
         "tied_embeddings": found.get("tie_word_embeddings", False),
+        **bias_options(family, found),
     }
+
+
+def bias_options(family: str, config: dict[str, Any]) -> dict[str, bool]:
+    """The options of a configuration about biases, false where the code of a family does not read them."""
+    return {option: option in FAMILIES[family].bias_options and bool(config.get(option)) for option in BIAS_OPTIONS}
 
 
 def model_config(files: list[Path]) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from typing import Protocol
 import numpy as np
 
 from lowrank.errors import RankwiseError
-from lowrank.model.families import Dimensions, LinearModule, LinearType, linear_modules
+from lowrank.model.families import (
+    Dimensions,
+    LinearModule,
+    LinearType,
+    bias_parameters,
+    linear_modules,
+    norm_parameters,
+)
 from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank
 
 ATTENTION_SITES = ("attention", "attention_output")
@@ -84,12 +91,7 @@ def other_parameters(shape: Sizes) -> int:
     if shape.family == "opt":
         raise RankwiseError("the shape of an OPT does not say how many position embeddings it has")
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
-    norms = (2 * shape.layers + 1) * shape.hidden
-    if shape.family == "qwen2":  # biases of q, k and v
-        return embeddings + norms + shape.layers * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    if shape.family == "qwen3":  # norms of queries and keys
-        return embeddings + norms + shape.layers * 2 * shape.head_dim
-    return embeddings + norms
+    return embeddings + norm_parameters(shape) + bias_parameters(shape)
 
 
 def module_ranks(printed: Sequence[Mapping[str, float | None]], shape: Sizes, units: Sizes | None = None) -> Ranks:

@@ -13,6 +13,7 @@ from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
 from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
+from lowrank.model.shapes import bias_options
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
 CHUNK = 2**22  # numbers of a tensor that are compared at once
@@ -104,6 +105,7 @@ def model_numbers(config: Any) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "vocabulary": config.vocab_size,
         "tied_embeddings": config.tie_word_embeddings,
+        **bias_options(config.model_type, vars(config)),
     }
 
 

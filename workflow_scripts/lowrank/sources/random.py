@@ -11,6 +11,7 @@ import torch
 
 from lowrank.config.sources import Model, ModelShape
 from lowrank.errors import RankwiseError
+from lowrank.model.families import FAMILIES
 from lowrank.model.runtime import parse_dtype
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def _numbers(shape: ModelShape, max_length: int) -> dict[str, Any]:
         "intermediate_size": shape.intermediate,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
+        **{option: getattr(shape, option) for option in FAMILIES[shape.family].bias_options},
     }
 
 
