@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lowrank.model.families import BIAS_OPTIONS
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES
 
 WORDS = [
     *("river", "stone", "light", "house", "morning", "paper", "green", "window", "answer", "garden", "winter"),
@@ -28,10 +28,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": {"heads": 4, "kv_heads": 2, "tied": False},
     "qwen2": {"heads": 4, "kv_heads": 2, "tied": True},
     "qwen3": {"heads": 4, "kv_heads": 2, "tied": True},
+    "olmo2": {"heads": 4, "kv_heads": 2, "tied": False},
+    "gemma3_text": {"heads": 4, "kv_heads": 2, "tied": True},
     "opt": {"heads": 4, "kv_heads": 4, "tied": True},
 }
-FEW = ("llama-biased", "qwen3", "opt")
+MORE: dict[str, dict[str, Any]] = {  # of a family's own
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 20,
+        "final_logit_softcapping": 8.0,
+    },
+}
+FEW = ("llama-biased", "qwen3", "olmo2", "gemma3_text", "opt")
 """One of each build: tests that would take long on all of `SHAPES` are made on these."""
+_BUILDS = {kind: FAMILIES[kind.split("-")[0]] for kind in FEW}
+HEADS_GO = tuple(kind for kind in FEW if _BUILDS[kind].normed != "projections")
+PAIRS_GO = tuple(kind for kind in FEW if _BUILDS[kind].normed == "nothing")
+ROTATED = tuple(kind for kind in FEW if _BUILDS[kind].plain_branches)
+"""Of these: where single heads may go, where dimensions of q and k may, and whose stream may be rotated."""
 SMOLLM = {  # SmolLM2-135M, a real shape with grouped queries
     "family": "llama",
     "layers": 30,
@@ -101,6 +116,8 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
             "mistral": transformers.MistralConfig,
             "qwen2": transformers.Qwen2Config,
             "qwen3": transformers.Qwen3Config,
+            "olmo2": transformers.Olmo2Config,
+            "gemma3_text": transformers.Gemma3TextConfig,
         }
         config = classes[kind.split("-")[0]](
             **common,
@@ -109,6 +126,7 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
             num_key_value_heads=shape["kv_heads"],
             head_dim=HEAD_DIM,
             initializer_range=0.1,
+            **MORE.get(kind, {}),
         )
     made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in made.named_parameters():

@@ -95,9 +95,10 @@ def test_files_of_gradients(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_and_values(kind: str) -> None:
-    cache = tiny.model(kind)(TOKENS[:3], use_cache=True).past_key_values
+    ids = TOKENS[:3, :7]  # sliding windows of 8 tokens keep no more than these
+    cache = tiny.model(kind)(ids, use_cache=True).past_key_values
     held = nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert held == sizes_of(kind).cache(TOKENS[:3].numel())
+    assert held == sizes_of(kind).cache(ids.numel())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,13 +131,13 @@ def saved_for_backward(model: PreTrainedModel, ids: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])  # whose norms of heads keep more
+@pytest.mark.parametrize("kind", KINDS)
 def test_activations_that_training_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but rotations, statistics of norms and attention, and the final norm."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # DeepSpeed puts its own there, for good
     ids = TOKENS[:4]
     kept, expected = saved_for_backward(tiny.model(kind), ids), sizes_of(kind).training_activations(ids.numel())
-    assert expected < kept < 1.1 * expected
+    assert expected < kept < 1.12 * expected
 
 
 def test_constants_are_those_of_the_code() -> None:

@@ -92,7 +92,7 @@ def some_units(structure: Structure, seed: int) -> dict[Place, torch.Tensor]:
     return {place: units for place, units in kept.items() if len(units) < structure.branch(place).units}
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 @pytest.mark.parametrize("compensated", [True, False])
 def test_a_pruned_model_is_the_dense_one_with_its_channels_masked(kind: str, compensated: bool) -> None:
     structure = structure_of(kind, adds_bias=compensated)
@@ -112,7 +112,7 @@ def test_a_pruned_model_is_the_dense_one_with_its_channels_masked(kind: str, com
     assert torch.allclose(pruned(ids).logits, masked(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 @pytest.mark.parametrize("compensated", [True, False])
 def test_what_remains_is_what_a_written_model_holds(kind: str, compensated: bool) -> None:
     structure = structure_of(kind, adds_bias=compensated)
@@ -228,7 +228,7 @@ def random_scores(structure: Structure, seed: int) -> dict[Place, torch.Tensor]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(kind=st.sampled_from(sorted(tiny.FEW)), ratio=st.integers(1, 60), seed=st.integers(0, 99))
+@given(kind=st.sampled_from(sorted(tiny.HEADS_GO)), ratio=st.integers(1, 60), seed=st.integers(0, 99))
 def test_a_threshold_removes_what_a_walk_over_all_units_removes(kind: str, ratio: int, seed: int) -> None:
     structure = structure_of(kind)
     scores = random_scores(structure, seed)
@@ -248,7 +248,7 @@ def test_a_threshold_removes_what_a_walk_over_all_units_removes(kind: str, ratio
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(tiny.FEW)),
+    kind=st.sampled_from(sorted(tiny.HEADS_GO)),
     ratio=st.integers(1, 90),
     seed=st.integers(0, 999),
     tilt=st.floats(-3, 3),

@@ -36,6 +36,8 @@ CONFIGS = {
     "mistral": transformers.MistralConfig(**LLAMA_LIKE),
     "qwen2": transformers.Qwen2Config(**LLAMA_LIKE),
     "qwen3": transformers.Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "olmo2": transformers.Olmo2Config(**LLAMA_LIKE),
+    "gemma3_text": transformers.Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, final_logit_softcapping=2.0),
     "opt": transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16),
 }
 
@@ -48,9 +50,9 @@ def make_shape(family: str) -> ModelShape:
         intermediate=24,
         heads=4,
         kv_heads=4 if family == "opt" else 2,
-        head_dim=8 if family == "qwen3" else 4,
+        head_dim=8 if family in ("qwen3", "gemma3_text") else 4,
         vocabulary=50,
-        tied_embeddings=family in ("llama", "opt"),
+        tied_embeddings=family in ("llama", "opt", "gemma3_text"),
     )
 
 

@@ -67,7 +67,7 @@ def pruned(kind: str, ratio: int = 30, statistics: Statistics | None = None, **c
     return model
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 @pytest.mark.parametrize("changes", STRUCTURES, ids=lambda changes: changes["structure"])
 def test_ratio_0_changes_nothing(kind: str, changes: dict[str, Any]) -> None:
     ids = some_tokens(2)
@@ -144,7 +144,7 @@ def require_equal(kind: str, model: PreTrainedModel, gone: set[tuple[Place, int]
     assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 @pytest.mark.parametrize(("metric", "square"), [("wifv", True), ("wifv", False), ("ifv", True), ("wifn", True)])
 @pytest.mark.parametrize("ratio", [20, 60])
 def test_one_threshold_for_all_blocks(kind: str, metric: str, square: bool, ratio: int) -> None:
@@ -186,7 +186,7 @@ def test_squaring_favours_heads_with_a_few_strong_channels(tmp_path: Path) -> No
         assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, torch.cat(kept))
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 def test_a_fixed_number_of_heads_and_the_rest_from_neurons(kind: str) -> None:
     """AL-MM: the lowest two query heads' worth of groups of the whole model, then the lowest neurons."""
     shape = ModelShape(**tiny.shape(kind))
@@ -208,7 +208,7 @@ def test_a_fixed_number_of_heads_and_the_rest_from_neurons(kind: str) -> None:
     require_equal(kind, pruned(kind, 20, structure="AL-MM", remove_heads=2), gone)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 @pytest.mark.parametrize("changes", [STRUCTURES[1], STRUCTURES[3]], ids=["UL-UM", "UL-MM"])
 def test_every_block_loses_the_same(kind: str, changes: dict[str, Any]) -> None:
     shape = ModelShape(**tiny.shape(kind))
@@ -236,7 +236,7 @@ def test_every_block_loses_the_same(kind: str, changes: dict[str, Any]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(tiny.FEW)),
+    kind=st.sampled_from(sorted(tiny.HEADS_GO)),
     ratio=st.integers(1, 80),
     changes=st.sampled_from(STRUCTURES),
     metric=st.sampled_from(["wifv", "ifv", "wifn"]),
@@ -257,7 +257,7 @@ def test_written_models_meet_the_budget(kind: str, ratio: int, changes: dict[str
     assert allowed - structure.mlp.cost < counts["decoder_linears"] <= allowed
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 def test_what_lost_nothing_stays_as_it_is(kind: str) -> None:
     """A tiny budget touches single neurons: attention has no entry, and no bias is added where nothing went."""
     model = pruned(kind, 1)
@@ -272,7 +272,7 @@ def test_what_lost_nothing_stays_as_it_is(kind: str) -> None:
         assert (reader.in_features < tiny.INTERMEDIATE) == bool(touched)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 def test_a_pruned_model_reads_back_and_generates_with_its_cache(kind: str, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     model = pruned(kind, 50, structure="UL-UM")
@@ -288,7 +288,7 @@ def test_a_pruned_model_reads_back_and_generates_with_its_cache(kind: str, tmp_p
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", tiny.HEADS_GO)
 def test_compensation_keeps_the_mean_of_the_outputs(kind: str) -> None:
     """Where nothing before it changed, a pruned layer gives on average what it gave."""
     pruned_model, dense = pruned(kind, 5), tiny.model(kind)

@@ -27,7 +27,7 @@ from lowrank.files import layer_name, save_tensors
 from lowrank.methods import bolaco
 from lowrank.model import modeling_rankwise
 from lowrank.model.checkpoint import family_of, replace_modules
-from lowrank.model.families import BIAS_OPTIONS, FAMILIES, has_native_bias, linear_modules
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES, has_native_bias, linear_modules, unknown_family
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget, rank_for
 from lowrank.ranks.counts import count
@@ -78,6 +78,14 @@ SAMPLES = {
     "mistral": Sample(transformers.MistralConfig, kv_heads=2, more={"sliding_window": 8}),
     "qwen2": Sample(transformers.Qwen2Config, kv_heads=2, tied=True),
     "qwen3": Sample(transformers.Qwen3Config, kv_heads=2, head_dim=20, tied=True),
+    "olmo2": Sample(transformers.Olmo2Config, kv_heads=2, head_dim=20, more={"attention_bias": True}),
+    "gemma3_text": Sample(
+        transformers.Gemma3TextConfig,
+        kv_heads=2,
+        head_dim=20,
+        tied=True,
+        more=tiny.MORE["gemma3_text"] | {"attention_bias": True},
+    ),
     "opt": Sample(transformers.OPTConfig, tied=True, more={"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
 }
 each_family = pytest.mark.parametrize("name", SAMPLES)
@@ -260,18 +268,28 @@ def test_v_stays_dense_and_q_and_k_share_a_ratio(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "nearest"),
     [
-        transformers.GemmaConfig(**COMMON, head_dim=12, num_key_value_heads=1, intermediate_size=INTERMEDIATE),
-        transformers.PhiConfig(**COMMON, intermediate_size=INTERMEDIATE),
-        transformers.GPTNeoXConfig(**COMMON, intermediate_size=INTERMEDIATE),
+        (transformers.Gemma2Config(**COMMON, intermediate_size=INTERMEDIATE), "gemma3_text"),
+        (transformers.CohereConfig(**COMMON, intermediate_size=INTERMEDIATE), "opt"),
+        (transformers.GPTNeoXConfig(**COMMON, intermediate_size=INTERMEDIATE), "opt"),
+        (transformers.GraniteConfig(**COMMON, intermediate_size=INTERMEDIATE), "llama"),
     ],
-    ids=lambda config: config.model_type,
+    ids=lambda value: getattr(value, "model_type", value),
 )
-def test_a_family_without_an_entry_is_refused_with_those_that_have_one(config: Any, tmp_path: Path) -> None:
+def test_a_family_without_an_entry_is_refused_with_those_that_have_one(
+    config: Any, nearest: str, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
-    known = re.escape(", ".join(FAMILIES))
-    with pytest.raises(RankwiseError, match=f"^model type '{config.model_type}' is not supported; .*{known}$"):
+    known = re.escape(", ".join(sorted(FAMILIES)))
+    said = f"`model_type: {config.model_type}`.* is unknown here; the nearest family is {nearest}; .*{known}; docs/fam"
+    with pytest.raises(RankwiseError, match=said):
         collect_statistics(model, some_tokens(2, seed=0), 1, tmp_path, CPU)
     with pytest.raises(ValidationError, match="family"):
         ModelShape(**a_shape("llama").plain() | {"family": config.model_type})
+
+
+@pytest.mark.parametrize(("inner", "known"), [("gemma3_text", "of a known family"), ("x", "of no known family either")])
+def test_the_text_model_of_a_larger_one_is_found_and_not_taken(inner: str, known: str) -> None:
+    said = unknown_family({"model_type": "gemma3", "text_config": {"model_type": inner}, "vision_config": {}})
+    assert f"`model_type: {inner}`), {known}, but is not taken" in said

@@ -26,6 +26,11 @@ CONFIGS = {
     "mistral": transformers.MistralConfig(**LLAMA_LIKE),
     "qwen2": transformers.Qwen2Config(**LLAMA_LIKE),
     "qwen3": transformers.Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "olmo2": transformers.Olmo2Config(**LLAMA_LIKE),
+    "gemma3_text": transformers.Gemma3TextConfig(**LLAMA_LIKE, head_dim=8),
+    "gemma3_text with bounded logits": transformers.Gemma3TextConfig(
+        **LLAMA_LIKE, head_dim=8, initializer_range=0.5, final_logit_softcapping=1.5
+    ),
     "opt": transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16),
 }
 shapes = {
@@ -181,7 +186,7 @@ def test_opt_with_projected_embeddings_is_refused() -> None:
 
 def test_unknown_family_is_refused() -> None:
     model = tiny_model(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16))
-    with pytest.raises(RankwiseError, match="'gpt2' is not supported"):
+    with pytest.raises(RankwiseError, match=r"gpt2`\) is unknown here"):
         last_hidden(model, torch.zeros(1, 3, dtype=torch.long))
 
 

@@ -22,6 +22,7 @@ from lowrank.compression.structured import cut
 from lowrank.config.sources import ModelShape
 from lowrank.model.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
+from lowrank.model.families import FAMILIES
 from lowrank.model.replacements import NormWithoutGain, Replacement, ResidualShortcuts, SmallerLinear
 from lowrank.ranks.budget import Budget
 from tests import tiny
@@ -109,8 +110,12 @@ def shortcuts(model: PreTrainedModel, structure: Structure, generator: torch.Gen
 
 Maker = Callable[[PreTrainedModel, Structure, torch.Generator], dict[str, Replacement]]
 KINDS: dict[str, Maker] = {"linear": linear, "heads": heads, "rms_norm": rms_norm, "shortcuts": shortcuts}
-CASES = [(entry, kind) for entry in KINDS for kind in tiny.FEW if (entry, kind) != ("shortcuts", "opt")]
-"""A block of OPT has other names for its parts, and no method gives it shortcuts."""
+CASES = [
+    (entry, kind)
+    for entry in KINDS
+    for kind in {"heads": tiny.HEADS_GO, "shortcuts": tiny.ROTATED}.get(entry, tiny.FEW)
+]
+"""Where methods are defined: no family whose branches are built otherwise gets shortcuts."""
 
 
 def changed(entry: str, kind: str) -> PreTrainedModel:
@@ -171,7 +176,7 @@ def test_the_change_matters_and_is_written_down(entry: str, kind: str) -> None:
         attention = [name for name, written in recipe.items() if written["kind"] == "heads"]
         assert attention == [f"{family_of(dense).blocks}.{layer}.self_attn" for layer in range(2)]
     if entry == "rms_norm":
-        assert len(recipe) == 2 * tiny.LAYERS + 1
+        assert len(recipe) == FAMILIES[tiny.shape(kind)["family"]].norms * tiny.LAYERS + 1
 
 
 @pytest.mark.parametrize(("entry", "kind"), CASES)

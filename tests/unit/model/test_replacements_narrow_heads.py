@@ -19,7 +19,8 @@ from tests import tiny
 from tests.unit.model.test_checkpoint import OUTSIDE
 
 IDS = torch.randint(2, 400, (2, 14), generator=torch.Generator().manual_seed(6))
-KINDS = [kind for kind in tiny.FEW if kind != "qwen3"]
+KINDS = tiny.PAIRS_GO
+NORMED = [kind for kind in tiny.FEW if kind not in KINDS]
 PAIRS, VALUES = 5, 11  # of 8 pairs and 16 dimensions
 
 
@@ -95,10 +96,11 @@ def test_dimensions_that_went_are_as_good_as_zeros(kind: str, queries: bool, val
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_norms_of_whole_heads_leave_v_and_o_alone() -> None:
-    assert torch.allclose(narrowed("qwen3", False)(IDS).logits, masked("qwen3", False)(IDS).logits, atol=1e-4)
-    with pytest.raises(ValueError, match="rotary pairs cannot go where q and k are normed head by head"):
-        narrowed("qwen3")
+@pytest.mark.parametrize("kind", NORMED)
+def test_norms_of_whole_heads_leave_v_and_o_alone(kind: str) -> None:
+    assert torch.allclose(narrowed(kind, False)(IDS).logits, masked(kind, False)(IDS).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="rotary pairs cannot go where q and k are normed"):
+        narrowed(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,16 +136,16 @@ def test_a_padded_batch_is_masked(kind: str) -> None:
         assert torch.allclose(found, model(IDS).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "qwen3"])
+@pytest.mark.parametrize("kind", tiny.FEW)
 @pytest.mark.parametrize("blocks", [(0,), (0, 1)])
 def test_generation_with_a_cache_is_that_without(kind: str, blocks: tuple[int, ...]) -> None:
-    model = narrowed(kind, kind != "qwen3", True, blocks)
+    model = narrowed(kind, kind in KINDS, True, blocks)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     plain = model.generate(IDS, use_cache=False, **options)
     assert torch.equal(model.generate(IDS, use_cache=True, **options), plain)
     assert torch.equal(model.generate(IDS, cache_implementation="static", **options), plain)
     cache = model(IDS, use_cache=True).past_key_values
-    narrow = 2 * PAIRS if kind != "qwen3" else tiny.HEAD_DIM
+    narrow = 2 * PAIRS if kind in KINDS else tiny.HEAD_DIM
     assert (cache.layers[0].keys.shape[-1], cache.layers[0].values.shape[-1]) == (narrow, VALUES)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
@@ -27,12 +27,15 @@ SHAPE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 
 def a_model(family: str) -> tuple[nn.Module, str]:
     torch.manual_seed(0)
+    if family == "gemma3_text":
+        config = Gemma3TextConfig(**SHAPE, intermediate_size=24, num_key_value_heads=1, final_logit_softcapping=0.5)
+        return Gemma3ForCausalLM(config).double().eval(), "model"
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=24)).double().eval(), "model"
     return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=24, word_embed_proj_dim=16)).double().eval(), "model.decoder"
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
 def test_value_and_gradient_equal_those_of_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 3)
     model, decoder = a_model(family)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
+from lowrank.model.families import FAMILIES
 from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
 from lowrank.ranks.by_type import lord_ranks, uniform_ranks
 from tests import tiny
@@ -99,7 +100,7 @@ def test_a_rank_is_a_multiple_of_8_that_saves_or_the_layer_is_dense(kept: float,
         assert 8 <= rank <= largest_rank(m, n)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_biases_that_compression_adds_are_counted(family: str) -> None:
     shape = LLAMA_7B.model_copy(update={"family": family, "layers": 1})
     budget = Budget.of(shape)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import RankwiseError
 from lowrank.model import losses
-from lowrank.model.losses import draw_tokens, head_of, last_hidden, token_nll
+from lowrank.model.losses import Head, draw_tokens, head_of, last_hidden, token_nll
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +173,7 @@ def backpropagate(
         torch.autograd.backward([hidden], [gradient], retain_graph=left > 0)
 
 
-def _final_gradient(
-    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor | torch.Generator
-) -> torch.Tensor | None:
+def _final_gradient(hidden: torch.Tensor, head: Head, targets: torch.Tensor | torch.Generator) -> torch.Tensor | None:
     """Gradient of the summed loss at final hidden states, T x d; None if the loss is not finite."""
     gradients: list[torch.Tensor] = []
     loss = 0.0

@@ -147,9 +147,11 @@ class Sizes:
 
     def training_activations(self, tokens: float) -> float:
         """What all blocks keep for a backward pass through frozen layers: queries, keys, values, what attention puts
-        out, the gate, its activation and the other projection; and what both norms read, in float32."""
+        out, the gate, its activation and the other projection; and what norms read, in float32."""
+        family = FAMILIES[self.shape.family]
         kept = 2 * self.query + 2 * self.key_value + (3 if self.gated else 1) * self.shape.intermediate
-        return tokens * self.shape.layers * (kept * self.number + 2 * self.shape.hidden * SINGLE)
+        normed = family.norms * self.shape.hidden + (0 if family.normed == "nothing" else self.query + self.key_value)
+        return tokens * self.shape.layers * (kept * self.number + normed * SINGLE)
 
     @property
     def widened(self) -> int:
@@ -161,7 +163,7 @@ class Sizes:
         return tokens * self.shape.vocabulary * (self.number + (copies + self.widened) * SINGLE)
 
     def cache(self, tokens: float) -> float:
-        """Keys and values of T tokens in all blocks."""
+        """Keys and values of T tokens in all blocks; sliding windows keep fewer, and are not told by the shape."""
         return tokens * 2 * self.shape.layers * self.key_value * self.number
 
     # --- arithmetic, in floating point operations ---

@@ -135,6 +135,19 @@ class Structure:
         """Parameters of all linear layers, with added biases, when so many units are gone."""
         return self.budget.dense_parameters - sum(self.branch(place).saved(count) for place, count in removed.items())
 
+    def require_separate_heads(self, method: str) -> None:
+        """See that heads can go without a change of the others.
+
+        Raises:
+            RankwiseError: the family norms queries and keys over all heads at once; it is named, with the method.
+        """
+        family = FAMILIES[self.budget.dimensions.family]
+        if family.normed == "projections":
+            raise RankwiseError(
+                f"{method}: family '{family.model_type}' norms queries and keys over all heads at once, so none can go "
+                "without a change of the others; take another method for this model"
+            )
+
     def require_reach(self, allowed: float, layers: Iterable[int] | None = None) -> None:
         """See that pruning some blocks (all if None) as far as can be meets a budget.
 

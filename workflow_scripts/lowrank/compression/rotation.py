@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.principal import fix_signs
 from lowrank.calibration.statistics import TOKENS_PER_BATCH, block_inputs
-from lowrank.compression.slicing import READS, WRITES, Widths
+from lowrank.compression.slicing import READS, WRITES, Widths, require_plain_branches
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
 from lowrank.model.families import Family, LinearType
@@ -95,7 +95,7 @@ def rotate_and_slice(
         RankwiseError: a family whose blocks or norms cannot be rotated, or a stream that is not finite; named.
     """
     family = family_of(model)
-    branches = branches_of(model, family)
+    branches = branches_of(family)
     stream = Stream(model, family, tokens, device)
     replacements: dict[str, Replacement] = {}
     basis = Basis()
@@ -117,25 +117,17 @@ def rotate_and_slice(
     return replacements
 
 
-def branches_of(model: PreTrainedModel, family: Family) -> tuple[Branch, Branch]:
-    """The two branches of the blocks of a model.
+def branches_of(family: Family) -> tuple[Branch, Branch]:
+    """The two branches of the blocks of a family.
 
     Raises:
-        RankwiseError: blocks of another build, or norms that are no root mean square norms.
+        RankwiseError: blocks of another build.
     """
+    require_plain_branches(family.model_type)
     readers = [tuple(t for t in family.types if READS.get(t.site) == place) for place in (0, 1)]
     writers = [next(t for t in family.types if WRITES.get(t.site) == place) for place in (1, 2)]
     attention = Branch("input_layernorm", "self_attn", 0, readers[0], writers[0])
     mlp = Branch("post_attention_layernorm", "mlp", 1, readers[1], writers[1])
-    for block in _blocks(model, family):
-        for branch in (attention, mlp):
-            norm = getattr(block, branch.norm, None)
-            if not hasattr(norm, "variance_epsilon") or not hasattr(block, branch.body):
-                raise RankwiseError(
-                    f"SliceGPT rotates the residual stream of blocks with root mean square norms; those of the family "
-                    f"'{family.model_type}' are built otherwise (LayerNorm would have to be centred in the stream, "
-                    "which checkpoints of this project cannot express). Take another method for this model."
-                )
     return attention, mlp
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.model.families import LinearModule
+from lowrank.model.families import FAMILIES, LinearModule
 from lowrank.ranks.budget import ALIGNMENT, Budget
 
 Widths = tuple[int, ...]
@@ -25,6 +25,25 @@ READS = {"attention": 0, "mlp": 1}
 
 WRITES = {"attention_output": 1, "mlp_output": 2}
 """Input site -> how many places behind its block's first a layer of that site writes to the stream."""
+
+
+def require_plain_branches(family: str) -> None:
+    """See that the residual stream of a family can be rotated.
+
+    Raises:
+        RankwiseError: its branches do not read it through one root mean square norm and write straight to it.
+    """
+    if FAMILIES[family].plain_branches:
+        return
+    why = (
+        "LayerNorm would have to be centred in the stream"
+        if FAMILIES[family].layer_norm
+        else "the gains of norms behind a branch belong to the channels of the stream's own basis"
+    )
+    raise RankwiseError(
+        f"slicegpt: the residual stream of family '{family}' cannot be rotated: {why}; take another method for this "
+        "model"
+    )
 
 
 def sliced_size(module: LinearModule, widths: Widths) -> int:

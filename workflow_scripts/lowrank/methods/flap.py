@@ -64,11 +64,16 @@ class Settings(MethodSettings):
         return self
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
-        """Every branch keeps some units, and heads go in whole groups."""
+        """Heads may hang together; every branch keeps some units, and heads go in whole groups."""
         from lowrank.compression.branches import Structure
         from lowrank.errors import RankwiseError
 
         structure, allowed = Structure.of(budget), budget.allowed(ratio)
+        try:
+            structure.require_separate_heads("flap")
+        except RankwiseError as error:
+            yield "kind", str(error)
+            return
         try:
             structure.require_reach(allowed)
         except RankwiseError as error:
@@ -92,7 +97,7 @@ def compress(task: CompressionTask) -> Replacements:
     """Prune what fluctuates least until the budget is met.
 
     Raises:
-        RankwiseError: the ratio is out of reach, or the channels of a layer cannot be told apart.
+        RankwiseError: a family whose heads cannot go, a ratio out of reach, or channels that cannot be told apart.
     """
     from lowrank.compression.branches import Structure
     from lowrank.compression.structured import cut, kept_units
@@ -100,6 +105,7 @@ def compress(task: CompressionTask) -> Replacements:
     if task.ratio == 0:
         return {}
     structure = Structure.of(task.budget)
+    structure.require_separate_heads("flap")
     scores, means = _scores_and_means(task, structure)
     removed = _removal(task, structure, scores)
     return cut(task.model, structure, kept_units(scores, removed), means)

@@ -68,12 +68,17 @@ class Settings(MethodSettings):
         return self.importance in (*_NEEDS_GRADIENT, *_NEEDS_SQUARES)
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
-        """Blocks that stay whole may leave too little to prune, and the calibration may have too few windows."""
+        """Heads that hang together, too many blocks that stay whole, or too few windows of calibration."""
         from lowrank.compression.branches import Structure
         from lowrank.errors import RankwiseError
 
         if calibration and self.reads_windows and (why := self.too_few(calibration.windows, calibration.length)):
             yield "sequences", why
+        try:
+            Structure.of(budget).require_separate_heads("llm-pruner")
+        except RankwiseError as error:
+            yield "kind", str(error)
+            return
         try:
             pruned_blocks(self, budget.dimensions.layers)
         except RankwiseError as error:
@@ -106,8 +111,8 @@ def compress(task: CompressionTask) -> Replacements:
     """Prune the least important units of each block between the first and the last ones.
 
     Raises:
-        RankwiseError: no block is left to prune, the ratio is out of reach, the calibration is too small, or a
-            gradient is not finite.
+        RankwiseError: a family whose heads cannot go, no block is left to prune, the ratio is out of reach, the
+            calibration is too small, or a gradient is not finite.
     """
     from lowrank.compression.branches import Structure
     from lowrank.compression.structured import cut, kept_units
@@ -115,6 +120,7 @@ def compress(task: CompressionTask) -> Replacements:
     if task.ratio == 0:
         return {}
     structure = Structure.of(replace(task.budget, adds_bias=False))
+    structure.require_separate_heads("llm-pruner")
     removed = removal(structure, task.settings, task.budget.allowed(task.ratio))
     scores = _importance(task, structure, [place for place, count in removed.items() if count])
     return cut(task.model, structure, kept_units(scores, removed))

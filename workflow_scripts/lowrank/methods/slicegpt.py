@@ -41,9 +41,15 @@ class Settings(MethodSettings):
     )
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
-        """The ends of the stream stay at full width, so some ratios are out of reach."""
+        """Not every stream can be rotated; its ends stay at full width, so some ratios are out of reach."""
+        from lowrank.compression.slicing import require_plain_branches
         from lowrank.errors import RankwiseError
 
+        try:
+            require_plain_branches(budget.dimensions.family)
+        except RankwiseError as error:
+            yield "kind", str(error)
+            return
         try:
             widths_of(self.slice, budget, ratio)
         except RankwiseError as error:
@@ -63,10 +69,12 @@ def compress(task: CompressionTask) -> Replacements:
         RankwiseError: a budget out of reach, or blocks that cannot be rotated.
     """
     from lowrank.compression.rotation import rotate_and_slice
+    from lowrank.compression.slicing import require_plain_branches
     from lowrank.model.runtime import pick_device
 
     if not task.ratio and task.settings.slice is None:
         return {}
+    require_plain_branches(task.budget.dimensions.family)
     return rotate_and_slice(task.model, task.required_tokens(), _widths(task), pick_device())
 
 

@@ -17,7 +17,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
 from lowrank.model.factors import SharedDownFactors
-from lowrank.model.families import FAMILIES, Family
+from lowrank.model.families import FAMILIES, Family, unknown_family
 from lowrank.model.replacements import ChangedModule, Replacements
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     model_type = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
     if model_type not in FAMILIES:
-        raise RankwiseError(f"model type '{model_type}' is not supported; known families: {', '.join(FAMILIES)}")
+        raise RankwiseError(unknown_family(model.config.to_dict()))
     return FAMILIES[model_type]
 
 

@@ -7,9 +7,10 @@ let configs name it (`ModelShape.family`); and give it the classes of its checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol
 
 
 class Dimensions(Protocol):
@@ -122,6 +123,9 @@ _OPT_TYPES = (
     LinearType("fc2", "fc2", "hidden", "intermediate", "mlp_output", "fc2"),
 )
 
+_SIMILAR = 0.5
+"""How much two names of families have in common that is worth telling (difflib)."""
+
 BIAS_OPTIONS = {"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("gate", "up", "down")}
 """Options of a configuration, named as transformers names them -> types that have a bias where they are set."""
 
@@ -132,6 +136,25 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", "model.layers", "model", _LLAMA_TYPES),
         Family("qwen2", "model.layers", "model", _LLAMA_TYPES, biased=("q", "k", "v")),
         Family("qwen3", "model.layers", "model", _LLAMA_TYPES, bias_options=("attention_bias",), normed="heads"),
+        Family(
+            "olmo2",
+            "model.layers",
+            "model",
+            _LLAMA_TYPES,
+            bias_options=("attention_bias",),
+            normed="projections",
+            plain_branches=False,
+        ),
+        Family(
+            "gemma3_text",
+            "model.layers",
+            "model",
+            _LLAMA_TYPES,
+            bias_options=("attention_bias",),
+            normed="heads",
+            norms=4,
+            plain_branches=False,
+        ),
         Family(
             "opt",
             "model.decoder.layers",
@@ -183,6 +206,32 @@ def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
         for linear in family.types:
             name = f"{family.blocks}.{layer}.{linear.path}"
             yield LinearModule(name, layer, linear, sizes[linear.output], sizes[linear.input])
+
+
+def unknown_family(config: Mapping[str, Any]) -> str:
+    """What to say of a model whose architecture has no entry.
+
+    Args:
+        config: what its `config.json` holds.
+    """
+    kind, text = config.get("model_type"), config.get("text_config")
+    known = f"known families: {', '.join(sorted(FAMILIES))}; docs/families.md says what an entry takes."
+    if isinstance(text, Mapping):
+        inner = text.get("model_type")
+        found = "of a known family" if inner in FAMILIES else "of no known family either"
+        return (
+            f"its architecture (`model_type: {kind}`) has other parts beside a text model. That was found "
+            f"(`text_config`, `model_type: {inner}`), {found}, but is not taken out of the whole; save it as a model "
+            f"of its own; {known}"
+        )
+    return f"its architecture (`model_type: {kind}`) is unknown here; the nearest family is {_nearest(config)}; {known}"
+
+
+def _nearest(config: Mapping[str, Any]) -> str:
+    """The family with the most similar name, or else the most similar options."""
+    if named := get_close_matches(str(config.get("model_type")), FAMILIES, n=1, cutoff=_SIMILAR):
+        return named[0]
+    return "llama" if "rms_norm_eps" in config else "opt"
 
 
 def has_native_bias(dimensions: Dimensions, module: LinearModule) -> bool:

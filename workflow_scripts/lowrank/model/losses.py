@@ -1,7 +1,7 @@
 """Next-token losses in chunks of tokens, so that logits over the whole vocabulary exist for one chunk at a time.
 
 Logits are taken in the head's own dtype, as the model itself gives them; the softmax is in float32. A model whose
-head has no bias and no scaling is assumed, which holds for all of `FAMILIES`.
+head has no bias and no scaling is assumed, which holds for all of `FAMILIES`; it may bound its logits (Gemma).
 """
 
 from __future__ import annotations
@@ -24,8 +24,34 @@ CHUNK_TOKENS = 256
 """Tokens whose logits are held at once: 50 MB in float32 for a vocabulary of 49k, 156 MB for 152k."""
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer from final hidden states to logits.
+class SoftCappedHead(nn.Module):
+    """A linear head of which no logit exceeds a bound: c tanh(head(h) / c).
+
+    Attributes:
+        head: d -> vocabulary.
+        cap: c.
+    """
+
+    def __init__(self, head: nn.Linear, cap: float) -> None:
+        super().__init__()
+        self.head = head
+        self.cap = cap
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of the linear layer, vocabulary x d."""
+        return self.head.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map (..., d) to (..., vocabulary)."""
+        return self.cap * torch.tanh(self.head(hidden) / self.cap)
+
+
+Head = nn.Linear | SoftCappedHead
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What leads from final hidden states to logits: a linear layer, and a bound if the model's configuration has one.
 
     Raises:
         RankwiseError: the model has no linear head.
@@ -35,7 +61,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
         raise RankwiseError(
             f"{type(model).__name__}: a linear language-model head is needed, not {type(head).__name__}"
         )
-    return head
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return head if cap is None else SoftCappedHead(head, cap)
 
 
 def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -62,7 +89,7 @@ def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor
     return hidden
 
 
-def token_nll(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, chunk: int = CHUNK_TOKENS) -> torch.Tensor:
+def token_nll(hidden: torch.Tensor, head: Head, targets: torch.Tensor, chunk: int = CHUNK_TOKENS) -> torch.Tensor:
     """Negative log-likelihood of each target, `-log softmax(head(h_t))[y_t]`.
 
     Args:
@@ -82,7 +109,7 @@ def token_nll(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, chun
 
 
 @torch.no_grad()
-def draw_tokens(hidden: torch.Tensor, head: nn.Linear, draw: torch.Generator) -> torch.Tensor:
+def draw_tokens(hidden: torch.Tensor, head: Head, draw: torch.Generator) -> torch.Tensor:
     """One next token for each state, drawn from softmax(head(h_t)).
 
     The largest of logits with Gumbel noise has that distribution; minus the logarithm of an exponential is such noise.
@@ -102,9 +129,9 @@ def draw_tokens(hidden: torch.Tensor, head: nn.Linear, draw: torch.Generator) ->
 
 def token_kl(
     hidden_p: torch.Tensor,
-    head_p: nn.Linear,
+    head_p: Head,
     hidden_q: torch.Tensor,
-    head_q: nn.Linear,
+    head_q: Head,
     chunk: int = CHUNK_TOKENS,
 ) -> torch.Tensor:
     """KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) of the next-token distributions of two models.
@@ -127,7 +154,7 @@ def token_kl(
 def token_nll_and_kl(
     hidden: torch.Tensor,
     reference_hidden: torch.Tensor,
-    head: nn.Linear,
+    head: Head,
     targets: torch.Tensor,
     chunk: int = CHUNK_TOKENS,
     direction: Direction = "reverse",
@@ -154,7 +181,7 @@ def token_nll_and_kl(
     return _joined(losses, hidden), _joined(divergences, hidden)
 
 
-def _log_probabilities(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+def _log_probabilities(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """T x vocabulary, float32."""
     return functional.log_softmax(head(hidden).float(), dim=-1)
 

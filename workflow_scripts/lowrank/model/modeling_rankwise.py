@@ -29,12 +29,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     OPTConfig,
     OPTForCausalLM,
     OPTModel,
@@ -325,10 +331,9 @@ class NarrowHeads(FewerHeads):
         """Map (batch, tokens, d) to the same, and return the attention weights if the implementation has them."""
         own: Any = self
         heads, kv_heads = self.kept_heads
-        query = own.q_proj(hidden_states).unflatten(-1, (heads, -1))
-        key, value = (layer(hidden_states).unflatten(-1, (kv_heads, -1)) for layer in (own.k_proj, own.v_proj))
-        if hasattr(own, "q_norm"):
-            query, key = own.q_norm(query), own.k_norm(key)
+        query = self._normed("q_norm", own.q_proj(hidden_states), heads)
+        key = self._normed("k_norm", own.k_proj(hidden_states), kv_heads)
+        value = own.v_proj(hidden_states).unflatten(-1, (kv_heads, -1))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if position_embeddings is not None:
             tables = [self._of_pairs(table) for table in position_embeddings]
@@ -350,6 +355,14 @@ class NarrowHeads(FewerHeads):
         out = own.o_proj if hasattr(own, "o_proj") else own.out_proj
         return out(attended.flatten(2)), weights
 
+    def _normed(self, norm: str, states: torch.Tensor, heads: int) -> torch.Tensor:
+        """Queries or keys by head, normed over what their norm has gains for: all heads at once (OLMo 2), or each."""
+        module: Any = getattr(self, norm, None)
+        if module is not None and module.weight.numel() == states.shape[-1]:
+            states, module = module(states), None
+        states = states.unflatten(-1, (heads, -1))
+        return states if module is None else module(states)
+
     def _of_pairs(self, table: Any) -> Any:
         """Cosines or sines (batch, tokens, head_dim) of what is left: (batch, kv heads or 1, 1, tokens, width)."""
         if self.pairs is None:
@@ -360,7 +373,7 @@ class NarrowHeads(FewerHeads):
     def _rotated(self, states: Any, cosines: torch.Tensor, sines: torch.Tensor) -> Any:
         """Rotate (batch, heads, tokens, width), the heads of each group by its own angles."""
         grouped = states.unflatten(1, (self.kept_heads[1], -1))
-        return (grouped * cosines + rotate_half(grouped) * sines).flatten(1, 2)
+        return (grouped * cosines + rotate_half(grouped) * sines).flatten(1, 2).to(states.dtype)
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this attention module."""
@@ -406,7 +419,14 @@ def mix_in(module: nn.Module, mixin: type) -> None:
 
 
 def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
-    """Tell an attention module how many heads its layers have now."""
+    """Tell an attention module how many heads its layers have now.
+
+    Raises:
+        ValueError: fewer heads, where one norm stands over all of them.
+    """
+    norm = getattr(attention, "q_norm", None)
+    if norm is not None and norm.weight.numel() != attention.head_dim:
+        raise ValueError("heads cannot go where q and k are normed over all heads at once")
     mix_in(attention, FewerHeads)
     attention.kept_heads = (heads, kv_heads)
     present = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_key_value_groups": heads // kv_heads}
@@ -422,7 +442,7 @@ def set_narrow_heads(attention: Any, heads: int, kv_heads: int, pairs: int | Non
         ValueError: fewer pairs, where norms of whole heads stand between them and the products of q and k.
     """
     if pairs is not None and hasattr(attention, "q_norm"):
-        raise ValueError("rotary pairs cannot go where q and k are normed head by head")
+        raise ValueError("rotary pairs cannot go where q and k are normed")
     mix_in(attention, NarrowHeads)
     attention.kept_heads = (heads, kv_heads)
     attention.num_key_value_groups = heads // kv_heads
@@ -561,6 +581,22 @@ class RankwiseQwen3Config(Qwen3Config):
     base_model_tp_plan = None
 
 
+class RankwiseOlmo2Config(Olmo2Config):
+    """OLMo 2 with a recipe."""
+
+    model_type = "rankwise_olmo2"
+    recipe: dict[str, Any] | None = None
+    base_model_tp_plan = None
+
+
+class RankwiseGemma3Config(Gemma3TextConfig):
+    """Gemma 3 with a recipe."""
+
+    model_type = "rankwise_gemma3_text"
+    recipe: dict[str, Any] | None = None
+    base_model_tp_plan = None
+
+
 class RankwiseOPTConfig(OPTConfig):
     """OPT with a recipe."""
 
@@ -585,6 +621,14 @@ class RankwiseQwen3Model(_base_model(Qwen3Model, RankwiseQwen3Config)):  # type:
     """Qwen3's decoder with the recipe applied."""
 
 
+class RankwiseOlmo2Model(_base_model(Olmo2Model, RankwiseOlmo2Config)):  # type: ignore[misc]
+    """OLMo 2's decoder with the recipe applied."""
+
+
+class RankwiseGemma3Model(_base_model(Gemma3TextModel, RankwiseGemma3Config)):  # type: ignore[misc]
+    """Gemma 3's decoder with the recipe applied."""
+
+
 class RankwiseOPTModel(_base_model(OPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT's decoder with the recipe applied."""
 
@@ -605,6 +649,14 @@ class RankwiseQwen3ForCausalLM(_causal_model(Qwen3ForCausalLM, RankwiseQwen3Mode
     """Qwen3 with the recipe applied."""
 
 
+class RankwiseOlmo2ForCausalLM(_causal_model(Olmo2ForCausalLM, RankwiseOlmo2Model, RankwiseOlmo2Config)):  # type: ignore[misc]
+    """OLMo 2 with the recipe applied."""
+
+
+class RankwiseGemma3ForCausalLM(_causal_model(Gemma3ForCausalLM, RankwiseGemma3Model, RankwiseGemma3Config)):  # type: ignore[misc]
+    """Gemma 3 with the recipe applied."""
+
+
 class RankwiseOPTForCausalLM(_causal_model(OPTForCausalLM, RankwiseOPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT with the recipe applied."""
 
@@ -614,5 +666,7 @@ CONFIGS: dict[str, tuple[Any, Any, Any]] = {
     "mistral": (RankwiseMistralConfig, RankwiseMistralModel, RankwiseMistralForCausalLM),
     "qwen2": (RankwiseQwen2Config, RankwiseQwen2Model, RankwiseQwen2ForCausalLM),
     "qwen3": (RankwiseQwen3Config, RankwiseQwen3Model, RankwiseQwen3ForCausalLM),
+    "olmo2": (RankwiseOlmo2Config, RankwiseOlmo2Model, RankwiseOlmo2ForCausalLM),
+    "gemma3_text": (RankwiseGemma3Config, RankwiseGemma3Model, RankwiseGemma3ForCausalLM),
     "opt": (RankwiseOPTConfig, RankwiseOPTModel, RankwiseOPTForCausalLM),
 }

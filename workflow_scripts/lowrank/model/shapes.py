@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.model.families import BIAS_OPTIONS, FAMILIES
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES, unknown_family
 
 _KEYS = {
     "layers": "num_hidden_layers",
@@ -21,6 +21,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
     "opt": {"tie_word_embeddings": True},
 }
 """What transformers takes for a key that a config.json leaves out, where that does not follow from others."""
@@ -45,9 +46,7 @@ def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise RankwiseError(
-            f"its architecture (`model_type: {family}`) is unknown here; known families: {', '.join(sorted(FAMILIES))}."
-        )
+        raise RankwiseError(unknown_family(config))
     names = _KEYS | ({"intermediate": "ffn_dim"} if family == "opt" else {})
     if missing := [key for key in names.values() if config.get(key) is None]:
         raise RankwiseError(f"its config.json has no {', '.join(f'`{key}`' for key in missing)}.")

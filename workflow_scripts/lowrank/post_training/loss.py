@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from lowrank.model.losses import head_of
 from lowrank.post_training.instructions import IGNORED
 
 CHUNK_TOKENS = 512
@@ -46,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class InstructionLoss(nn.Module):
     """Summed negative log-likelihood of the scored tokens of a batch: the module that DeepSpeed runs."""
 
-    def __init__(self, model: nn.Module, decoder: str) -> None:
+    def __init__(self, model: PreTrainedModel, decoder: str) -> None:
         """`decoder` is the path of the base model inside the causal language model (`Family.decoder`)."""
         super().__init__()
         self.model = model
@@ -57,6 +59,5 @@ class InstructionLoss(nn.Module):
         hidden = self.model.get_submodule(self.decoder)(input_ids=tokens, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         scored = targets != IGNORED  # only these positions reach the head, the largest product of a small model
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden[:, :-1][scored], head, targets[scored])  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden[:, :-1][scored], head_of(self.model), targets[scored])  # type: ignore[no-untyped-call]
         return loss

@@ -12,7 +12,7 @@ from lowrank.config.shapes import found_shape
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.model.families import FAMILIES, has_native_bias, linear_modules
+from lowrank.model.families import FAMILIES, has_native_bias, linear_modules, unknown_family
 from lowrank.model.shapes import bias_options
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
@@ -50,11 +50,8 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
 
 
 def _check_architecture(raw: dict[str, Any]) -> None:
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise RankwiseError(
-            f"its architecture (`model_type: {kind}`) is unknown here; known families: {', '.join(sorted(FAMILIES))}."
-        )
+    if raw.get("model_type") not in FAMILIES:
+        raise RankwiseError(unknown_family(raw))
     if "quantization_config" in raw:
         raise RankwiseError("its weights are quantised (`quantization_config`); take the unquantised model.")
 
