@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lowrank.model.families import BIAS_OPTIONS, FAMILIES
+from lowrank.model.modeling_rankwise import separate_projections
 
 WORDS = [
     *("river", "stone", "light", "house", "morning", "paper", "green", "window", "answer", "garden", "winter"),
@@ -30,6 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"heads": 4, "kv_heads": 2, "tied": True},
     "olmo2": {"heads": 4, "kv_heads": 2, "tied": False},
     "gemma3_text": {"heads": 4, "kv_heads": 2, "tied": True},
+    "phi3": {"heads": 4, "kv_heads": 2, "tied": False},
     "opt": {"heads": 4, "kv_heads": 4, "tied": True},
 }
 MORE: dict[str, dict[str, Any]] = {  # of a family's own
@@ -39,12 +41,13 @@ MORE: dict[str, dict[str, Any]] = {  # of a family's own
         "query_pre_attn_scalar": 20,
         "final_logit_softcapping": 8.0,
     },
+    "phi3": {"partial_rotary_factor": 0.75, "sliding_window": 9, "rms_norm_eps": 1e-6},
 }
-FEW = ("llama-biased", "qwen3", "olmo2", "gemma3_text", "opt")
+FEW = ("llama-biased", "qwen3", "olmo2", "gemma3_text", "phi3", "opt")
 """One of each build: tests that would take long on all of `SHAPES` are made on these."""
 _BUILDS = {kind: FAMILIES[kind.split("-")[0]] for kind in FEW}
 HEADS_GO = tuple(kind for kind in FEW if _BUILDS[kind].normed != "projections")
-PAIRS_GO = tuple(kind for kind in FEW if _BUILDS[kind].normed == "nothing")
+PAIRS_GO = tuple(kind for kind in FEW if _BUILDS[kind].normed == "nothing" and _BUILDS[kind].rotary != "part")
 ROTATED = tuple(kind for kind in FEW if _BUILDS[kind].plain_branches)
 """Of these: where single heads may go, where dimensions of q and k may, and whose stream may be rotated."""
 SMOLLM = {  # SmolLM2-135M, a real shape with grouped queries
@@ -118,6 +121,7 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
             "qwen3": transformers.Qwen3Config,
             "olmo2": transformers.Olmo2Config,
             "gemma3_text": transformers.Gemma3TextConfig,
+            "phi3": transformers.Phi3Config,
         }
         config = classes[kind.split("-")[0]](
             **common,
@@ -129,6 +133,7 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
             **MORE.get(kind, {}),
         )
     made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    separate_projections(made)
     for name, parameter in made.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.1)

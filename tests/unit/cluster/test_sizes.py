@@ -137,7 +137,8 @@ def test_activations_that_training_keeps(kind: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # DeepSpeed puts its own there, for good
     ids = TOKENS[:4]
     kept, expected = saved_for_backward(tiny.model(kind), ids), sizes_of(kind).training_activations(ids.numel())
-    assert expected < kept < 1.12 * expected
+    more = 1.2 if kind in tiny.MORE else 1.1  # masks of sliding windows go with keys and values for each query head
+    assert expected < kept < more * expected
 
 
 def test_constants_are_those_of_the_code() -> None:

@@ -23,6 +23,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("slicegpt", {}, "gemma3_text", "kind", STREAM),
     ("slicegpt", {}, "opt", "kind", STREAM),
     ("modegpt", {}, "olmo2", "parts", r"norms q and k as wholes.*parts: \[mlp, vo\]"),
+    ("modegpt", {}, "phi3", "parts", r"may rotate only a part of each head.*parts: \[mlp, vo\]"),
     ("modegpt", {}, "gemma3_text", "parts", r"norms q and k head by head.*parts: \[mlp, vo\]"),
 ]
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -32,7 +33,7 @@ from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B, OTHER_7B
 
 KINDS = tiny.ROTATED
-NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 EPS = 1e-6
 
 
@@ -127,17 +128,20 @@ class Reference:
             mixed = []
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                scores = np.array([q[token][head] @ k[past][shared] for past in range(token + 1)]) / np.sqrt(size)
+                seen = range(max(0, token + 1 - (getattr(config, "sliding_window", None) or token + 1)), token + 1)
+                scores = np.array([q[token][head] @ k[past][shared] for past in seen]) / np.sqrt(size)
                 share = np.exp(scores - scores.max())
-                mixed.append(sum(w * v[past][shared] for past, w in enumerate(share / share.sum())))
+                mixed.append(sum(w * v[past][shared] for past, w in zip(seen, share / share.sum(), strict=True)))
             rows.append(self.linear(f"{block}.self_attn.o_proj", np.concatenate(mixed)))
         return np.stack(rows)
 
     def turned(self, norm: str, head: np.ndarray, position: int) -> np.ndarray:
         """A query or key after its norm, if it has one, and its rotation by position."""
         x = self.norm(norm, head) if f"{norm}.weight" in self.weights else head
+        x, others = np.split(x, [self.cos.shape[-1]])  # some models rotate the first dimensions alone
         first, second = np.split(x, 2)
-        return x * self.cos[position] + np.concatenate([-second, first]) * self.sin[position]
+        turned = x * self.cos[position] + np.concatenate([-second, first]) * self.sin[position]
+        return np.concatenate([turned, others])
 
 
 def projectors(reference: Reference, widths: tuple[int, ...], sequential: bool = True) -> dict[int, np.ndarray]:

@@ -86,6 +86,7 @@ SAMPLES = {
         tied=True,
         more=tiny.MORE["gemma3_text"] | {"attention_bias": True},
     ),
+    "phi3": Sample(transformers.Phi3Config, kv_heads=2, more={"sliding_window": 8, "partial_rotary_factor": 0.5}),
     "opt": Sample(transformers.OPTConfig, tied=True, more={"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
 }
 each_family = pytest.mark.parametrize("name", SAMPLES)
@@ -104,6 +105,7 @@ def a_model(name: str) -> PreTrainedModel:
         widths = {}
     config = sample.config(**COMMON, **widths, tie_word_embeddings=sample.tied, **sample.more)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    modeling_rankwise.separate_projections(model)
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.15)

@@ -50,7 +50,7 @@ class Widths:
                 "key_value": shape.kv_heads * width,
             }
             total += sizes[linear.output] * sizes[linear.input]
-        stored = family.rotary and self.qk < shape.head_dim
+        stored = bool(family.rotary) and self.qk < shape.head_dim
         return total + (shape.kv_heads * self.qk // 2 if stored else 0)
 
 
@@ -75,7 +75,7 @@ class Steps:
 
     def step(self, part: str) -> int:
         """By how much a part's width changes at least."""
-        pairs = part == "qk" and FAMILIES[self.budget.dimensions.family].rotary
+        pairs = part == "qk" and bool(FAMILIES[self.budget.dimensions.family].rotary)
         return 2 * self.multiple if pairs and self.multiple % 2 else self.multiple
 
     def nearest(self, lost: float) -> Widths:

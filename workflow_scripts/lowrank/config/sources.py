@@ -102,7 +102,7 @@ TextSource = Annotated[
 class ModelShape(Section):
     """The numbers that decide every shape of a model; checked against the model when it arrives."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "opt"]
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "phi3", "opt"]
     layers: Positive
     hidden: Positive
     intermediate: Positive

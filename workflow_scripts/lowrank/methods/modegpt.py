@@ -125,6 +125,12 @@ def undefined(settings: Settings, budget: Budget) -> Iterator[tuple[str, str]]:
             f"family '{family.model_type}' norms q and k {over}, each dimension by all of them, so none can go; "
             f"leave `qk` out (`parts: [{others}]`)",
         )
+    if family.rotary == "part" and "qk" in settings.parts:
+        yield (
+            "parts",
+            f"models of family '{family.model_type}' may rotate only a part of each head, which the shape does not "
+            "tell; leave `qk` out (`parts: [mlp, vo]`)",
+        )
     stuck = [part for part in settings.parts if steps.step(part) >= steps.full(part)]
     if stuck:
         step, full = steps.step(stuck[0]), steps.full(stuck[0])
@@ -165,7 +171,7 @@ class Block:
         self._structure = Structure.of(task.budget)
         self._moments = task.required_statistics().of(layer)
         family = FAMILIES[task.budget.dimensions.family]
-        self._rotary = family.rotary
+        self._rotary = bool(family.rotary)
         self._where = f"{family.blocks}.{layer}"
         self._names = {linear.name: self._structure.layer_name(layer, linear) for linear in family.types}
 

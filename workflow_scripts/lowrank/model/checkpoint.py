@@ -34,7 +34,7 @@ transformers_logging.disable_progress_bar()
 
 
 def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Open a dense or compressed checkpoint for inference.
+    """Open a dense or compressed checkpoint for inference; fused projections (Phi-3) become a layer each.
 
     Checkpoints of this project need no remote code here: their classes are registered from this repository. No code
     that lies in the folder is ever run.
@@ -74,6 +74,7 @@ def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device
         if report.get(problem):
             named = f"{problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}"
             raise RankwiseError(f"{folder}: {named}. Delete the folder and run the workflow again.")
+    modeling_rankwise.separate_projections(model)
     model.eval().requires_grad_(False)
     loaded: PreTrainedModel = model.to(device)
     return loaded
@@ -166,6 +167,7 @@ def save_checkpoint(
     recipe = recipe_of(model)
     with atomic_path(target) as folder:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        state = state if recipe else _fused(state, family_of(model))
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         _write_config(folder, model, recipe)
         if recipe:
@@ -174,6 +176,16 @@ def save_checkpoint(
         if card is not None:
             (folder / CARD).write_text(card(folder), encoding="utf-8")
     return checksums_of(target)
+
+
+def _fused(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """Weights as the base architecture stores them, where one layer holds several types."""
+    for path, names in family.fused.items():
+        own = [linear.path for linear in family.types if linear.name in names]
+        blocks = [name.removesuffix(f".{own[0]}.weight") for name in state if name.endswith(f".{own[0]}.weight")]
+        for block in blocks:
+            state[f"{block}.{path}.weight"] = torch.cat([state.pop(f"{block}.{each}.weight") for each in own])
+    return state
 
 
 def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ let configs name it (`ModelShape.family`); and give it the classes of its checkp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol
 
@@ -75,7 +75,10 @@ class Family:
         types: the linear layers of a block.
         biased: names of the types whose dense layers always have a bias.
         bias_options: which options of a configuration give more of them one, see `BIAS_OPTIONS`.
-        rotary: whether q and k are rotated by position, dimension i of a head with dimension i + head_dim / 2.
+        rotary: whether q and k are rotated by position, dimension i of a head with dimension i + head_dim / 2; `part`:
+            some models of the family rotate only the first dimensions of a head.
+        fused: path of a layer inside a block, as stored -> types that it holds one after another. In memory, and in
+            checkpoints of compressed models, each has a layer of its own (`modeling_rankwise.separate_projections`).
         normed: over what queries and keys are normed before they meet: nothing, each head, or all heads at once.
         norms: norms of the residual stream's width in a block.
         layer_norm: whether they are LayerNorms, with a shift; else root mean square norms.
@@ -89,7 +92,8 @@ class Family:
     types: tuple[LinearType, ...]
     biased: tuple[str, ...] = ()
     bias_options: tuple[str, ...] = ()
-    rotary: bool = True
+    rotary: bool | Literal["part"] = True
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     normed: Literal["nothing", "heads", "projections"] = "nothing"
     norms: int = 2
     layer_norm: bool = False
@@ -116,6 +120,7 @@ _LLAMA_TYPES = (
     LinearType("up", "mlp.up_proj", "intermediate", "hidden", "mlp", "up"),
     LinearType("down", "mlp.down_proj", "hidden", "intermediate", "mlp_output", "down"),
 )
+_PHI3_FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 _OPT_TYPES = (
     *_ATTENTION,
     LinearType("o", "self_attn.out_proj", "hidden", "query", "attention_output", "o"),
@@ -155,6 +160,7 @@ FAMILIES: dict[str, Family] = {
             norms=4,
             plain_branches=False,
         ),
+        Family("phi3", "model.layers", "model", _LLAMA_TYPES, rotary="part", fused=_PHI3_FUSED),
         Family(
             "opt",
             "model.decoder.layers",

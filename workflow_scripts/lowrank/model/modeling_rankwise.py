@@ -44,6 +44,9 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     OPTModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -310,14 +313,16 @@ class FewerHeads:
         return {"kind": "heads", "heads": heads, "kv_heads": kv_heads}
 
 
-class NarrowHeads(FewerHeads):
-    """Mixed into the class of an attention module whose heads have fewer dimensions than its architecture says.
+class SeparateProjections:
+    """Mixed into the class of an attention module: a forward pass over layers q, k and v, whatever their widths.
 
-    All heads of a module have as many, q and k one number, v and o another; both follow from the widths of its layers.
-    Where q and k lost rotary pairs, `pairs` (kv heads x pairs left, increasing) says which are left to a key/value head
-    and the query heads that share it. A head's rows of q and k are the first dimensions of its pairs, then the second.
+    All heads of a module have as many dimensions, q and k one number, v and o another; both follow from the widths of
+    its layers. Where q and k lost rotary pairs, `pairs` (kv heads x pairs left, increasing) says which are left to a
+    key/value head and the query heads that share it. A head's rows of q and k are the first dimensions of its pairs,
+    then the second. Where only the first dimensions of a head are rotated, the others pass.
     """
 
+    kept_heads: tuple[int, int]
     pairs: torch.Tensor | None
 
     def forward(
@@ -355,7 +360,7 @@ class NarrowHeads(FewerHeads):
         out = own.o_proj if hasattr(own, "o_proj") else own.out_proj
         return out(attended.flatten(2)), weights
 
-    def _normed(self, norm: str, states: torch.Tensor, heads: int) -> torch.Tensor:
+    def _normed(self, norm: str, states: Any, heads: int) -> Any:
         """Queries or keys by head, normed over what their norm has gains for: all heads at once (OLMo 2), or each."""
         module: Any = getattr(self, norm, None)
         if module is not None and module.weight.numel() == states.shape[-1]:
@@ -373,12 +378,28 @@ class NarrowHeads(FewerHeads):
     def _rotated(self, states: Any, cosines: torch.Tensor, sines: torch.Tensor) -> Any:
         """Rotate (batch, heads, tokens, width), the heads of each group by its own angles."""
         grouped = states.unflatten(1, (self.kept_heads[1], -1))
-        return (grouped * cosines + rotate_half(grouped) * sines).flatten(1, 2).to(states.dtype)
+        turned, others = grouped[..., : cosines.shape[-1]], grouped[..., cosines.shape[-1] :]
+        turned = (turned * cosines + rotate_half(turned) * sines).to(states.dtype)
+        return torch.cat([turned, others], dim=-1).flatten(1, 2)
+
+
+class NarrowHeads(SeparateProjections, FewerHeads):
+    """Mixed into the class of an attention module whose heads have fewer dimensions than its architecture says."""
 
     def recipe_entry(self) -> dict[str, Any]:
         """What the recipe says of this attention module."""
         pairs = None if self.pairs is None else self.pairs.shape[1]
         return {**super().recipe_entry(), "kind": "narrow_heads", "pairs": pairs}
+
+
+class SeparateGate:
+    """Mixed into the class of an MLP whose gate and other projection were one layer: a forward pass over two."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (..., d) to the same."""
+        own: Any = self
+        fed: torch.Tensor = own.down_proj(own.activation_fn(own.gate_proj(hidden_states)) * own.up_proj(hidden_states))
+        return fed
 
 
 class Shortcuts:
@@ -476,6 +497,37 @@ def name_make(parent: nn.Module) -> None:
         parent.__class__ = _MAKES[make]
 
 
+def separate_projections(model: nn.Module) -> None:
+    """Give modules whose projections are fused (Phi-3) a layer for each, in place; others stay as they are.
+
+    The model computes what it did. Recipes name these layers, and their weights are stored one by one.
+    """
+    for module in list(model.modules()):
+        own: Any = module
+        if isinstance(getattr(module, "qkv_proj", None), nn.Linear):
+            heads, kv_heads = own.config.num_attention_heads, own.config.num_key_value_heads
+            _separate(own, "qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads})
+            mix_in(own, SeparateProjections)
+            own.kept_heads = (heads, kv_heads)
+            own.register_buffer("pairs", None)
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Linear):
+            _separate(own, "gate_up_proj", {"gate_proj": 1, "up_proj": 1})
+            mix_in(own, SeparateGate)
+
+
+def _separate(module: nn.Module, name: str, shares: dict[str, int]) -> None:
+    """Exchange one layer without bias for several, whose outputs share its own in proportion."""
+    fused: Any = getattr(module, name)
+    unit = fused.out_features // sum(shares.values())
+    parts = fused.weight.detach().split([share * unit for share in shares.values()])
+    for child, weight in zip(shares, parts, strict=True):
+        rows, columns = weight.shape
+        layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
+        layer.weight.data.copy_(weight)
+        setattr(module, child, layer.requires_grad_(fused.weight.requires_grad).train(module.training))
+    delattr(module, name)
+
+
 def apply_recipe(model: nn.Module, recipe: dict[str, dict[str, Any]], prefix: str = "") -> None:
     """Change the modules that `recipe` names, in place; their weights are loaded afterwards.
 
@@ -530,6 +582,7 @@ def _base_model(base: type, config_class: type) -> Any:
     class Model(base):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
+            separate_projections(self)
             apply_recipe(self, config.recipe or {}, prefix="model.")
 
     Model.config_class = config_class
@@ -597,6 +650,14 @@ class RankwiseGemma3Config(Gemma3TextConfig):
     base_model_tp_plan = None
 
 
+class RankwisePhi3Config(Phi3Config):
+    """Phi-3 with a recipe."""
+
+    model_type = "rankwise_phi3"
+    recipe: dict[str, Any] | None = None
+    base_model_tp_plan = None
+
+
 class RankwiseOPTConfig(OPTConfig):
     """OPT with a recipe."""
 
@@ -629,6 +690,10 @@ class RankwiseGemma3Model(_base_model(Gemma3TextModel, RankwiseGemma3Config)):  
     """Gemma 3's decoder with the recipe applied."""
 
 
+class RankwisePhi3Model(_base_model(Phi3Model, RankwisePhi3Config)):  # type: ignore[misc]
+    """Phi-3's decoder with a layer for each projection and the recipe applied."""
+
+
 class RankwiseOPTModel(_base_model(OPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT's decoder with the recipe applied."""
 
@@ -657,6 +722,10 @@ class RankwiseGemma3ForCausalLM(_causal_model(Gemma3ForCausalLM, RankwiseGemma3M
     """Gemma 3 with the recipe applied."""
 
 
+class RankwisePhi3ForCausalLM(_causal_model(Phi3ForCausalLM, RankwisePhi3Model, RankwisePhi3Config)):  # type: ignore[misc]
+    """Phi-3 with the recipe applied."""
+
+
 class RankwiseOPTForCausalLM(_causal_model(OPTForCausalLM, RankwiseOPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT with the recipe applied."""
 
@@ -668,5 +737,6 @@ CONFIGS: dict[str, tuple[Any, Any, Any]] = {
     "qwen3": (RankwiseQwen3Config, RankwiseQwen3Model, RankwiseQwen3ForCausalLM),
     "olmo2": (RankwiseOlmo2Config, RankwiseOlmo2Model, RankwiseOlmo2ForCausalLM),
     "gemma3_text": (RankwiseGemma3Config, RankwiseGemma3Model, RankwiseGemma3ForCausalLM),
+    "phi3": (RankwisePhi3Config, RankwisePhi3Model, RankwisePhi3ForCausalLM),
     "opt": (RankwiseOPTConfig, RankwiseOPTModel, RankwiseOPTForCausalLM),
 }

@@ -13,6 +13,7 @@ from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
 from lowrank.model.families import FAMILIES, has_native_bias, linear_modules, unknown_family
+from lowrank.model.modeling_rankwise import separate_projections
 from lowrank.model.shapes import bias_options
 
 SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
@@ -40,8 +41,9 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     config = _load_config(folder)
     _check_numbers(name, model, config)
     _check_positions(name, model, config)
-    skeleton = _skeleton(model, config)
-    _check_linears(model, skeleton)
+    skeleton, separated = _skeleton(config), _skeleton(config)
+    separate_projections(separated)
+    _check_linears(model, separated)
     _check_weights(skeleton, weights)
     if config.tie_word_embeddings:
         _check_tied_head(name, skeleton, weights)
@@ -129,7 +131,7 @@ def _check_positions(name: str, model: Model, config: Any) -> None:
         )
 
 
-def _skeleton(model: Model, config: Any) -> torch.nn.Module:
+def _skeleton(config: Any) -> torch.nn.Module:
     """The model without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
