@@ -75,6 +75,15 @@ SAMPLES = {
     "llama": Sample(transformers.LlamaConfig),
     "llama with grouped queries": Sample(transformers.LlamaConfig, kv_heads=2, tied=True),
     "llama with biases": Sample(transformers.LlamaConfig, kv_heads=2, more={"attention_bias": True, "mlp_bias": True}),
+    "llama with scaled rotations": Sample(
+        transformers.LlamaConfig,
+        more={
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+            }
+        },
+    ),
     "mistral": Sample(transformers.MistralConfig, kv_heads=2, more={"sliding_window": 8}),
     "qwen2": Sample(transformers.Qwen2Config, kv_heads=2, tied=True),
     "qwen3": Sample(transformers.Qwen3Config, kv_heads=2, head_dim=20, tied=True),
@@ -87,6 +96,16 @@ SAMPLES = {
         more=tiny.MORE["gemma3_text"] | {"attention_bias": True},
     ),
     "phi3": Sample(transformers.Phi3Config, kv_heads=2, more={"sliding_window": 8, "partial_rotary_factor": 0.5}),
+    "phi3 with rotations for long texts": Sample(
+        transformers.Phi3Config,
+        more={
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
+                **{"short_factor": [1.0] * 6, "long_factor": [3.0] * 6, "original_max_position_embeddings": 16},
+            },
+        },
+    ),
     "opt": Sample(transformers.OPTConfig, tied=True, more={"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
 }
 each_family = pytest.mark.parametrize("name", SAMPLES)
@@ -192,6 +211,26 @@ def test_sizes_from_the_shape_are_those_that_transformers_counts(name: str) -> N
         expected = AutoModelForCausalLM.from_config(a_model(name).config).num_parameters()
     assert count(a_shape(name), {}, tokens=1).parameters == expected
     assert Sizes(a_shape(name), "float32").parameters == expected
+
+
+LONG = {"mistral": 8, "gemma3_text": 8, "phi3": 8, "llama with scaled rotations": 16}
+LONG |= {"phi3 with rotations for long texts": 16}
+
+
+@pytest.mark.parametrize(("name", "crossed"), LONG.items())
+def test_windows_are_longer_than_what_changes_with_length(name: str, crossed: int) -> None:
+    """Tokens behind a sliding window and rotations for long texts matter here, so all other tests cross them."""
+    model, tokens = a_model(name), some_tokens(1, seed=9)
+    assert tokens.shape[1] > crossed
+    logits = model(tokens).logits
+    plain = a_model(name)
+    if "rotations" in name:
+        plain.model.rotary_emb = type(plain.model.rotary_emb)(a_model(name.split()[0]).config)
+    for module in plain.modules():
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = None
+    plain.config.sliding_window = 64
+    assert not torch.allclose(plain(tokens).logits[:, crossed:], logits[:, crossed:], atol=0.02)
 
 
 @each_family

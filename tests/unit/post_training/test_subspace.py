@@ -26,6 +26,7 @@ from lowrank.post_training.subspace import (
 )
 from tests import tiny
 from tests.unit.model import factor_samples
+from tests.unit.post_training import test_lora
 from tests.unit.post_training.post_training_samples import LAYERS, tiny_model
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "top", "bottom")
@@ -180,3 +181,17 @@ def test_vectors_survive_packing() -> None:
     again = unpack_vectors(pack_vectors(vectors))
     assert again.keys() == vectors.keys()
     assert all(torch.equal(vars(again[n])[f], t) for n, v in vectors.items() for f, t in vars(v).items())
+
+
+@pytest.mark.parametrize("kind", tiny.FEW)
+def test_logits_of_every_family_with_trained_vectors_are_those_after_the_merge(kind: str) -> None:
+    model, merged = test_lora.a_model(kind), test_lora.a_model(kind)
+    before = model(test_lora.IDS).logits
+    wrapped = attach_subspaces(model, 3, "random", seed=0)
+    for layer in wrapped.values():
+        layer.outer.data += 0.5
+    trained = model(test_lora.IDS).logits
+    assert (trained - before).abs().max() > 0.01
+    vectors = {name: SubspaceVectors(w.indices, w.inner.detach(), w.outer.detach()) for name, w in wrapped.items()}
+    merge_subspaces(merged, vectors)
+    torch.testing.assert_close(merged(test_lora.IDS).logits, trained, rtol=0, atol=1e-4)

@@ -97,6 +97,20 @@ def test_dense_models_of_the_paper() -> None:
         assert counts.macs == counts.macs_attention_dense
 
 
+@pytest.mark.parametrize(
+    ("family", "numbers", "parameters"),
+    [
+        ("gemma3_text", (26, 1152, 6912, 4, 1, 256, 262144, True), 999_885_952),  # Gemma 3 1B
+        ("phi3", (32, 3072, 8192, 32, 32, 96, 32064, False), 3_821_079_552),  # Phi-3 mini
+        ("phi3", (40, 5120, 17920, 40, 10, 128, 100352, False), 14_659_507_200),  # Phi-4
+        ("olmo2", (32, 4096, 11008, 32, 32, 128, 100352, False), 7_298_617_344),  # OLMo 2 7B
+    ],
+)
+def test_published_sizes(family: str, numbers: tuple[Any, ...], parameters: int) -> None:
+    names = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "tied_embeddings")
+    assert count(ModelShape(family=family, **dict(zip(names, numbers, strict=True))), {}, 1).parameters == parameters
+
+
 def test_published_ranks_of_llama_2_7b() -> None:
     printed = [{"group": 1.0, "qk": 744.0, "o": 1616.0, "gate": 2512.0, "up": 2408.0, "down": None}]
     counts = count(LLAMA_7B, module_ranks(printed, LLAMA_7B), tokens=64)
