@@ -108,7 +108,9 @@ def test_slicegpt_is_refused_if_and_only_if_it_would_fail(shape: ModelShape, rat
     method = slicegpt.Settings(kind="slicegpt", calibration="c", slice=share)
     budget = Budget.of(shape)
     found = misfits(method, shape, ratio)
-    if share is None:
+    if shape.family == "opt":  # whose norms subtract a mean
+        assert found
+    elif share is None:
         narrowest = (shape.hidden, *[min(8, shape.hidden)] * (2 * shape.layers - 1), shape.hidden)
         assert bool(found) == (sliced_parameters(budget, narrowest) > budget.allowed(ratio))
     else:

@@ -18,8 +18,10 @@ from transformers import (
 
 from lowrank.config.sources import Model
 from lowrank.files import sha256_file
-from lowrank.sources import hub
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.sources import checks, hub
 from lowrank.sources.models import fetch_model
+from tests import tiny
 from tests.unit.sources.model_samples import (
     PARAMETERS,
     SHAPE,
@@ -126,6 +128,20 @@ def test_a_longest_context_that_the_model_cannot_read(folder: Path, gguf_file: P
             "models.tiny: models.tiny.max_length: 65 tokens, but the model reads at most 64 (`max_position_embeddings` "
             "of its config.json); write `max_length: 64` or less. Left out, it is 2048."
         )
+
+
+@pytest.mark.parametrize("kind", tiny.SHAPES)
+def test_random_models_of_all_families_are_made_checked_and_opened(kind: str, folder: Path, tmp_path: Path) -> None:
+    source = {"random": 0, "tokenizer": "other"}
+    model = Model.model_validate({"source": source, "shape": tiny.shape(kind, VOCABULARY), "max_length": 64})
+    manifest = fetch_model("random", model, tmp_path / "cache", tmp_path / "random", tokenizer=folder)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "random")
+    assert manifest["parameters"] == stock.num_parameters()
+    found = model.model_copy(update={"shape": None})
+    assert checks.with_shape(found, tmp_path / "random").shape.plain() == model.shape.plain() == manifest["shape"]
+    ids = torch.tensor([[1, 5, 9]])
+    ours = load_checkpoint(tmp_path / "random", torch.float32)
+    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-6)
 
 
 def test_a_random_model_reads_as_much_as_the_config_says(folder: Path, tmp_path: Path) -> None:
@@ -241,8 +257,6 @@ def test_an_untied_head_is_kept(folder: Path, tmp_path: Path) -> None:
 def test_a_model_without_the_linear_layers_of_its_family(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowrank.sources import checks
-
     skeleton = checks._skeleton
 
     def odd(config: Any) -> Any:

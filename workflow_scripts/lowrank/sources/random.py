@@ -67,10 +67,9 @@ def _numbers(shape: ModelShape, max_length: int) -> dict[str, Any]:
     }
 
 
-def _tokens(tokenizer: Path | None) -> dict[str, int]:
-    """Ids of the tokenizer's special tokens, since those that a family assumes are another tokenizer's."""
+def _tokens(tokenizer: Path | None) -> dict[str, int | None]:
+    """Ids of the tokenizer's special tokens, or None, since those that a family assumes are another tokenizer's."""
     from transformers import AutoTokenizer
 
     lent = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    ids = {"bos_token_id": lent.bos_token_id, "eos_token_id": lent.eos_token_id, "pad_token_id": lent.pad_token_id}
-    return {name: number for name, number in ids.items() if number is not None}
+    return {"bos_token_id": lent.bos_token_id, "eos_token_id": lent.eos_token_id, "pad_token_id": lent.pad_token_id}
