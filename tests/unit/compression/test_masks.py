@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_sigmoid_at_the_noise(seed: int, temperature
     assert torch.allclose(gradient, p * (1 - p) / temperature, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_the_distance_is_of_the_states_that_transformers_shows(kind: str) -> None:
     model, family = tiny.model(kind).double(), FAMILIES[kind.split("-")[0]]
     name = f"{family.blocks}.0.{family.types[0].path}"

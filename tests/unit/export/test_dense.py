@@ -21,6 +21,9 @@ PLACES = {  # types whose biases a family's classes can have
     "mistral": "",
     "qwen2": "q k v",
     "qwen3": "q k v o",
+    "olmo2": "q k v o",
+    "gemma3_text": "q k v o",
+    "phi3": "",
     "opt": "q k v o fc1 fc2",
 }
 
@@ -29,9 +32,8 @@ def opened(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     folder.mkdir()
     write_stock(stock_model(model), folder)
     found = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(found).__module__ == f"transformers.models.{family_of(model).model_type}.modeling_" + (
-        family_of(model).model_type
-    )
+    package = family_of(model).model_type.removesuffix("_text")
+    assert type(found).__module__ == f"transformers.models.{package}.modeling_{package}"
     return found
 
 
@@ -54,7 +56,7 @@ def test_a_bias_without_a_place_is_named(make: str, kind: str) -> None:
         stock_model(MAKES[make](kind))
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", [kind for kind in tiny.SHAPES if kind != "olmo2"])  # whose heads cannot go
 def test_one_width_costs_no_zeros_but_biases(kind: str, tmp_path: Path) -> None:
     model = pruned(kind, (4, 4), (96, 96))
     stock = stock_model(model)

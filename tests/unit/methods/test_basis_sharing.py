@@ -34,7 +34,7 @@ def compressed(kind: str, ratio: int, **settings: Any) -> tuple[PreTrainedModel,
     return samples.compressed("basis-sharing", kind, ratio, model=model, moments=moments, **settings)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_two_blocks_share_what_is_best_for_the_inputs_of_both(kind: str) -> None:
     """Their matrices on top of each other, whitened by all tokens of both: x has twice as many rows."""
     dense = tiny.model(kind).double()
@@ -95,7 +95,7 @@ def test_blocks_that_are_left_share_among_fewer(layers: int, blocks: int, tmp_pa
     assert by_hand == Settings.model_validate(preset).kept_parameters(budget, 25)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_the_basis_is_in_the_file_once_and_the_checkpoint_is_the_model(kind: str, tmp_path: Path) -> None:
     model, ranks = compressed(kind, 30)
     model = model.float()

@@ -31,7 +31,7 @@ def compressed(kind: str, ratio: int, **settings: Any) -> tuple[PreTrainedModel,
     return samples.compressed("llrc", kind, ratio, model=model, moments=moments, **FAST | settings)
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.FEW)
 def test_what_is_left_are_directions_of_the_scaled_matrix_unchanged(kind: str) -> None:
     """In the singular directions of W diag(s) a pair is diagonal, each entry the singular value or zero."""
     dense = tiny.model(kind).double()

@@ -14,16 +14,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from lowrank.compression.branches import Structure
 from lowrank.errors import RankwiseError
 from lowrank.export.blocks import Block, Plain, blocks_of, padded, structure_of
-from lowrank.model.families import FAMILIES
+from lowrank.model.checkpoint import as_stored
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES
 
-SWITCHES: dict[str, dict[str, tuple[str, ...]]] = {
-    "llama": {"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("gate", "up", "down")},
-    "qwen3": {"attention_bias": ("q", "k", "v", "o")},
-}
-"""Family -> key of its configuration that gives all layers of some types a bias (transformers, `modeling_<family>.py`).
-Which have one anyway is in `families`."""
-
-OWN_HEAD_DIM = ("llama", "mistral", "qwen3")
+OWN_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma3_text")
 """Families whose configuration states the width of a head, so that there may be fewer of them."""
 
 
@@ -70,7 +64,8 @@ def stock_model(model: PreTrainedModel) -> Stock:
             linears |= _tensors(name, whole.layers[linear.name], linear.name in biased)
     modules = {module.name: model.get_submodule(module.name) for module in structure.budget.modules}
     zeros = sum(tensor.numel() for tensor in linears.values()) - sum(map(_numbers_of, modules.values()))
-    stock = Stock(_config(model, family.model_type, numbers), _others(model, modules) | linears, zeros)
+    state = as_stored(_others(model, modules) | linears, family)
+    stock = Stock(_config(model, family.model_type, numbers), state, zeros)
     _require_fit(stock)
     return stock
 
@@ -90,7 +85,8 @@ def _switches(structure: Structure, blocks: list[Block]) -> tuple[dict[str, Any]
     """
     family = FAMILIES[structure.budget.dimensions.family]
     biased, numbers = set(family.biased), {}
-    for key, types in SWITCHES.get(family.model_type, {}).items():
+    for key in family.bias_options:
+        types = BIAS_OPTIONS[key]
         if any(block.layers[name].bias is not None for block in blocks for name in types):
             numbers[key] = True
             biased |= set(types)

@@ -84,7 +84,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Path, target: Path) -> str:
     structure = structure_of(model)
     family = structure.budget.dimensions.family
     if family not in ARCHITECTURES:
-        raise RankwiseError(f"llama.cpp runs no `{family}`; of the families here: {', '.join(ARCHITECTURES)}")
+        raise RankwiseError(f"no GGUF file is written of `{family}`; of the families here: {', '.join(ARCHITECTURES)}")
     way, blocks = ARCHITECTURES[family], blocks_of(model)
     _require_biases(way, structure, blocks)
     factors = _rope_factors(model, way)

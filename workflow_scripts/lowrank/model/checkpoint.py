@@ -167,7 +167,7 @@ def save_checkpoint(
     recipe = recipe_of(model)
     with atomic_path(target) as folder:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        state = state if recipe else _fused(state, family_of(model))
+        state = state if recipe else as_stored(state, family_of(model))
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         _write_config(folder, model, recipe)
         if recipe:
@@ -178,7 +178,7 @@ def save_checkpoint(
     return checksums_of(target)
 
 
-def _fused(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+def as_stored(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
     """Weights as the base architecture stores them, where one layer holds several types."""
     for path, names in family.fused.items():
         own = [linear.path for linear in family.types if linear.name in names]
