@@ -6,6 +6,7 @@
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
+# make docs         the pages as a site in site/, to be opened at site/index.html
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
 # All set up ./.venv first if it is missing.
 
@@ -16,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why benchmark memory schema rulegraph
+.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why benchmark memory schema rulegraph docs
 
 setup: $(VENV)/.installed
 
@@ -99,3 +100,15 @@ schema: setup
 # After a change of what rules read and make: the picture of docs/architecture.md. It needs Graphviz.
 rulegraph: setup
 	python docs/rulegraph.py
+
+# Its packages are pinned in envs/docs.txt and have an environment of their own. (The theme's
+# warning is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a
+# host: make docs SOURCES=https://host/owner/rankwise/blob/main
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(VENV)/docs/.installed: envs/docs.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -r envs/docs.txt
+	touch $@

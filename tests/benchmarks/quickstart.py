@@ -1,6 +1,6 @@
 """Time and memory of the quickstart, cold and when nothing is left to do: `make benchmark`.
 
-It runs in a temporary folder, downloads included, and prints the lines of the README's section "Measured".
+It runs in a temporary folder, downloads included, and prints the lines of docs/performance.md, "Whole studies on two cores".
 """
 
 from __future__ import annotations
