@@ -105,7 +105,7 @@ rulegraph: setup
 # warning is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a
 # host: make docs SOURCES=https://host/owner/rankwise/blob/main
 docs: $(VENV)/docs/.installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) $(VENV)/docs/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 $(VENV)/docs/.installed: envs/docs.txt

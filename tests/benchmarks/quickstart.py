@@ -1,6 +1,7 @@
 """Time and memory of the quickstart, cold and when nothing is left to do: `make benchmark`.
 
-It runs in a temporary folder, downloads included, and prints the lines of docs/performance.md, "Whole studies on two cores".
+It runs in a temporary folder, downloads included, and prints the lines of "Whole studies on two cores" in
+docs/performance.md.
 """
 
 from __future__ import annotations

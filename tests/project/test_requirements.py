@@ -64,3 +64,10 @@ def test_every_environment_installs_the_pins(path: Path) -> None:
     pins = (REPOSITORY / "envs/requirements.txt").read_text(encoding="utf-8").splitlines()
     assert pip == [line for line in pins if line and not line.startswith("#")]
     assert not any("==" in entry for entry in dependencies if isinstance(entry, str))
+
+
+def test_the_site_has_pins_of_its_own() -> None:
+    lines = (REPOSITORY / "envs/docs.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert "mkdocs-material" in {plain(pin.split("==")[0]) for pin in pins}

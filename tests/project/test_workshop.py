@@ -17,7 +17,6 @@ PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "profile
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 CALLERS = [*PAGES, *(REPOSITORY / name for name in (".ci/run", ".github/workflows/ci.yml", ".pre-commit-config.yaml"))]
 CALL = re.compile(r"(?:^ +(?:- run: |entry: )?|exec |`)make(?: [A-Z_]+=\S+)* ([a-z][\w-]*)", re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def read(name: str) -> Any:
@@ -40,12 +39,6 @@ def test_calls_of_make_are_found() -> None:
     assert calls["ci.yml"] == {"check", "test"}
     assert calls[".pre-commit-config.yaml"] >= {"schema", "setup"}
     assert calls["CONTRIBUTING.md"] >= {"setup", "check", "test", "test-slurm", "schema", "why"}
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_lead_somewhere(path: Path) -> None:
-    links = LINK.findall(path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 # --- hooks ---
