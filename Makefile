@@ -101,12 +101,12 @@ schema: setup
 rulegraph: setup
 	python docs/rulegraph.py
 
-# Its packages are pinned in envs/docs.txt and have an environment of their own. (The theme's
-# warning is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a
-# host: make docs SOURCES=https://host/owner/rankwise/blob/main
+# Its packages are pinned in envs/docs.txt and have an environment of their own. (The theme's warning
+# is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a host:
+# make docs SOURCES=https://host/owner/rankwise/blob/main
 docs: $(VENV)/docs/.installed
 	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) $(VENV)/docs/bin/mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with its search: python -m http.server --directory site"
 
 $(VENV)/docs/.installed: envs/docs.txt
 	$(PYTHON) -m venv $(VENV)/docs
