@@ -12,8 +12,9 @@ from tests.config.wrong import GONE, MODEL, ROW, SELECT, SHAPE, SOURCE, Change, 
 NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 80), not"
 TOP = ", ".join(
     [
-        *("cache", "calibration", "corpora", "covariance", "figures", "instructions", "methods", "models", "run"),
-        *("search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning", "use", "validation"),
+        *("cache", "calibration", "corpora", "covariance", "figures", "instructions", "keep_checkpoints"),
+        *("methods", "models", "run", "search", "seeds", "sensitivity", "smoke", "suites", "tables", "tasks", "tuning"),
+        *("use", "validation"),
     ]
 )
 

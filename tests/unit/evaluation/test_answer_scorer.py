@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lowrank.errors import RankwiseError
 from lowrank.evaluation import answer_scorer
 from lowrank.evaluation.answer_scorer import AnswerScorer, Reading, batches, make_readings
 from lowrank.evaluation.zero_shot import evaluate_zero_shot
@@ -139,3 +140,9 @@ def test_equal_texts_are_read_once_and_long_ones_lose_their_beginning(caplog: py
     readings = make_readings([(("", ""), context, answer) for context, answer in texts], 3)
     assert readings == [Reading((7, 6, 5), [(3, [4])]), Reading((1, 2), [(0, [3]), (1, [4]), (2, [2, 5])])]
     assert "1 of 4 texts are longer than 3 tokens: read without their beginning" in caplog.text
+
+
+def test_an_answer_longer_than_the_context_is_refused() -> None:
+    assert make_readings([(("", ""), [1], [3, 4, 5])], 3)
+    with pytest.raises(RankwiseError, match=r"an answer of 4 tokens does not fit a context of 3; raise .*`max_length`"):
+        make_readings([(("", ""), [1], [3, 4, 5, 6])], 3)

@@ -19,6 +19,7 @@ from lowrank.jobs.lock import output_lock
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 SCRIPT = """
+{before}
 from types import SimpleNamespace
 from lowrank.jobs.stage import run_stage
 
@@ -31,11 +32,16 @@ run_stage(job, work)
 
 
 def run(
-    folder: Path, work: str, rule: str = "collect_statistics", resources: dict[str, Any] | None = None, **variables: str
+    folder: Path,
+    work: str,
+    rule: str = "collect_statistics",
+    resources: dict[str, Any] | None = None,
+    before: str = "",
+    **variables: str,
 ) -> tuple[int, str]:
     """Exit code and log of a stage; nothing of this process's hub settings is handed on."""
     log = folder / "stage.log"
-    script = SCRIPT.format(work=work, rule=rule, log=str(log), resources=resources or {})
+    script = SCRIPT.format(before=before, work=work, rule=rule, log=str(log), resources=resources or {})
     kept = {name: value for name, value in os.environ.items() if name not in stage.OFFLINE}
     process = subprocess.run(
         [sys.executable, "-c", script],
@@ -54,6 +60,25 @@ def test_the_log_says_where_a_job_runs_and_what_it_took(tmp_path: Path) -> None:
     assert "SLURM job 17, 2 threads\n" in log
     assert "collect_statistics: finished in " in log
     assert f"MiB, torch {torch.__version__}\n" in log
+
+
+def test_waiting_for_a_gpu_is_no_work(tmp_path: Path) -> None:
+    waits = """import time
+from contextlib import contextmanager
+from lowrank.jobs import stage
+
+@contextmanager
+def slow(*_):
+    time.sleep(3)
+    yield
+
+stage.own_gpus = slow
+"""
+    (tmp_path / "waits.py").write_text(waits)
+    path = f"{SCRIPTS}{os.pathsep}{tmp_path}"
+    code, log = run(tmp_path, "pass", "make_table", before="import waits", PYTHONPATH=path)
+    assert code == 0
+    assert float(log.split("finished in ")[1].split(" s")[0]) < 3
 
 
 def test_a_stage_without_torch_does_not_load_it(tmp_path: Path) -> None:
@@ -146,7 +171,9 @@ def test_a_job_whose_result_another_writes_stops_and_leaves_its_log_alone(tmp_pa
     before = tmp_path / "stage.log"
     with output_lock([output], "post_train"):
         before.write_text("the log of the job that runs\n")
-        run_script = script.format(work="raise SystemExit(3)", rule="post_train", log=str(before), resources={})
+        run_script = script.format(
+            before="", work="raise SystemExit(3)", rule="post_train", log=str(before), resources={}
+        )
         process = subprocess.run(
             [sys.executable, "-c", run_script], env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, check=False
         )

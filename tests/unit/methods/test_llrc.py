@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,15 @@ def test_a_ratio_of_zero_changes_nothing() -> None:
 def test_a_checkpoint_is_the_model(tmp_path: Path) -> None:
     model, _ = samples.compressed("llrc", "llama-gqa", 25, **FAST)
     samples.check_round_trip(model, tmp_path)
+
+
+def test_the_budget_may_be_met_by_the_very_last_step(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        compressed("llama", 30, **FAST)
+    (needed,) = map(int, re.findall(r"the budget is met after (\d+) steps", caplog.text))
+    assert compressed("llama", 30, **FAST | {"steps": needed})
+    with pytest.raises(RankwiseError, match=f"after {needed - 1} steps they do not meet the budget yet"):
+        compressed("llama", 30, **FAST | {"steps": needed - 1})
 
 
 def test_a_budget_that_is_not_met_says_what_to_raise() -> None:

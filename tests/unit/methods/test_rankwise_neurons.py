@@ -224,6 +224,7 @@ def test_presets_that_make_no_sense_are_refused_with_the_key() -> None:
         ({"widths": "one"}, "widths"),
         ({"mlp": "both", "widths": "one"}, "widths"),
         ({"multiple": 64}, "multiple"),
+        ({"mlp": "neurons", "widths": "one", "uncompressed": ATTENTION, "influence": False}, "influence"),
     ):
         with pytest.raises(ValidationError) as error:
             Settings.model_validate({**PRESET, **options})

@@ -87,8 +87,12 @@ def test_a_block_of_more_influence_keeps_more_and_the_predicted_loss_stays_what_
 
 
 def test_within_a_block_nothing_changes() -> None:
-    """Where the other block has no choice, influence moves nothing."""
-    budget, losses = budget_of("llama"), losses_of(budget_of("llama"), 3)
-    alone = {name: values if ".0." in name else np.zeros_like(values) for name, values in losses.items()}
-    plain = allocate(budget, 20, alone)
-    assert allocate(budget, 20, alone, influence=[5.0, 0.01]) == plain
+    """All curves of a block are scaled by one factor, whatever they are."""
+    curves = {"a": curve([2.0, 1.0, 0.0]), "b": curve([7.0, 0.0]), "c": curve([3.0, 0.5, 0.0])}
+    weighed = weigh_blocks(curves, {"a": {0}, "b": {0}, "c": {1}}, [0.3, 0.01], kept=0.7)
+    factors = {name: weighed[name].losses[0] / curves[name].losses[0] for name in curves}
+    assert factors["a"] == pytest.approx(factors["b"])
+    assert factors["a"] > 1.5 > 0.7 > factors["c"]
+    for name, before in curves.items():
+        np.testing.assert_allclose(weighed[name].losses, factors[name] * before.losses)
+        np.testing.assert_array_equal(weighed[name].parameters, before.parameters)

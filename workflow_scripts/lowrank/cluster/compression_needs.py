@@ -91,8 +91,7 @@ def _with_influence(need: Need, method: MethodSettings, dense: Sizes, calibratio
     work = plus(need.work, in_dtype(dense, dense.forward(tokens, length, head=False)))
     if sum(running.values()) <= need.device_bytes:
         return replace(need, work=work)
-    host = {part: size for part, size in need.host.items() if part != "weights"}
-    return replace(need, gpu=True, device=running, host=host, loading=dense.weights, work=work)
+    return replace(need, gpu=True, device=running, work=work)  # afterwards the weights are in main memory again
 
 
 def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration: Calibration | None) -> Need:

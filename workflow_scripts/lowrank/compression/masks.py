@@ -116,10 +116,12 @@ def trained_masks(
     weight /= weight.sum()
     optimiser = torch.optim.Adam([logits], lr=training.learning_rate)
     begin = _restored(parts, optimiser, logits)
-    for step in range(begin, training.steps):
+    for step in range(begin, training.steps + 1):
         if enough(_counts(layers, logits, sizes)):
             log.info("masks: the budget is met after %d steps", step)
             return dict(zip(layers, torch.split(logits.detach().cpu(), sizes), strict=True))
+        if step == training.steps:
+            break
         generator = torch.Generator().manual_seed(training.seed * training.steps + step)
         chosen = torch.randint(len(tokens), (training.batch_size,), generator=generator)
         _draw_masks(layers, logits, sizes, training.temperature, generator)

@@ -98,12 +98,19 @@ def make_readings(requests: Sequence[Request], longest: int) -> list[Reading]:
     """What has to be read for some requests: the longest first, equal ones once.
 
     Args:
-        requests: none of whose answers is longer than `longest`.
+        requests: of all answers to score.
         longest: tokens that the model reads; of longer texts the beginning is left out.
+
+    Raises:
+        RankwiseError: an answer is longer than that.
     """
     readings: dict[tuple[int, ...], Reading] = {}
     cut = 0
     for number, (_, context, answer) in enumerate(requests):
+        if len(answer) > longest:
+            raise RankwiseError(
+                f"an answer of {len(answer)} tokens does not fit a context of {longest}; raise the suite's `max_length`"
+            )
         text = context + answer
         cut += len(text) > longest + 1
         tokens = tuple(text[-(longest + 1) : -1])

@@ -112,7 +112,8 @@ def _dtype(checkpoint: Path) -> torch.dtype:
     file = checkpoint / "config.json"
     if not file.is_file():
         raise RankwiseError(f"CHECKPOINT: {checkpoint} is no checkpoint, it has no config.json")
-    return parse_dtype(str(read_record(file)["dtype"]))
+    built = read_record(file)
+    return parse_dtype(str(built["dtype"] if "dtype" in built else built["torch_dtype"]))  # its name in older files
 
 
 def _card(checkpoint: Path) -> tuple[str, str]:

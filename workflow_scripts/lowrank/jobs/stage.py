@@ -94,6 +94,7 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
                 log.warning("%s: %s", job.rule, taken_over)
             require_same_environment()
             with own_gpus(wanted_gpus(job), int(job.resources.get("jobs_per_gpu", 0) or 1)):
+                started = time.monotonic()  # waiting for a GPU that others hold is no work
                 require_gpus(job)
                 work(job)
             write_job_record(job, PROJECT, usage_since(started))

@@ -67,6 +67,10 @@ class Settings(LowRankSettings):
         reasons, mlp = super().unread(given), given.get("mlp", "pairs")
         if mlp != "neurons":
             reasons["widths"] = f"`one` makes plain matrices of one shape, and `mlp: {mlp}` does not; leave it out"
+        if given.get("widths") == "one" and set(given.get("uncompressed") or ()) >= _ATTENTION:
+            reasons["influence"] = (
+                "says nothing where all blocks have one width and attention stays dense; leave it out"
+            )
         if mlp == "pairs":
             reasons["multiple"] = "says nothing to `mlp: pairs`, which removes no neurons; leave it out"
         return reasons
