@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lowrank.compression.given_up import KEPT, give_up
 from lowrank.files import save_tensors
+from lowrank.model.checkpoint import load_checkpoint
 from tests import tiny
 from tests.unit.methods import rankwise_samples as samples
 from tests.unit.model.factor_samples import TOKENS
@@ -30,19 +33,19 @@ def environment_of_the_tests() -> Iterator[None]:
     os.environ.update(before)
 
 
-def run(folder: Path, method: dict[str, Any], **inputs: str) -> dict[str, Any]:
+def run(folder: Path, method: dict[str, Any], licence: str = "Apache-2.0", **inputs: str) -> dict[str, Any]:
     """Run the stage on a tiny model; returns the manifest."""
-    tiny.model(KIND).save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
+    tiny.model(KIND).save_pretrained(folder / "base/model")
+    tiny.tokenizer().save_pretrained(folder / "base/model")
     output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
     subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
     settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
     settings |= {"state": str(folder / "state")}
     job = Named(
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
-        input=Named(model=str(folder / "model"), **inputs),
+        input=Named(model=str(folder / "base/model"), **inputs),
         wildcards=Named(model="tiny", method="m", ratio="30", seed="0"),
-        params=Named(settings=settings, base={"source": {"path": "/somewhere"}, "license": "Apache-2.0"}),
+        params=Named(settings=settings, base={"source": {"path": "/somewhere"}, "license": licence}),
     )
     runpy.run_path(str(STAGE), init_globals={"snakemake": job})
     manifest: dict[str, Any] = json.loads(Path(output.manifest).read_text())
@@ -84,7 +87,7 @@ def test_a_method_that_predicts_nothing_says_nothing(tmp_path: Path) -> None:
 def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_path: Path) -> None:
     found = run(tmp_path, {"kind": "svd"})
     card = (tmp_path / "checkpoint/README.md").read_text()
-    assert found["files"]["README.md"]
+    assert "README.md" not in found["files"]
     assert found["base"] == {"name": "tiny", "source": {}, "license": "Apache-2.0"}
     assert f"| {found['parameters']['total_dense']:,} | {found['parameters']['total']:,} |" in card
     assert f"{(tmp_path / 'checkpoint/model.safetensors').stat().st_size:,}" in card
@@ -93,3 +96,13 @@ def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_pa
     (tmp_path / "again").mkdir()
     run(tmp_path / "again", {"kind": "svd"})
     assert (tmp_path / "again/checkpoint/README.md").read_text() == card
+
+
+def test_with_another_licence_the_manifest_of_before_stands_and_the_card_has_the_new_one(tmp_path: Path) -> None:
+    run(tmp_path, {"kind": "svd"})
+    before = (tmp_path / "manifest.json").read_bytes()
+    give_up(tmp_path, tmp_path / KEPT)
+    run(tmp_path, {"kind": "svd"}, licence="MIT")
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    assert "license: mit" in (tmp_path / "checkpoint/README.md").read_text()
+    load_checkpoint(tmp_path / "checkpoint", torch.float32)  # compares the files with the manifest

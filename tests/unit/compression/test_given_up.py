@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowrank.compression import given_up
 from lowrank.compression.given_up import KEPT, give_up, write_manifest
 from lowrank.errors import RankwiseError
 
@@ -48,3 +51,55 @@ def test_without_a_manifest_nothing_is_deleted(tmp_path: Path) -> None:
     with pytest.raises(RankwiseError, match=r"manifest\.json: empty"):
         give_up(tmp_path, tmp_path / KEPT)
     assert (tmp_path / "checkpoint/model.safetensors").is_file()
+
+
+def test_what_is_made_again_can_be_given_up_again(tmp_path: Path) -> None:
+    """What says that it was given up is gone, as long as it is there."""
+    before = made(tmp_path, MANIFEST)
+    for _ in range(2):
+        give_up(tmp_path, tmp_path / KEPT)
+        assert made(tmp_path, LATER) == before
+        assert not (tmp_path / KEPT).exists()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_kill_while_the_manifest_is_written_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Before any of its writes, or after the last; Snakemake deletes what an unfinished job has made."""
+    before = made(tmp_path, MANIFEST)
+    give_up(tmp_path, tmp_path / KEPT)
+    done = 0
+    write = given_up.write_json
+
+    def killed(path: Path, value: dict[str, Any]) -> None:
+        nonlocal done
+        if done == writes:
+            raise KeyboardInterrupt
+        done += 1
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(given_up, "write_json", killed)
+        try:
+            made(tmp_path, LATER)
+        except KeyboardInterrupt:
+            assert writes < 2
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "manifest.json").unlink(missing_ok=True)
+    assert made(tmp_path, LATER) == before
+
+
+def test_a_deletion_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, MANIFEST)
+
+    def refused(path: str, **_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", refused)
+        with pytest.raises(PermissionError):
+            give_up(tmp_path, tmp_path / KEPT)
+    give_up(tmp_path, tmp_path / KEPT)
+    assert not (tmp_path / "checkpoint").exists()
+    give_up(tmp_path, tmp_path / KEPT)  # a folder that is not there is none to delete

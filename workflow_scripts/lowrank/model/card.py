@@ -23,7 +23,8 @@ def base_of(name: str, source: Mapping[str, Any], licence: str | None) -> dict[s
     Args:
         name: in the config.
         source: of the config, as plain values; a path of a machine is no public source.
-        licence: as the config states it.
+        licence: as the config states it. A checkpoint that is made again keeps its manifest if nothing else has
+            changed.
     """
     public = {key: source[key] for key in ("hub", "revision", "pypi", "random") if key in source}
     return {"name": name, "source": public, "license": licence}

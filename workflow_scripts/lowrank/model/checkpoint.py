@@ -161,7 +161,8 @@ def save_checkpoint(
         card: the text of its README.md, given the folder with its weights; None: no card.
 
     Returns:
-        File name -> SHA-256 of its content.
+        File name -> SHA-256 of its content. The card is left out: it holds a licence, which may change in the config
+        while all else stays.
     """
     target = Path(target)
     recipe = recipe_of(model)
@@ -175,7 +176,7 @@ def save_checkpoint(
         copy_companions(Path(tokenizer_from), folder)
         if card is not None:
             (folder / CARD).write_text(card(folder), encoding="utf-8")
-    return checksums_of(target)
+    return {name: checksum for name, checksum in checksums_of(target).items() if name != CARD}
 
 
 def as_stored(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
