@@ -31,7 +31,7 @@ from lowrank.layout import study_of
 from lowrank.progress.course import Course, planned_seconds
 from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 
-TARGETS = ("all", "data", "total")
+TARGETS = ("all", "data", "checkpoints", "total")
 """What Snakemake counts beside jobs."""
 LINES = 10
 """Printed in the course of a run where there is no terminal."""
@@ -68,9 +68,9 @@ class Watch(logging.Filter):
             case LogEvent.RUN_INFO:
                 self.course.will_run({rule: count for rule, count in given["stats"].items() if rule not in TARGETS})
             case LogEvent.JOB_INFO if given["rule_name"] not in TARGETS:
-                self._plan(str(given["log"][0]) if given["log"] else "")
                 wildcards = {name: str(value) for name, value in (given["wildcards"] or {}).items()}
                 self.course.starts(given["jobid"], given["rule_name"], wildcards)
+                self._plan(str(given["log"][0]) if given["log"] else "")
             case LogEvent.JOB_FINISHED:
                 self.course.ends(given["job_id"])
                 self._line()
@@ -84,7 +84,7 @@ class Watch(logging.Filter):
     def _plan(self, log: str) -> None:
         """Learn what jobs are expected to take, from the config that the run has left beside its logs."""
         if not self.course.plan and LOGS in log:
-            with contextlib.suppress(RankwiseError):  # without it, time left is told from what was measured alone
+            with contextlib.suppress(RankwiseError):  # without it, no time left is told
                 self.course.plan = planned_seconds(study_of(Path(log.partition(LOGS)[0])))
 
     def _error(self, record: logging.LogRecord) -> None:

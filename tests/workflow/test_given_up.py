@@ -83,7 +83,8 @@ def test_a_result_that_is_stale_is_deleted_first_and_then_made_with_the_least(tm
             path.unlink()
         again = processes.submit(reruns, place, "quickstart", *CHECKPOINTS).result()
         for job in again:
-            folder = run / "compressed" / "/".join(job.wildcards[name] for name in ("model", "method", "ratio")) / "seed0"
+            method, ratio = job.wildcards["method"], job.wildcards["ratio"]
+            folder = run / f"compressed/smollm2-135m/{method}/{ratio}/seed0"
             (folder / "checkpoint").mkdir()
             (folder / "manifest.json").touch()
             (folder / "given_up.json").unlink()

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+import sys
+import threading
+from typing import Any
 
-from lowrank.config.load import load_study
+import pytest
+from rich.console import Console
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from lowrank.config.load import check_study, load_study
 from lowrank.progress.course import Course, planned_seconds
-from tests.config.wrong import QUICKSTART
+from tests.config.wrong import GONE, QUICKSTART, REPOSITORY, SHAPE, changed
+
+sys.path.insert(0, str(REPOSITORY / "workflow_scripts"))
+import run as command
 
 OF = {"model": "m", "seed": "0"}
 
@@ -77,3 +87,48 @@ def test_the_plan_knows_every_rule_of_a_study() -> None:
     plan = planned_seconds(load_study(QUICKSTART))
     assert {"fetch_model", "search_allocation", "write_report"} <= set(plan)
     assert all(seconds > 0 for seconds in plan.values())
+
+
+def test_where_a_shape_is_left_out_nothing_is_planned() -> None:
+    study = check_study(changed((SHAPE, GONE)), "x.yaml", unseen=True)
+    assert planned_seconds(study) == {}
+
+
+def test_a_job_is_shown_although_its_study_cannot_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> Any:
+        raise AttributeError("a mistake in here")
+
+    monkeypatch.setattr(command, "study_of", broken)
+    watch = command.Watch(Console())
+    started = {"event": LogEvent.JOB_INFO, "rule_name": "fetch", "jobid": 1, "wildcards": OF}
+    record = logging.makeLogRecord(started | {"log": ["results/x/logs/fetch.log"]})
+    assert watch.filter(record)
+    assert "fetch: m, seed 0" in str(watch.course)
+
+
+def test_events_wait_while_a_line_is_made(course: Course) -> None:
+    """Another thread tells them; what is read must not change meanwhile."""
+    for number, rule in enumerate(("fetch", "search")):
+        course.starts(number, rule, OF)
+    course.ends(0)
+    teller = threading.Thread(target=course.ends, args=(1,))
+
+    class Plan(dict[str, float]):
+        def __contains__(self, rule: object) -> bool:
+            if not teller.ident:
+                teller.start()
+                teller.join(timeout=0.2)
+            return super().__contains__(rule)
+
+    course.plan = Plan(course.plan)
+    assert str(course).startswith("1 of 7 steps | search: m, seed 0 | ")
+    teller.join()
+    assert str(course).startswith("2 of 7 steps | ")
+
+
+def test_targets_are_no_steps() -> None:
+    watch = command.Watch(Console())
+    for target in ("all", "data", "checkpoints"):
+        stats = {target: 1, "fetch": 2, "total": 3}
+        watch.filter(logging.makeLogRecord({"event": LogEvent.RUN_INFO, "stats": stats}))
+        assert watch.course.total == 2

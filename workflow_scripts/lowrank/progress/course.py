@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from lowrank.cluster.plan import THREADS
 from lowrank.cluster.planned_jobs import planned_jobs
 from lowrank.cluster.resources import Estimator
+from lowrank.config.load import models_without_shape
 from lowrank.config.study import Study
 from lowrank.progress.words import duration, named
 
@@ -19,8 +21,11 @@ SHOWN = 2
 def planned_seconds(study: Study) -> dict[str, float]:
     """Rule -> what the plan expects of one of its jobs without a GPU, on average.
 
-    Right to an order of magnitude: it counts operations of a study whose models are large.
+    Right to an order of magnitude: it counts operations of a study whose models are large. Empty if the config leaves
+    out the shape of a model.
     """
+    if models_without_shape(study):
+        return {}
     estimator = Estimator(study)
     found: dict[str, list[float]] = {}
     for job in planned_jobs(study):
@@ -38,7 +43,7 @@ class Running:
 
 
 class Course:
-    """What has been done of a run, told event by event.
+    """What has been done of a run, told event by event; one thread may tell events while another reads.
 
     Attributes:
         waiting: rule -> jobs that have not ended yet.
@@ -53,31 +58,37 @@ class Course:
         self.plan: Mapping[str, float] = {}
         self.running: dict[int, Running] = {}
         self.measured: dict[str, list[float]] = {}
+        self._lock = threading.RLock()
 
     def will_run(self, jobs: Mapping[str, int]) -> None:
         """How many jobs of each rule are to run."""
-        self.waiting = dict(jobs)
+        with self._lock:
+            self.waiting = dict(jobs)
 
     def starts(self, number: int, rule: str, wildcards: Mapping[str, str]) -> None:
         """A job has been started, or started once more."""
-        self.running[number] = Running(rule, wildcards, self.clock())
+        with self._lock:
+            self.running[number] = Running(rule, wildcards, self.clock())
 
     def ends(self, number: int, well: bool = True) -> None:
         """A job has ended; one that failed may be started again."""
-        if (job := self.running.pop(number, None)) is None or not well:
-            return
-        self.waiting[job.rule] -= 1
-        self.measured.setdefault(job.rule, []).append(self.clock() - job.since)
+        with self._lock:
+            if (job := self.running.pop(number, None)) is None or not well:
+                return
+            self.waiting[job.rule] -= 1
+            self.measured.setdefault(job.rule, []).append(self.clock() - job.since)
 
     @property
     def done(self) -> int:
         """Jobs that are finished."""
-        return sum(map(len, self.measured.values()))
+        with self._lock:
+            return sum(map(len, self.measured.values()))
 
     @property
     def total(self) -> int:
         """All jobs of this run."""
-        return self.done + sum(self.waiting.values())
+        with self._lock:
+            return self.done + sum(self.waiting.values())
 
     def left(self) -> float | None:
         """Seconds until the end, about; None before a job has been measured that the plan knows.
@@ -85,6 +96,10 @@ class Course:
         A rule's jobs take as long as those of it that were measured; of other rules, as long as the plan says, times
         what measured ones took longer than planned. As many run side by side as did so far.
         """
+        with self._lock:
+            return self._left()
+
+    def _left(self) -> float | None:
         known = [rule for rule in self.measured if rule in self.plan]
         if not known:
             return None
@@ -102,6 +117,10 @@ class Course:
         return work / max(1.0, busy / max(now - self.began, 1e-9))
 
     def __str__(self) -> str:
+        with self._lock:
+            return self._line()
+
+    def _line(self) -> str:
         parts = [f"{self.done} of {self.total} steps"]
         if running := list(self.running.values()):
             names = [named(job.rule, job.wildcards) for job in running[:SHOWN]]
