@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lowrank.config.outputs import (
     AgreementTable,
     ComparisonFigure,
@@ -27,7 +29,7 @@ from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.tested import Pair, corpora_shown, pairs_of
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json
+from lowrank.files import read_json, read_record
 
 LOGGED = ("figure", "model", "calibration", "covariance", "validation", "method", "ratio", "tuning", "seed", "suite")
 """Wildcards in the order in which they make up the name of a log; a rule with another wildcard has only that one."""
@@ -46,16 +48,29 @@ def study_of(run: Path) -> Study:
         run: the folder, `results/<run>`; finished or not.
 
     Raises:
-        RankwiseError: it holds no run.
+        RankwiseError: it holds no run, or one of another version of rankwise.
     """
     if (run / USED_CONFIG).is_file():
-        return Study.model_validate(read_json(run / USED_CONFIG))
+        return _study(read_json(run / USED_CONFIG), run / USED_CONFIG)
     if (run / PROVENANCE).is_file():  # results that were copied, or made before configs were kept
-        return Study.model_validate(read_json(run / PROVENANCE)["config"])
+        return _study(read_record(run / PROVENANCE)["config"], run / PROVENANCE)
     raise RankwiseError(
         f"{run}: holds no run ({USED_CONFIG} is missing). Name the folder of a study that has been "
         "started, as results/quickstart."
     )
+
+
+def _study(config: Any, path: Path) -> Study:
+    """A study of the config that a run has left in a file."""
+    try:
+        return Study.model_validate(config)
+    except ValidationError as error:
+        first, *_ = error.errors(include_url=False)
+        at = ".".join(map(str, first["loc"]))
+        raise RankwiseError(
+            f"{path}: another version of rankwise made these results: their config is none of this version "
+            f"({f'{at}: ' if at else ''}{first['msg']}). Look at them with that version, or run the workflow again."
+        ) from error
 
 
 class Layout:

@@ -16,7 +16,7 @@ from lowrank.config.load import check_study
 from lowrank.files import write_json
 from lowrank.jobs.lock import Holder, lock_path
 from lowrank.jobs.record import record_file
-from lowrank.layout import Layout
+from lowrank.layout import PROVENANCE, USED_CONFIG, Layout
 from lowrank.progress.status import main
 from lowrank.progress.steps import State, Step, steps_of
 from tests.config.wrong import changed
@@ -122,6 +122,20 @@ def test_without_logs_records_tell(root: Path) -> None:
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert f"{tmp_path}: holds no run (config.json is missing)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [USED_CONFIG, PROVENANCE])
+def test_results_of_another_version_are_one_message(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not what pydantic says of the config in them."""
+    config = STUDY.plain() | {"ranking": {}}
+    write_json(tmp_path / name, config if name == USED_CONFIG else {"config": config})
+    assert main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / name}: another version of rankwise made these results" in said
+    assert "(ranking: " in said
+    assert "pydantic" not in said
 
 
 def test_it_starts_without_torch(root: Path) -> None:

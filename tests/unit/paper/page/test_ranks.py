@@ -52,3 +52,15 @@ def test_an_older_manifest_is_named_and_tuned_rows_are_not_repeated() -> None:
     maps, left_out = maps_of(old, tuned, row_results(method="svd"))
     assert [each.checkpoint.row.method for each in maps] == ["svd"]
     assert [each.row.title for each in left_out] == ["lord"]
+
+
+def test_what_was_judged_only_after_post_training_is_shown_once() -> None:
+    """With the sizes that it was compressed to."""
+    scales, lora = row_results(tuning="scales"), row_results(tuning="lora")
+    before = row_results()
+    before.manifests[0]["linears"]["model.layers.0.self_attn.q_proj"]["parameters"] = 1024
+    unjudged = RowResults(before.row, {}, before.manifests, before.place)
+    maps, left_out = maps_of(unjudged, scales, lora)
+    assert [each.checkpoint.row.title for each in maps] == ["lord + scales"]
+    assert maps[0].strips[0].runs[0] == Run(0, 0, 0.25)
+    assert not left_out

@@ -65,12 +65,15 @@ class HeatMap:
 def heat_maps(found: Sequence[Checkpoint], shapes: Mapping[str, ModelShape]) -> tuple[list[HeatMap], list[Checkpoint]]:
     """Heat maps of all compressed checkpoints, and those of which none can be drawn.
 
-    Post-training keeps the sizes, so what was tuned is shown once, as it was compressed. A manifest that does not list
-    the linear layers was written by an earlier version.
+    Post-training keeps the sizes, so of one compression one checkpoint is shown: that before post-training, if it was
+    judged. A manifest that does not list the linear layers was written by an earlier version.
     """
+    shown: dict[tuple[str, str, int], Checkpoint] = {}
+    for checkpoint in sorted(found, key=lambda each: each.row.tuning != "none"):
+        shown.setdefault(_compression(checkpoint), checkpoint)
     maps, left_out = [], []
     for checkpoint in found:
-        if not checkpoint.row.ratio or checkpoint.row.tuning != "none":
+        if not checkpoint.row.ratio or shown[_compression(checkpoint)] is not checkpoint:
             continue
         manifests = manifests_of(checkpoint.results, "compression")
         if manifests and "linears" in manifests[0]:
@@ -78,6 +81,10 @@ def heat_maps(found: Sequence[Checkpoint], shapes: Mapping[str, ModelShape]) -> 
         else:
             left_out.append(checkpoint)
     return maps, left_out
+
+
+def _compression(checkpoint: Checkpoint) -> tuple[str, str, int]:
+    return checkpoint.row.model, checkpoint.row.method, checkpoint.row.ratio
 
 
 def _map(checkpoint: Checkpoint, manifest: Json, shape: ModelShape) -> HeatMap:
