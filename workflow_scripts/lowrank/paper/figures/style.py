@@ -32,8 +32,12 @@ DASHES: tuple[Any, ...] = (
     (0, (8, 2, 1, 2, 1, 2)),
     (0, (12, 2)),
 )
-HOMES = ("svd", "lord", "bolaco", "rankwise", "flap", "slicegpt", "afm", "svd-llm", "modegpt")
-"""Methods whose presets have a look of their own in all figures; the others take what these leave."""
+HOMES = (
+    *("svd", "lord", "bolaco", "rankwise", "flap", "slicegpt", "afm", "svd-llm", "modegpt"),
+    *("llm-pruner", "aa-svd", "llrc", "skipcat", "fwsvd", "zs-svd", "asvd", "basis-sharing", "obd-llm"),
+)
+"""Each method's own look, by its number. There are fewer colours: those of the second line have the colour of the method
+above them, with another marker and other dashes. So pairs are such as seldom stand in one figure."""
 DENSE_COLOUR = "black"
 DENSE_DASHES = (0, (1, 3))
 TEXT = 7.0  # points; no text of a figure is smaller when it is printed as wide as it is drawn
@@ -87,9 +91,10 @@ def style() -> Iterator[None]:
 
 
 def method_looks(methods: Iterable[str]) -> dict[str, int]:
-    """Method -> number of its look for `line_style`, the same in all figures as far as nine looks go.
+    """Preset of a method -> number of its look for `line_style`; no two have the same.
 
-    The first preset of a method in `HOMES` has that method's look. Others, in their order, have the first that is free.
+    The first preset of a method has that method's look, in every figure. Others of the same method, and methods that are
+    not in `HOMES`, take what is free in this figure: in their order, and first a colour that nothing else has.
     """
     looks: dict[str, int] = {}
     names = list(dict.fromkeys(methods))
@@ -97,19 +102,23 @@ def method_looks(methods: Iterable[str]) -> dict[str, int]:
         homes = [home for home in HOMES if name == home or name.startswith(f"{home}-")]
         if homes and (number := HOMES.index(max(homes, key=len))) not in looks.values():
             looks[name] = number
-    free = [number for number in range(len(HOMES)) if number not in looks.values()]
-    others = [name for name in names if name not in looks]
-    spare = range(len(HOMES), len(HOMES) + len(others))
-    looks |= dict(zip(others, [*free, *spare], strict=False))
+    for name in names:
+        if name not in looks:
+            free = [number for number in range(len(HOMES) + len(names)) if number not in looks.values()]
+            taken = [number % len(COLOURS) for number in looks.values()]
+            looks[name] = min(free, key=lambda number: taken.count(number % len(COLOURS)))
     return {name: looks[name] for name in names}
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the series with that number: all three differ between the first nine."""
+    """Colour, marker and dashes of the series with that number.
+
+    All three differ between the first nine; among all of `HOMES`, two of one colour have other markers and dashes.
+    """
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[index % len(DASHES)],
+        "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
     }
 
 
