@@ -97,7 +97,7 @@ def test_everything_that_was_asked_for_is_there(study: Path) -> None:
         for kind in ("csv", "md", "tex", "html")
     }
     figures = {path.name for path in results(study, "figures/*")}
-    assert figures == {f"figure_{number}.{kind}" for number in (1, 3, 5, 6) for kind in ("pdf", "png", "csv")}
+    assert figures == {f"figure_{number}.{kind}" for number in (1, 3, 4, 5, 6) for kind in ("pdf", "png", "csv")}
     report = (study / "results/tiny/report.html").read_text()
     assert "Accuracy" in report
     assert "Sensitivity" in report

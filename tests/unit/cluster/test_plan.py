@@ -65,7 +65,7 @@ def test_what_shows_tested_text_waits_until_it_was_compared(small: Study) -> Non
     names = ("calibration", "test-a", "test-b", "test-c", "validation")
     assert jobs[compared] == [Job.of("fetch_corpus", corpus=name) for name in names]
     waiting = {next(iter(job.wildcards.values()), job.rule) for job, after in jobs.items() if compared in after}
-    assert waiting == {"table_1", "table_2", "differences", "figure_3", "figure_5"}
+    assert waiting == {"table_1", "table_2", "differences", "figure_3", "figure_4", "figure_5"}
 
 
 def test_without_tested_text_nothing_is_compared() -> None:

@@ -36,8 +36,8 @@ HOMES = (
     *("svd", "lord", "bolaco", "rankwise", "flap", "slicegpt", "afm", "svd-llm", "modegpt"),
     *("llm-pruner", "aa-svd", "llrc", "skipcat", "fwsvd", "zs-svd", "asvd", "basis-sharing", "obd-llm"),
 )
-"""Each method's own look, by its number. There are fewer colours: those of the second line have the colour of the method
-above them, with another marker and other dashes. So pairs are such as seldom stand in one figure."""
+"""Each method's own look, by its number. There are fewer colours: methods of the second line have the colours of those
+above them, with other markers and dashes. Pairs are such as seldom stand in one figure."""
 DENSE_COLOUR = "black"
 DENSE_DASHES = (0, (1, 3))
 TEXT = 7.0  # points; no text of a figure is smaller when it is printed as wide as it is drawn
@@ -93,8 +93,8 @@ def style() -> Iterator[None]:
 def method_looks(methods: Iterable[str]) -> dict[str, int]:
     """Preset of a method -> number of its look for `line_style`; no two have the same.
 
-    The first preset of a method has that method's look, in every figure. Others of the same method, and methods that are
-    not in `HOMES`, take what is free in this figure: in their order, and first a colour that nothing else has.
+    The first preset of a method has that method's look, in every figure. Others of the same method, and methods that
+    are not in `HOMES`, take what is free in this figure: in their order, and first a colour that nothing else has.
     """
     looks: dict[str, int] = {}
     names = list(dict.fromkeys(methods))
