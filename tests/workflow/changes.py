@@ -280,8 +280,8 @@ CHANGES = [
         "a default of a method that the config leaves out",
         text(
             "workflow_scripts/lowrank/config/low_rank.py",
-            "tuple[str, ...] = Field(default=()",
-            'tuple[str, ...] = Field(default=("v",)',
+            'one that may have it."""\n\n    uncompressed: tuple[str, ...] = Field(default=()',
+            'one that may have it."""\n\n    uncompressed: tuple[str, ...] = Field(default=("v",)',
         ),
         either(method("svd"), RECORDS),
     ),
