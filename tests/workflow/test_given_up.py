@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.workflow.clones import REPOSITORY, clone, pool, pretend_finished, read_config, reruns, write_config
 
 CHECKPOINTS = ("--cores", "1", "checkpoints")  # an option first: --configfile takes more than one file
 
 
+def keeping(folder: Path, kept: dict[str, list[Any]]) -> tuple[Path, dict[str, Any]]:
+    """A checkout whose quickstart keeps some checkpoints, and that config."""
+    place = clone(REPOSITORY, folder / "checkout")
+    content = read_config(place, "quickstart")
+    content["keep_checkpoints"] = kept
+    write_config(place, "quickstart", content)
+    return place, content
+
+
 def test_a_new_suite_makes_a_checkpoint_that_was_given_up_again_and_nothing_that_was_made_from_it(
     tmp_path: Path,
 ) -> None:
     """`snakemake checkpoints` first; the manifest of the same checkpoint comes out as it was."""
-    place = clone(REPOSITORY, tmp_path / "checkout")
-    content = read_config(place, "quickstart")
-    content["keep_checkpoints"] = {"ratios": [20]}
-    write_config(place, "quickstart", content)
+    place, content = keeping(tmp_path, {"ratios": [20]})
     with pool() as processes:
         processes.submit(pretend_finished, place, "quickstart").result()
         folders = [path.with_name("checkpoint") for path in place.glob("results/quickstart/**/30/**/given_up.json")]
@@ -45,10 +52,7 @@ def test_a_new_suite_makes_a_checkpoint_that_was_given_up_again_and_nothing_that
 
 def test_what_was_made_again_as_a_step_to_a_tuned_one_is_given_up_again(tmp_path: Path) -> None:
     """Both manifests come out as they were; the file that says that a checkpoint was given up goes when it is made."""
-    place = clone(REPOSITORY, tmp_path / "checkout")
-    content = read_config(place, "quickstart")
-    content["keep_checkpoints"] = {"methods": []}
-    write_config(place, "quickstart", content)
+    place, _ = keeping(tmp_path, {"methods": []})
     with pool() as processes:
         processes.submit(pretend_finished, place, "quickstart").result()
         run = place / "results/quickstart"
@@ -65,10 +69,7 @@ def test_what_was_made_again_as_a_step_to_a_tuned_one_is_given_up_again(tmp_path
 
 def test_a_result_that_is_stale_is_deleted_first_and_then_made_with_the_least(tmp_path: Path) -> None:
     """So docs/reruns.md says. Left where it is, it makes all else that reads the checkpoint run again too."""
-    place = clone(REPOSITORY, tmp_path / "checkout")
-    content = read_config(place, "quickstart")
-    content["keep_checkpoints"] = {"methods": []}
-    write_config(place, "quickstart", content)
+    place, content = keeping(tmp_path, {"methods": []})
     with pool() as processes:
         processes.submit(pretend_finished, place, "quickstart").result()
         run = place / "results/quickstart"

@@ -4,8 +4,8 @@ It is laid out in rooms, files and packages; `docs/architecture.md` says what li
 """
 
 ROOMS = (
-    *("errors", "redact", "versions", "files", "reruns", "model", "ranks", "config", "layout", "jobs", "sources"),
-    *("calibration", "bases", "search", "compression", "methods", "post_training", "evaluation", "paper", "export"),
-    *("cluster", "progress"),
+    *("errors", "redact", "terminal", "versions", "files", "reruns", "model", "ranks", "config", "layout", "jobs"),
+    *("sources", "calibration", "bases", "search", "compression", "methods", "post_training", "evaluation", "paper"),
+    *("export", "cluster", "progress"),
 )
 """From the ground up, in the order of the DAG: a room imports only rooms that stand before it."""

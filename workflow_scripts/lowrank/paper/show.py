@@ -21,11 +21,11 @@ from lowrank.layout import PROVENANCE, in_order, study_of
 from lowrank.paper.tables.data import MISSING, Context
 from lowrank.paper.tables.measures import ACCURACY, PERPLEXITY, Measure, measures_of
 from lowrank.paper.tables.rows import estimate_text
+from lowrank.terminal import print_folder
 
 Record = dict[str, Any]
 METHOD_WIDTH = 14
 BEST = "*"
-PIPE_WIDTH = 120  # of lines that go to a file or a pipe, which has no width of its own
 
 
 def show(folder: Path, console: Console) -> None:
@@ -164,18 +164,7 @@ def _value(record: Record, measure: Measure, with_error: bool = False) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    if len(arguments) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
-    try:
-        show(Path(arguments[0]), console)
-    except RankwiseError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return print_folder(arguments, __doc__, show)
 
 
 if __name__ == "__main__":

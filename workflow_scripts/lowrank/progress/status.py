@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.errors import RankwiseError
 from lowrank.layout import study_of
 from lowrank.progress.steps import State, Step, steps_of
 from lowrank.progress.words import WITHOUT_A_WORD, duration, named
+from lowrank.terminal import print_folder
 
-PIPE_WIDTH = 120
 STYLES = {State.RUNNING: "cyan", State.FAILED: "bold red", State.STOPPED: "yellow"}
 
 
@@ -69,18 +68,7 @@ def _line(step: Step) -> Text:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    if len(arguments) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH, highlight=False)
-    try:
-        show(Path(arguments[0]), console)
-    except RankwiseError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return print_folder(arguments, __doc__, show, highlight=False)
 
 
 if __name__ == "__main__":
