@@ -35,7 +35,7 @@ class ZeroShotSuite(Section):
     tasks: dict[Name, Literal["acc", "acc_norm"]] = Field(min_length=1, description="task -> metric of the average")
     limit: AtLeastTwo | None = Field(default=None, description="documents a task; only in a config with `smoke: true`")
     batch_tokens: Positive = Field(
-        default=8192,
+        default=4096,
         description="tokens of a forward pass, padding included; fewer if a GPU's memory does not hold them",
     )
     add_bos: bool = True
