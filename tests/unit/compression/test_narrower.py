@@ -41,10 +41,10 @@ def task_of(kind: str, dtype: torch.dtype = torch.float32) -> CompressionTask:
 
 
 def left_out(weight: np.ndarray, covariance: np.ndarray, gradient: np.ndarray, rank: int | None) -> float:
-    """1/2 the sum of the eigenvalues of M W C W' M' beyond a rank, with M'M = G + eps tr(G)/m I."""
+    """1/2 the sum of the eigenvalues of M W C W' M' beyond a rank, with M'M = G + eps diag(G)."""
     if rank is None:
         return 0.0
-    damped = gradient + DAMPING * np.trace(gradient) / len(gradient) * np.eye(len(gradient))
+    damped = gradient + DAMPING * np.diag(np.diag(gradient))
     values = np.linalg.eigvals(damped @ weight @ covariance @ weight.T).real
     return float(np.sort(values)[::-1][rank:].sum()) / 2
 

@@ -227,7 +227,7 @@ def test_odd_calibration_gives_finite_models(tokens: torch.Tensor, tmp_path: Pat
 
 
 def test_leverage_of_inputs_that_are_zero() -> None:
-    assert torch.equal(leverage_scores(torch.zeros(4, 4, dtype=torch.float64), 0.01), torch.zeros(4).double())
+    assert torch.equal(leverage_scores(torch.zeros(4, 4, dtype=torch.float64), 0.01, "down"), torch.zeros(4).double())
 
 
 def test_what_is_not_defined_is_said() -> None:
@@ -253,3 +253,10 @@ def test_what_is_not_defined_is_said() -> None:
     task = {"model": tiny.model("llama"), "budget": budget, "ratio": 20, "seed": 0, "tokens": TOKENS}
     with pytest.raises(RankwiseError, match="nowhere"):
         compress_model("modegpt", PRESET, task | {"statistics": statistics})
+
+
+def test_a_ridge_that_rounding_eats_is_an_error_with_the_layers_name() -> None:
+    seen = torch.ones(6, 1, dtype=torch.float64)
+    broken = seen @ seen.T - 0.1 * torch.eye(6, dtype=torch.float64)
+    with pytest.raises(RankwiseError, match=r"layers\.3\.mlp\.down_proj: .* not positive with a `ridge` of 1e-12"):
+        leverage_scores(broken, 1e-12, "layers.3.mlp.down_proj")

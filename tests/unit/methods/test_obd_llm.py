@@ -41,7 +41,7 @@ def budget_of(kind: str) -> Budget:
 
 def roots(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """S and M with S S' = E[x x'] and M M' = G + damping: lower triangular both."""
-    damped = g + DAMPING * np.trace(g) / len(g) * np.eye(len(g))
+    damped = g + DAMPING * np.diag(np.diag(g))
     return np.linalg.cholesky(x.T @ x / len(x)), np.linalg.cholesky(damped)
 
 

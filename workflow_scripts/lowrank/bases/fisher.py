@@ -1,8 +1,8 @@
 """Bases that keep what the loss needs: principal directions in the metric of the loss gradient.
 
 With C = Cov(y) of a layer's outputs and G = E[g g'] of the loss gradient there (`output_gradients`), an output error e
-costs 1/2 tr(G Cov(e)). Let s = tr(G)/m and s M'M = G + eps s I. Among all affine maps of rank r the cost in that metric
-is least for
+costs 1/2 tr(G Cov(e)). Let s = tr(G)/m and s M'M = G + eps diag(G). Among all affine maps of rank r the cost in that
+metric is least for
 
     B = M^-1 V_r,   A = V_r' M W,   bias = mu - B A E[x],
 
@@ -10,7 +10,8 @@ where V_r are the top eigenvectors of M C M' (Eckart and Young, for M y), and it
 eigenvalues. So the columns of M^-1 V are nested as principal directions are: every rank is a prefix. With G = I these
 are the principal directions themselves. Any M will do; the one here is upper triangular, M' being Cholesky's factor.
 The term with eps keeps directions in which no gradient was seen from being thrown away unlimited: G comes from a finite
-sample.
+sample. It is a share of each output's own E[g^2] (`damping`): with an output scaled by a and what reads it by 1/a the
+network is the same, and so are its losses, and its factors but for that scale.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from lowrank.bases.damping import damped_cholesky
 from lowrank.bases.principal import PrincipalBasis, means_of, output_directions, require_finite
 from lowrank.errors import RankwiseError
 
@@ -53,7 +55,7 @@ def fisher_basis(
         raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep")
     k = min(w.shape)
     try:
-        root = damped_root(g / scale, damping)
+        root = damped_cholesky(g / scale, damping).T
         v, eigenvalues = output_directions(root @ w, cov)
         directions = torch.linalg.solve_triangular(root, v[:, :k], upper=True)
     except RuntimeError as error:
@@ -85,17 +87,3 @@ def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor) -> Prin
     u = basis.directions.double()
     cost = (u * (gradient.double().to(u.device) @ u)).sum(dim=0)
     return replace(basis, losses=basis.eigenvalues[: u.shape[1]].double() * cost / 2)
-
-
-def damped_root(metric: torch.Tensor, damping: float) -> torch.Tensor:
-    """M with M'M = G + eps I, m x m, upper triangular, in float64.
-
-    Where rounding has left G with an eigenvalue so far below zero that this is not positive, eps is raised by it.
-    """
-    g = (metric.double() + metric.double().T) / 2
-    identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
-    lower, info = torch.linalg.cholesky_ex(g + damping * identity)
-    if int(info):
-        lower = torch.linalg.cholesky(g + (damping - float(torch.linalg.eigvalsh(g)[0])) * identity)
-    root: torch.Tensor = lower.T
-    return root

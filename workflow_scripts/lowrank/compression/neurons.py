@@ -9,7 +9,7 @@ loss gradient at its output, keep a set K of neurons and let them stand in for t
 That is the least 1/2 tr(G Cov(e)) of all output errors e that affine maps of the kept neurons leave, in nats per token
 as the predicted loss of a rank is (`bases.fisher`). C is damped by a share of each neuron's own variance, not of their
 mean: one neuron may have a million times the variance of the others, and scaling a neuron must change nothing. G is
-damped as for bases, G + eps tr(G)/d I.
+damped as for bases, G + eps diag(G).
 
 The sets come from backward elimination (the optimal brain surgeon's step, Hassibi and Stork 1993, for whole columns).
 With P = C_KK^-1, A = M W_K' and M'M = G, removing a set T of the kept neurons costs exactly
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank.bases.fisher import damped_root
+from lowrank.bases.damping import damped_cholesky
 from lowrank.errors import RankwiseError
 
 AT_ONCE = 8
@@ -95,7 +95,7 @@ class Neurons:
             covariance: C, f x f.
             mean: mu, f; None for an uncentred estimate.
             gradient: G, d x d; None: the identity, so that costs are half the squares of output errors.
-            gradient_damping: eps, share of the mean of G's diagonal that is added to it.
+            gradient_damping: eps, share of each output's own value on G's diagonal that is added to it.
             where: the layer's name, for errors.
             damping: share of each neuron's variance that is added to it; more than 0 where neurons may be collinear.
 
@@ -125,7 +125,7 @@ class Neurons:
             mean=None if mean is None else mean.double().to(w.device),
             deviations=deviations,
             correlation=correlation,
-            root=g if gradient is None else damped_root(g / scale, gradient_damping),
+            root=g if gradient is None else damped_cholesky(g / scale, gradient_damping).T,
             scale=scale,
             where=where,
         )

@@ -68,7 +68,9 @@ class Covariance(Section):
         default="none",
         description="predict: the bases say what leaving out a direction costs the loss; weigh: and are chosen by it",
     )
-    damping: Share = Field(default=0.01, description="weigh: share of the mean added to the gradient's second moment")
+    damping: Share = Field(
+        default=0.01, description="weigh: share of each output's own second moment of the gradient that is added to it"
+    )
     directions: Literal["break-even", "all"] = Field(
         default="break-even",
         description="all: also those beyond the break-even rank, for pairs with an identity block; with `gradients` "

@@ -206,7 +206,8 @@ class Block:
         reader = self._layer(branch.reader.name)
         weight = reader.weight.detach().to(self._device)
         neurons = Neurons.of(weight, reader.bias, second, None, None, 0, name, settings.damping)
-        kept = leverage_scores(second, settings.ridge).sort(descending=True, stable=True).indices[:count].sort().values
+        scores = leverage_scores(second, settings.ridge, name)
+        kept = scores.sort(descending=True, stable=True).indices[:count].sort().values
         found = {name: SmallerLinear(*neurons.refit(kept))}
         for linear in branch.writers:
             found[self._names[linear.name]] = SmallerLinear.of_rows(self._layer(linear.name), kept)
@@ -248,21 +249,33 @@ class Block:
         return moments.estimate(Covariance(estimator="uncentred"))[0].to(self._device)
 
 
-def leverage_scores(second: torch.Tensor, ridge: float) -> torch.Tensor:
+def leverage_scores(second: torch.Tensor, ridge: float, where: str) -> torch.Tensor:
     """diag(C (C + lambda I)^-1), f in float64, with lambda a share of the mean of C's diagonal; 0 where all is zero.
+
+    That one huge neuron makes all others look alike is the method as published (`bases.damping` has what we do).
 
     Args:
         second: C, f x f.
         ridge: that share.
+        where: the layer's name, for errors.
+
+    Raises:
+        RankwiseError: rounding has left C less positive than the share makes up for; the layer is named.
     """
     import torch
 
-    from lowrank.bases.fisher import damped_root
+    from lowrank.errors import RankwiseError
 
     mean = second.diagonal().mean()
     if not bool(mean > 0):
         return torch.zeros_like(second.diagonal())
-    inverse = torch.cholesky_inverse(damped_root(second / mean, ridge), upper=True)
+    damped = second / mean + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    root, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        raise RankwiseError(
+            f"{where}: E[x x'] of its inputs is not positive with a `ridge` of {ridge:g}; take a larger one"
+        )
+    inverse = torch.cholesky_inverse(root)
     return 1 - ridge * inverse.diagonal()
 
 

@@ -40,7 +40,9 @@ class Settings(UniformSettings):
 
     kind: Literal["obd-llm"]
     calibration: Name
-    damping: Share = Field(default=0.01, description="share of the mean added to the gradient's second moment")
+    damping: Share = Field(
+        default=0.01, description="share of each output's own second moment of the gradient that is added to it"
+    )
     allocation: Literal["uniform", "first-order"] = Field(
         default="uniform",
         description="uniform: one kept ratio for all; first-order: directions leave by the size of the change of the "
