@@ -24,7 +24,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: envs/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): about 2 GB, some minutes"
+	@echo "installing into $(VENV): about 2 GB; nothing more is said for some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/requirements.txt
 	touch $@
 
@@ -35,8 +35,9 @@ quickstart: setup
 # A variable of the environment is no option: `OUT` and `TEST` are common names.
 option = $(if $(filter command,$(firstword $(origin $(1)))),'$(2)$(subst ','\'',$($(1)))')
 
+# The command knows by make's flags whether an option is misspelt.
 compress: setup
-	@python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
+	@OF_MAKE="$$MAKEFLAGS" python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
 		$(call option,CALIBRATION,--calibration=) $(call option,TEST,--test=) $(call option,DTYPE,--dtype=) \
 		-- '$(subst ','\'',$(MODEL))' '$(RATIO)'
 

@@ -7,20 +7,32 @@ after, its size and its speed. Called again, it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
+from lowrank.config.messages import did_you_mean
 from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
 from lowrank.paper.outcome import checkpoint, outcome
 from lowrank.sources.own import DTYPES, FORMATS, Own, Wish, again, own_study, write_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+VARIABLES = ("MODEL", "RATIO", "METHOD", "OUT", "CALIBRATION", "TEST", "DTYPE")
+"""Of `make compress`."""
+OF_MAKE = ("PYTHON", "VENV")
+"""Variables of the Makefile that every target reads."""
+RUNNING = ".running"
+"""A file in OUT that is locked while a run goes on there, and says since when."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
 def snakemake(arguments: Sequence[str]) -> int:
     """Run Snakemake in this repository, with a line of progress; returns its exit code."""
     command = [sys.executable, str(REPOSITORY / "workflow_scripts/run.py"), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    # The lock of `alone` goes along: a run that outlives this process still holds it.
+    return subprocess.run(command, cwd=REPOSITORY, check=False, close_fds=False).returncode
 
 
 def arguments_of(own: Own) -> list[str]:
@@ -51,6 +64,48 @@ def arguments_of(own: Own) -> list[str]:
         *("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(folder)),
         *("--configfile", str(own.config.absolute()), "--profile", str(REPOSITORY / "profiles/local")),
     ]
+
+
+def check_make(flags: str) -> None:
+    """Refuse variables that `make compress` does not know: it would leave them out in silence.
+
+    Args:
+        flags: make's `MAKEFLAGS`: its options, and after ` -- ` the variables of its command line.
+
+    Raises:
+        RankwiseError: a variable that is none of ours.
+    """
+    _, _, given = f" {flags}".partition(" -- ")
+    for word in shlex.split(given):
+        name, assigns, _ = word.partition("=")
+        if assigns and name not in (*VARIABLES, *OF_MAKE):
+            raise RankwiseError(
+                f"{name}: no option of `make compress`; there are {', '.join(VARIABLES)}{did_you_mean(name, VARIABLES)}"
+            )
+
+
+@contextlib.contextmanager
+def alone(own: Own) -> Iterator[None]:
+    """One run at a time in a folder: a second one would find Snakemake's lock there, and be told how to remove it.
+
+    Raises:
+        RankwiseError: a run goes on there.
+    """
+    with (own.out / RUNNING).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RankwiseError(
+                f"OUT: a run goes on in {own.out}, {file.read().strip()}. Follow it: make status RUN={own.out}"
+            ) from error
+        except OSError:  # a file system without locks: Snakemake's own stands
+            pass
+        os.set_inheritable(file.fileno(), True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
 
 
 def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) -> int:
@@ -65,9 +120,14 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
     """
     console = Console(highlight=False)
     try:
-        own = own_study(Wish(**vars(parser().parse_args(given))), REPOSITORY / "cache")
+        check_make(os.environ.get("OF_MAKE", ""))
+        wish = Wish(**vars(parser().parse_args(given)))
+        own = own_study(wish, REPOSITORY / "cache")
         write_config(own)
-        if code := run(arguments_of(own)):
+        print(f"compressing {wish.model} by {wish.method}, {wish.ratio} %, in {own.out}", file=sys.stderr)
+        with alone(own):
+            code = run(arguments_of(own))
+        if code:
             print(
                 "\nIt stopped, see above. The same command goes on from here. If a kill has left a lock, first:\n"
                 f"{again(own)} --unlock",

@@ -12,19 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.errors import RankwiseError
+from lowrank.export.wish import Export
 
 
 def main(given: Sequence[str]) -> int:
     """Export a checkpoint; returns 0, or 1 for a wish that cannot be granted."""
     parser = argparse.ArgumentParser(prog="export.py", description="Write a checkpoint for other tools.")
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, compressed or tuned")
-    parser.add_argument("out", type=Path, help="the folder to make, or the .gguf file")
+    parser.add_argument("checkpoint", nargs="?", default="", help="folder of a checkpoint, compressed or tuned")
+    parser.add_argument("out", nargs="?", default="", help="the folder to make, or the .gguf file")
     parser.add_argument("--to", default="dense", help="same, dense or gguf (docs/serving.md)")
-    wish = parser.parse_args(given)
-    from lowrank.export.share import Export, export
-
+    given_as = parser.parse_args(given)
     try:
-        print(export(Export(wish.checkpoint, wish.to, wish.out)))
+        wish = Export.of(given_as.checkpoint, given_as.to, given_as.out)
+        from lowrank.export.share import export  # torch and transformers: seconds that a wrong wish need not wait for
+
+        print(export(wish))
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

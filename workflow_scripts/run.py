@@ -1,8 +1,8 @@
 """Snakemake with one line of progress: `python workflow_scripts/run.py ARGUMENTS`, with the arguments of Snakemake.
 
 All that Snakemake and its jobs say goes to a log file, whose path is printed. The terminal shows how far the study is,
-and errors at once. Where there is no terminal, it prints a line for each tenth of the steps. Snakemake runs in this
-process, so signals reach it as ever, and its exit code is that of this command.
+and errors at once. Where there is no terminal, it prints a line for each tenth of the steps, and every two minutes.
+Snakemake runs in this process, so signals reach it as ever, and its exit code is that of this command.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,9 @@ from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 TARGETS = ("all", "data", "checkpoints", "total")
 """What Snakemake counts beside jobs."""
 LINES = 10
-"""Printed in the course of a run where there is no terminal."""
+"""Printed in the course of a run where there is no terminal, for the steps that are done."""
+SILENT = 120.0
+"""Seconds after which, where there is no terminal, a line says that the run goes on."""
 FAILED_ONCE_MORE = (
     "CalledProcessError in file",
     "Exiting because a job execution failed.",
@@ -100,7 +103,7 @@ class Watch(logging.Filter):
         what = named(said["rule_name"], job.wildcards if job else {})
         self._say(Text.assemble(("failed", "bold red"), f" {what}: {error}"))
         for log in logs:
-            self._say(Text(f"    log: {log}"))
+            self._say(Text(f"    log: {log.absolute()}"))
 
     def _say(self, text: Text) -> None:
         self.told = True
@@ -137,10 +140,29 @@ def output_to(log: Path) -> Iterator[Console]:
                 os.close(old)
 
 
+@contextlib.contextmanager
+def spoken(watch: Watch, console: Console) -> Iterator[None]:
+    """Print the line of progress now and then, for a run that nobody watches."""
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(SILENT):
+            if watch.course.total:
+                console.print(str(watch.course), soft_wrap=True)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def live(watch: Watch, console: Console) -> contextlib.AbstractContextManager[object]:
-    """What keeps the line of progress up to date, if there is a terminal."""
+    """What keeps the line of progress up to date, if there is a terminal; else what prints it now and then."""
     if not console.is_terminal:
-        return contextlib.nullcontext()
+        return spoken(watch, console)
     # Without redirection: what this process prints goes to the log, not above the line.
     return Live(
         watch, console=console, refresh_per_second=1, transient=True, redirect_stdout=False, redirect_stderr=False

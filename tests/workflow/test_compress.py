@@ -76,8 +76,47 @@ def test_what_stops_says_how_to_go_on(inputs: Path, tmp_path: Path, capsys: pyte
     said = capsys.readouterr().err
     assert "The same command goes on from here" in said
     assert f"--directory {tmp_path / 'out'} --profile profiles/local --unlock" in said
+    assert said.startswith(f"compressing {inputs / 'model'} by rankwise, 20 %, in {tmp_path / 'out'}\n")
     assert compress.main(command(inputs, tmp_path / "other", "--method", "svdd")) == 1
     assert "METHOD: 'svdd' is no method - did you mean 'svd'?" in capsys.readouterr().err
+
+
+def test_beside_a_run_that_goes_on_no_other_starts_and_nothing_is_unlocked(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor where the command itself is gone, and Snakemake, which it has started, is not."""
+    out = tmp_path / "out"
+
+    def again(arguments: Sequence[str]) -> int:
+        return compress.main(command(inputs, out), lambda arguments: pytest.fail("a second run"))
+
+    assert compress.main(command(inputs, out), again) == 1
+    said = capsys.readouterr().err
+    assert f"OUT: a run goes on in {out}, process {os.getpid()} since " in said
+    assert f"make status RUN={out}" in said
+    orphan: list[subprocess.Popen[bytes]] = []
+
+    def leave(arguments: Sequence[str]) -> int:
+        orphan.append(subprocess.Popen(["sleep", "60"], close_fds=False))
+        return 3
+
+    assert compress.main(command(inputs, out), leave) == 3
+    assert compress.main(command(inputs, out), lambda arguments: pytest.fail("a second run")) == 1
+    assert "a run goes on in" in capsys.readouterr().err
+    orphan[0].kill()
+    orphan[0].wait()
+    assert compress.main(command(inputs, out), lambda arguments: 4) == 4
+
+
+def test_a_variable_that_make_compress_does_not_know_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_MAKE", "s --no-print-directory -- TEST=a\\ b=c.txt METHODS=svd")
+    assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: pytest.fail("a run")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("METHODS: no option of `make compress`; there are MODEL,")
+    assert "did you mean 'METHOD'?" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_make_hands_on_what_is_typed_and_nothing_of_the_environment(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_an_error_is_shown_with_the_jobs_own_words_and_the_exit_code_is_snakemak
     assert code == 1
     lines = shown.splitlines()
     assert lines[1] == "failed first: model.json: damaged. Fetch it again."
-    assert lines[2] == "    log: results/x/logs/first.log"
+    assert lines[2] == f"    log: {tmp_path}/results/x/logs/first.log"
     assert lines[3].startswith("stopped after ")
     assert "0 of 2 steps done; log: " in lines[3]
     assert len(lines) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank.config.sources import ModelShape
+from lowrank.export.wish import Export
 from lowrank.files import write_json
 from lowrank.model.card import base_of, model_card
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +61,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def run(checkpoint: Path, to: str, out: Path) -> int:
+def heavy_imports(*given: str) -> set[str]:
+    """What the command has imported when it refuses a wish."""
+    script = f"import sys, export; assert export.main({list(given)!r}) == 1; print(*sys.modules)"
+    folder = Path(command.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    return set(done.stdout.split()) & {"torch", "transformers"}
+
+
+def run(checkpoint: Path | str, to: str, out: Path | str) -> int:
     return command.main([f"--to={to}", "--", str(checkpoint), str(out)])
 
 
@@ -104,13 +114,30 @@ def test_gguf_is_one_file(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert torch.allclose(Graph(tmp_path / "model.gguf").logits(IDS[0]), expected, atol=1e-4)
 
 
+def test_of_pairs_a_gguf_file_saves_nothing_and_the_command_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    made_from = tmp_path / "tokenizer"
+    tiny.tokenizer().save_pretrained(made_from)
+    save_checkpoint(MAKES["pairs"](KIND), made_from, folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    from lowrank.export import share
+
+    said = share.export(Export.of(str(folder), "gguf", str(tmp_path / "model.gguf")))
+    assert ("multiplied out here" in said) == ((tmp_path / "model.gguf").stat().st_size > 1.1 * size)
+    assert "multiplied out here" in said
+    assert f"the checkpoint {size:,}" in said
+
+
 def test_what_cannot_be_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [
+        ("", "dense", tmp_path / "a", "CHECKPOINT: missing; name the folder"),
+        (checkpoint, "dense", "", "OUT: missing; name the folder"),
         (checkpoint, "onnx", tmp_path / "a", "TO: 'onnx' is no target; there are same, dense, gguf"),
         (tmp_path, "dense", tmp_path / "a", f"CHECKPOINT: {tmp_path} is no checkpoint, it has no config.json"),
         (checkpoint, "dense", checkpoint, f"OUT: {checkpoint} is there already."),
         (checkpoint, "gguf", tmp_path / "a.bin", f"OUT: {tmp_path / 'a.bin'} must end in .gguf"),
     ]
+    assert "torch" not in heavy_imports("--to=onnx", "--", str(checkpoint), "a")
     for folder, to, out, message in wrong:
         assert run(folder, to, out) == 1
         said = capsys.readouterr().err

@@ -74,6 +74,15 @@ def test_what_runs_counts_as_far_as_it_is_and_side_by_side_is_faster(course: Cou
     assert str(course) == "2 of 4 steps | judge: m, seed 0 + judge: m, seed 0 | 50 s, about 10 s left"
 
 
+def test_of_little_that_was_measured_the_time_left_is_told_as_a_guess(course: Course, clock: Clock) -> None:
+    """10 of 210 planned seconds, then 70."""
+    for number, rule, said in ((1, "fetch", ", at a guess "), (2, "search", ", about ")):
+        course.starts(number, rule, OF)
+        clock.now += course.plan[rule]
+        course.ends(number)
+        assert said in str(course)
+
+
 def test_a_job_that_failed_still_waits(course: Course) -> None:
     course.starts(1, "search", OF)
     course.ends(1, well=False)

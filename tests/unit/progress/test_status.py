@@ -51,6 +51,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_folder_of_make_compress_stands_for_the_run_in_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root / LAYOUT.run)]) == 0
+    expected = capsys.readouterr().out
+    assert main([str(root)]) == 0
+    assert capsys.readouterr().out == expected
+    (root / "results/another").mkdir()
+    assert main([str(root)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
 def begun(root: Path, *more: str) -> None:
     """The search has been started again: its output is gone, its log begun."""
     log = root / LAYOUT.log(SEARCH.rule, SEARCH.wildcards)

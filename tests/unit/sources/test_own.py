@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def test_the_config_is_short_and_loads_as_it_is(wish: Wish) -> None:
     assert [row.ratio for row in study.tables["quality"].rows] == [0, 20]
     assert sorted(study.corpora) == ["calibration", "test"]
     assert study.corpora["test"].source.pypi.startswith("llamafactory")
-    assert f"again, after a change too: snakemake --configfile {own.config} --directory {own.out}" in written
+    snakemake = Path(sys.executable).parent / "snakemake"
+    assert f"again, after a change too: {snakemake} --configfile {own.config} --directory {own.out}" in written
 
 
 def test_texts_of_ones_own(wish: Wish, tmp_path: Path) -> None:
@@ -133,7 +135,8 @@ def test_short_texts_and_short_models_get_fewer_and_shorter_windows(tmp_path: Pa
     ("changes", "message"),
     [
         ({"model": ""}, "MODEL: missing; name a folder"),
-        ({"model": "no/where"}, "MODEL: there is no /"),
+        ({"model": "no/where/at-all"}, "MODEL: there is no /"),
+        ({"model": "org/name-1b"}, "hf download org/name-1b --local-dir name-1b`, and give MODEL=name-1b"),
         ({"model": __file__}, "is neither a folder in the Hugging Face layout nor a .gguf file"),
         ({"model": str(Path(__file__).parent)}, "a model is a GGUF file or a folder with one `config.json`"),
         ({"ratio": ""}, "RATIO: must be a whole number from 1 to 90, the percentage to remove, not nothing"),
@@ -189,7 +192,7 @@ def test_a_folder_that_is_in_use(wish: Wish, tmp_path: Path) -> None:
     assert granted(wish).config.read_text() == written, "the same wish goes on"
     said = refused(replace(wish, ratio="30"))
     assert said.startswith(f"OUT: {own.config} says something else")
-    assert f"run it as it is: snakemake --configfile {own.config} " in said
+    assert f"run it as it is: {Path(sys.executable).parent / 'snakemake'} --configfile {own.config} " in said
     own.config.write_text(written.replace("ratio: 20", "ratio: 25"))
     assert refused(wish).startswith("OUT: ")
     other = tmp_path / "other"

@@ -11,6 +11,7 @@ from lowrank.config.beside import check_beside
 from lowrank.config.lines import Lines
 from lowrank.config.load import check_study, json_schema, models_without_shape
 from lowrank.config.reference import reference
+from lowrank.config.sources import PathSource
 from lowrank.config.use import SHIPPED
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
@@ -40,11 +41,14 @@ def _check(path: str) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{path}: ok, run '{study.run}'")
-    if unknown := models_without_shape(study):
-        print(
-            f"{path}: not known yet is the shape of {', '.join(unknown)}, and so whether what is asked of "
-            f"{'them' if len(unknown) > 1 else 'it'} is within reach. Write `shape:`, or fetch with `snakemake data`."
+    for name in models_without_shape(study):
+        source = study.models[name].source
+        why = (
+            f"there is no model at {source.path} on this machine. Correct the path, or write `shape:`"
+            if isinstance(source, PathSource)
+            else "the model is not on this machine yet. Write `shape:`, or fetch with `snakemake data`"
         )
+        print(f"{path}: not known is the shape of {name}, and so whether what is asked of it is within reach: {why}.")
     return 0
 
 

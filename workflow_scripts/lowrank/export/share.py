@@ -5,37 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from lowrank.errors import RankwiseError
 from lowrank.export.dense import Stock, stock_model, write_stock
 from lowrank.export.gguf import write_gguf
 from lowrank.export.numbers import measured
+from lowrank.export.wish import Export
 from lowrank.files import atomic_path, read_record
 from lowrank.model.card import LOADING, loading
 from lowrank.model.checkpoint import CARD, copy_companions, load_checkpoint
 from lowrank.model.runtime import parse_dtype
-
-TARGETS = ("same", "dense", "gguf")
-
-
-@dataclass(frozen=True)
-class Export:
-    """What is wanted.
-
-    Attributes:
-        checkpoint: an existing folder.
-        to: one of `TARGETS`: as it is, multiplied out for its base architecture, or a GGUF file.
-        out: the folder or the file to make.
-    """
-
-    checkpoint: Path
-    to: str
-    out: Path
 
 
 def export(wish: Export) -> str:
@@ -45,12 +27,8 @@ def export(wish: Export) -> str:
         What came out, in a line.
 
     Raises:
-        RankwiseError: no checkpoint, a target that is not there, a place that is taken, or a form that cannot hold it.
+        RankwiseError: a damaged checkpoint, or a form that cannot hold it.
     """
-    if wish.to not in TARGETS:
-        raise RankwiseError(f"TO: '{wish.to}' is no target; there are {', '.join(TARGETS)}")
-    if wish.out.exists():
-        raise RankwiseError(f"OUT: {wish.out} is there already. Choose another place, or delete it.")
     makers: dict[str, Callable[[Export], str]] = {"same": _same, "dense": _dense, "gguf": _gguf}
     return makers[wish.to](wish)
 
@@ -93,10 +71,17 @@ def _dense(wish: Export) -> str:
 
 def _gguf(wish: Export) -> str:
     """A GGUF file."""
-    if wish.out.suffix != ".gguf":
-        raise RankwiseError(f"OUT: {wish.out} must end in .gguf, as tools expect it")
     architecture = write_gguf(_opened(wish), wish.checkpoint, wish.out)
-    return f"{wish.out}: architecture {architecture}, {wish.out.stat().st_size:,} bytes"
+    size, before = (
+        sum(file.stat().st_size for file in files) for files in ([wish.out], wish.checkpoint.glob("*.safetensors"))
+    )
+    said = f"{wish.out}: architecture {architecture}, {size:,} bytes"
+    # Metadata and a tokenizer are in a GGUF file as well, so it is a little larger in any case.
+    if size > 1.1 * before:
+        said += (
+            f", the checkpoint {before:,}: what it saves is multiplied out here; llama-quantize makes the file small"
+        )
+    return said
 
 
 def _opened(wish: Export) -> PreTrainedModel:
@@ -104,15 +89,8 @@ def _opened(wish: Export) -> PreTrainedModel:
 
 
 def _dtype(checkpoint: Path) -> torch.dtype:
-    """The dtype in which a checkpoint is stored.
-
-    Raises:
-        RankwiseError: there is no checkpoint, or it does not say.
-    """
-    file = checkpoint / "config.json"
-    if not file.is_file():
-        raise RankwiseError(f"CHECKPOINT: {checkpoint} is no checkpoint, it has no config.json")
-    built = read_record(file)
+    """The dtype in which a checkpoint is stored."""
+    built = read_record(checkpoint / "config.json")
     return parse_dtype(str(built["dtype"] if "dtype" in built else built["torch_dtype"]))  # its name in older files
 
 

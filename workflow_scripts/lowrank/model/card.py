@@ -107,7 +107,7 @@ def _sizes(manifest: Mapping[str, Any], folder: Path) -> str:
             f"| parameters | {counts['total_dense']:,} | {counts['total']:,} | {100 * kept['total']:.2f} % |",
             "| of these, linear layers of the blocks, with all that compression added to them "
             f"| {counts['decoder_linears_dense']:,} | {counts['decoder_linears']:,} | {100 * kept['linears']:.2f} % |",
-            f"| bytes of weights | | {size:,} | |",
+            f"| bytes of weights | - | {size:,} | - |",
         ]
     )
 

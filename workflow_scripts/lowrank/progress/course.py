@@ -16,6 +16,8 @@ from lowrank.progress.words import duration, named
 
 SHOWN = 2
 """Jobs that the line names, of those that run."""
+ENOUGH = 0.1
+"""Share of the planned work that must be measured for the time left to be more than a guess."""
 
 
 def planned_seconds(study: Study) -> dict[str, float]:
@@ -116,6 +118,10 @@ class Course:
         busy = sum(spent.values()) + sum(so_far.values())
         return work / max(1.0, busy / max(now - self.began, 1e-9))
 
+    def _measured_share(self) -> float:
+        done = sum(self.plan.get(rule, 0) * len(each) for rule, each in self.measured.items())
+        return done / max(done + sum(self.plan.get(rule, 0) * count for rule, count in self.waiting.items()), 1e-9)
+
     def __str__(self) -> str:
         with self._lock:
             return self._line()
@@ -127,7 +133,8 @@ class Course:
             more = f" and {len(running) - SHOWN} more" if len(running) > SHOWN else ""
             parts.append(" + ".join(names) + more)
         left = self.left()
+        word = "about" if self._measured_share() >= ENOUGH else "at a guess"
         parts.append(
-            duration(self.clock() - self.began) + (f", about {duration(left)} left" if left is not None else "")
+            duration(self.clock() - self.began) + (f", {word} {duration(left)} left" if left is not None else "")
         )
         return " | ".join(parts)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.layout import study_of
+from lowrank.layout import USED_CONFIG, study_of
 from lowrank.progress.steps import State, Step, steps_of
 from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 from lowrank.terminal import print_folder
@@ -27,12 +27,13 @@ def show(run: Path, console: Console) -> None:
     """Print the state of a run.
 
     Args:
-        run: its folder, `results/<run>`.
+        run: its folder, `results/<run>`, or the folder of one model that `make compress` has made.
         console: where to.
 
     Raises:
         RankwiseError: the folder holds no run.
     """
+    run = _of_compress(run)
     steps = steps_of(study_of(run), run.absolute().parents[1])
     counts = Counter(step.state for step in steps)
     console.print(as_table(steps))
@@ -42,6 +43,12 @@ def show(run: Path, console: Console) -> None:
     for step in steps:
         if step.state in STYLES:
             console.print(_line(step), soft_wrap=True)
+
+
+def _of_compress(folder: Path) -> Path:
+    """The run in a folder of `make compress`, which holds one; any other folder itself."""
+    inner = sorted((folder / "results").glob("*/")) if not (folder / USED_CONFIG).is_file() else []
+    return inner[0] if len(inner) == 1 else folder
 
 
 def as_table(steps: list[Step]) -> Table:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,16 @@ def write_config(own: Own) -> None:
 
 
 def again(own: Own) -> str:
-    """The command that runs a config again, after a change too, in this repository."""
-    config, out = shlex.quote(str(own.config.absolute())), shlex.quote(str(own.out.absolute()))
-    return f"snakemake --configfile {config} --directory {out} --profile profiles/local"
+    """The command that runs a config again, after a change too, in this repository; no environment need be active."""
+    snakemake, config, out = (
+        shlex.quote(str(path)) for path in (_beside_python("snakemake"), own.config.absolute(), own.out.absolute())
+    )
+    return f"{snakemake} --configfile {config} --directory {out} --profile profiles/local"
+
+
+def _beside_python(command: str) -> Path:
+    """A command of the environment that this runs in; its links stay, for they are what makes it that one."""
+    return Path(sys.executable).parent / command
 
 
 # --- the parts of a wish ---
@@ -159,7 +167,7 @@ def _built(wish: Wish, path: Path) -> dict[str, Any]:
     if not wish.model:
         raise RankwiseError("MODEL: missing; name a folder in the Hugging Face layout, or a .gguf file")
     if not path.exists():
-        raise RankwiseError(f"MODEL: there is no {path}")
+        raise RankwiseError(f"MODEL: there is no {path}{_of_the_hub(wish.model)}")
     if path.is_file() and path.suffix != ".gguf":
         raise RankwiseError(f"MODEL: {path} is neither a folder in the Hugging Face layout nor a .gguf file")
     try:
@@ -168,6 +176,17 @@ def _built(wish: Wish, path: Path) -> dict[str, Any]:
     except RankwiseError as error:
         raise RankwiseError(f"MODEL: {path}: {error}") from error
     return built
+
+
+def _of_the_hub(given: str) -> str:
+    """What to do with a name as models have on the hub."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given, re.ASCII):
+        return ""
+    folder = given.partition("/")[2]
+    return (
+        f". If it is a model of the hub: fetch it by `hf download {given} --local-dir {folder}`, and give "
+        f"MODEL={folder}; or write a config with `source: {{hub: ..., revision: ...}}` (docs/own_model.md)"
+    )
 
 
 def _name(path: Path) -> str:
