@@ -92,7 +92,14 @@ def test_planning_says_what_it_cannot_know(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study(HUB)))
     assert main(["check", str(path)]) == 0
-    assert "not known yet is the shape of m, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not known is the shape of m, " in said
+    assert "or fetch with `snakemake data`" in said
+    path.write_text(yaml.safe_dump(study({"path": "no/where"})))
+    assert main(["check", str(path)]) == 0
+    assert (
+        "there is no model at no/where on this machine. Correct the path, or write `shape:`" in capsys.readouterr().out
+    )
 
 
 def test_without_shapes_everything_else_is_checked() -> None:
