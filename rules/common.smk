@@ -24,6 +24,7 @@ from lowrank.files import read_json, sha256_file, write_json
 from lowrank.reruns.fingerprint import Code
 from lowrank.layout import Layout, in_order
 from lowrank.cluster.needs import memory_request, runtime_request
+from lowrank.config.presets import ANY_MULTIPLE
 from lowrank.config.published import published_references
 from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
@@ -103,6 +104,7 @@ wildcard_constraints:
     task=one_of(STUDY.tasks),
     calibration=one_of(STUDY.calibration),
     covariance=one_of(STUDY.covariance),
+    multiple=rf"{ANY_MULTIPLE}|\d+",
     validation=one_of(STUDY.validation),
     sensitivity=one_of(STUDY.sensitivity),
     method=one_of(STUDY.methods),

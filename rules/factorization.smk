@@ -1,4 +1,5 @@
-# Needs calibration windows; makes the per-layer moments of inputs and of loss gradients, and the bases of the outputs.
+# Needs calibration windows; makes the per-layer moments of inputs and of loss gradients, the bases of the outputs, and
+# what removing neurons costs.
 
 
 rule collect_statistics:
@@ -83,3 +84,25 @@ rule compute_bases:
         "computing bases of {wildcards.model}: {wildcards.calibration}, {wildcards.covariance}"
     script:
         "../workflow_scripts/stages/compute_bases.py"
+
+
+# Only for methods that remove neurons by predicted losses; the same for all ratios.
+rule eliminate_neurons:
+    input:
+        unpack(elimination_files),
+    output:
+        layers=directory(f"{RUN}/neurons/{{model}}/{{calibration}}/{{covariance}}/{{multiple}}/layers"),
+        manifest=f"{RUN}/neurons/{{model}}/{{calibration}}/{{covariance}}/{{multiple}}/manifest.json",
+    log:
+        f"{LOGS}/eliminate_neurons/{{model}}/{{calibration}}/{{covariance}}/{{multiple}}.log",
+    conda:
+        "../envs/rankwise.yaml"
+    threads: 8
+    resources:
+        **asks("eliminate_neurons"),
+    params:
+        settings=elimination_settings,
+    message:
+        "eliminating neurons of {wildcards.model}: {wildcards.calibration}, {wildcards.covariance}, {wildcards.multiple}"
+    script:
+        "../workflow_scripts/stages/eliminate_neurons.py"

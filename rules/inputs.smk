@@ -59,6 +59,21 @@ def bases_files(model, calibration, covariance):
     return {"bases": ancient(f"{folder}/layers"), "bases_manifest": f"{folder}/manifest.json"}
 
 
+def neurons_files(model, calibration, covariance, multiple):
+    folder = LAYOUT.neurons(model, calibration, covariance, multiple)
+    return {"neurons": ancient(f"{folder}/layers"), "neurons_manifest": f"{folder}/manifest.json"}
+
+
+def elimination_files(wildcards):
+    """Statistics and gradients; for pairs of what is left also the elimination without, which is the same."""
+    files = model_files(wildcards.model)
+    for what in ("statistics", "gradients"):
+        files |= collected_files(what, wildcards.model, wildcards.calibration)
+    if wildcards.multiple != ANY_MULTIPLE:
+        files |= neurons_files(wildcards.model, wildcards.calibration, wildcards.covariance, ANY_MULTIPLE)
+    return files
+
+
 def calibration_files(wildcards):
     return model_files(wildcards.model) | corpora_files(STUDY.calibration[wildcards.calibration].corpora)
 
@@ -107,7 +122,8 @@ def search_files(wildcards):
 
 
 def compression_files(wildcards):
-    """A preset with a covariance reads bases, one with a search an allocation; a method may read its calibration too."""
+    """A preset with a covariance reads bases, one with a search an allocation; a method may read its calibration too,
+    and what removing neurons costs."""
     method = STUDY.method(wildcards.method)
     files = model_files(wildcards.model)
     for what in ("statistics", "gradients"):
@@ -117,6 +133,8 @@ def compression_files(wildcards):
         files["tokens"] = f"{RUN}/calibration/{wildcards.model}/{method.calibration}.safetensors"
     if method.covariance:
         files |= bases_files(wildcards.model, method.calibration, method.covariance)
+    if method.eliminates:
+        files |= neurons_files(wildcards.model, method.calibration, method.covariance, method.eliminates)
     if method.search:
         files["allocation"] = LAYOUT.allocation(**wildcards)
     return files

@@ -96,6 +96,19 @@ def subject(wildcards):
     }
 
 
+def elimination_settings(wildcards):
+    """What decides the eliminations of neurons: no ratio, and no method but for the multiple."""
+    return with_code(
+        "eliminate_neurons",
+        model_settings(wildcards.model)
+        | {
+            "covariance": STUDY.covariance[wildcards.covariance].plain(),
+            "multiple": None if wildcards.multiple == ANY_MULTIPLE else int(wildcards.multiple),
+            "state": LAYOUT.state,
+        },
+    )
+
+
 def validation_settings(wildcards):
     """Where no window is scored, nothing but the tokenizer of the model decides which they are."""
     validation = STUDY.validation[wildcards.validation]

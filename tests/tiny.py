@@ -299,7 +299,7 @@ def config(folder: Path) -> dict[str, Any]:
                 "validation": "top3",
                 "search": "bo",
             },
-            "rankwise": {"kind": "rankwise", "calibration": "c8", "covariance": "fisher"},
+            "rankwise": {"kind": "rankwise", "calibration": "c8", "covariance": "fisher", "mlp": "both"},
             "flap": {"kind": "flap", "calibration": "c8"},
             "transferred": {
                 "kind": "bolaco",

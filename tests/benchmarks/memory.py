@@ -36,6 +36,7 @@ PEAK = re.compile(r"finished in ([\d.]+) s, peak memory (\d+) MiB(?:, (\d+) MiB 
 LOGS = {  # the rules that are compared, and where their logs lie
     **dict.fromkeys(LAYERWISE, "{model}/{calibration}"),
     "compute_bases": "{model}/{calibration}/{covariance}",
+    "eliminate_neurons": "{model}/{calibration}/{covariance}/{multiple}",
     "select_validation": "{model}/{validation}",
     "measure_sensitivity": "{sensitivity}",
     "search_allocation": "{model}/{method}/{ratio}/seed{seed}",
@@ -122,7 +123,7 @@ def write_study(model: Path, folder: Path) -> None:
             "svd": {"kind": "svd"},
             "lord": {"kind": "lord", "calibration": "words", "covariance": "pooled"},
             "svd-llm": {"kind": "svd-llm", "calibration": "words"},
-            "rankwise": {"kind": "rankwise", "calibration": "words", "covariance": "fisher"},
+            "rankwise": {"kind": "rankwise", "calibration": "words", "covariance": "fisher", "mlp": "both"},
             "bolaco": {
                 "kind": "bolaco",
                 "calibration": "words",

@@ -212,7 +212,7 @@ def test_the_document_counts_the_jobs_of_each_rule(study: Study) -> None:
     jobs = Counter(job.rule for job in planned_jobs(study))
     costs = DOCS.partition("## What it costs")[2]
     counted = re.findall(r"^\| (`[a-z_`, ]+) \| (\d+) \|", costs, re.MULTILINE)
-    assert len(counted) == 12
+    assert len(counted) == 13
     for rules, count in counted:
         assert sum(jobs[rule] for rule in re.findall(r"\w+", rules)) == int(count), rules
 
@@ -259,6 +259,9 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     statistics = {(model, calibration) for model, calibration, _ in bases}
     statistics |= {(m, methods[name]["calibration"]) for m, name, _ in checkpoints if "statistics" in reads[name]}
     tokens = {(m, methods[name]["calibration"]) for m, name, _ in checkpoints if "tokens" in reads[name]}
+    removing = [(m, methods[name]) for m, name, _ in checkpoints if methods[name].get("mlp", "pairs") != "pairs"]
+    eliminated = {(m, c["calibration"], c["covariance"], c["mlp"], c.get("multiple", 8)) for m, c in removing}
+    assert {mlp for *_, mlp, _ in eliminated} == {"both"}  # each takes one without pairs, and goes on from there
     evaluations = {(r["model"], r["method"], r["ratio"], r["tuning"], suite) for r in rows for suite in r["suites"]}
     kept, tuned = RAW["keep_checkpoints"], {e[:-1] for e in evaluations if e[3] != "none"}
     given_up = [made for made in [*checkpoints, *tuned] if made[1] != "dense" and made[1] not in kept["methods"]]
@@ -273,6 +276,7 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
         "collect_statistics": len(statistics),
         "collect_gradients": len(gradients),
         "compute_bases": len(bases),
+        "eliminate_neurons": len(eliminated | {(*of[:-1], "any") for of in eliminated}),
         "select_validation": len(windows),
         "measure_sensitivity": len(RAW["sensitivity"]),
         "search_allocation": len(searches),

@@ -64,9 +64,13 @@ def small_study(folder: Path) -> dict[str, Any]:
             "held-out": {**suites["held-out"], "corpora": ["test-a"]},
             "zero-shot": {**suites["zero-shot"], "tasks": tasks},
         },
-        # Without influence `rankwise` only slices bases, on a processor: a job that can lose its node there.
+        # Without influence and with all neurons `rankwise` only slices bases, on a processor: a job that can lose its
+        # node there.
         "methods": {name: full["methods"][name] for name in ("svd", "bolaco")}
-        | {"rankwise": {**full["methods"]["rankwise"], "influence": False}},
+        | {
+            "rankwise": {**full["methods"]["rankwise"], "mlp": "pairs", "influence": False},
+            "rankwise-neurons": {**full["methods"]["rankwise"], "mlp": "neurons"},
+        },
         "tables": {
             "table_1": {
                 "kind": "accuracy",
@@ -76,7 +80,11 @@ def small_study(folder: Path) -> dict[str, Any]:
             },
             "table_2": {"kind": "accuracy", "title": "Accuracy", "suites": ["zero-shot"], "rows": [svd]},
             "table_7": {"kind": "statistics", "title": "Statistics", "suites": ["cost"], "rows": [svd]},
-            "table_8": {"kind": "allocations", "title": "Ranks", "rows": [searched]},
+            "table_8": {
+                "kind": "allocations",
+                "title": "Ranks",
+                "rows": [searched, {**row, "method": "rankwise-neurons"}],
+            },
             "table_9": {"kind": "generations", "title": "Texts", "suites": ["prompts"], "rows": [svd]},
         },
         "figures": {"figure_1": full["figures"]["figure_1"]},

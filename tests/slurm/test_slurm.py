@@ -35,7 +35,7 @@ ON_PROCESSORS = {"sample_calibration", "compress_model"}
 """Rules that need no GPU; compression does if it decomposes weights, as SVD does."""
 ON_GPUS = {
     *("collect_statistics", "collect_gradients", "compute_bases", "select_validation", "measure_sensitivity"),
-    *("search_allocation", "compress_model", "post_train"),
+    *("eliminate_neurons", "search_allocation", "compress_model", "post_train"),
     *("evaluate_perplexity", "evaluate_zero_shot", "evaluate_cost", "evaluate_generation"),
 }
 ALLOCATION = "allocation/tiny/bolaco/20/seed0"

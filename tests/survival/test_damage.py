@@ -17,6 +17,7 @@ from lowrank.calibration import statistics
 from lowrank.calibration.corpora import load_documents
 from lowrank.calibration.output_gradients import load_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics
+from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_record, write_json
 from lowrank.jobs.state import Clock
@@ -58,6 +59,7 @@ TENSORS: dict[str, tuple[str, Read]] = {
     "statistics": (f"statistics/{LAYER}", lambda run: Statistics(run / "statistics/layers", SHAPE).of(1)),
     "gradients": (f"gradients/{LAYER}", lambda run: load_output_gradients(run / f"gradients/{LAYER}", TYPES)),
     "bases": (f"bases/{LAYER}", lambda run: Bases(run / "bases/layers", tiny.LAYERS).of(1, "q")),
+    "neurons": (f"neurons/{LAYER}", lambda run: Eliminations(run / "neurons/layers", tiny.LAYERS).of(1)),
     "dense weights": ("models/tiny/model.safetensors", lambda run: load_checkpoint(run / "models/tiny", torch.float32)),
     "compressed weights": (
         "compressed/checkpoint/model.safetensors",

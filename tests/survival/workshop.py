@@ -12,13 +12,15 @@ import torch
 
 from lowrank.bases.block import bases_of_block
 from lowrank.calibration.corpora import sample_calibration
-from lowrank.calibration.output_gradients import collect_output_gradients
-from lowrank.calibration.statistics import collect_statistics, load_moments
+from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients
+from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
 from lowrank.compression.compress import compress_model
+from lowrank.compression.eliminate_neurons import eliminate_neurons
 from lowrank.config.presets import Calibration, Covariance
 from lowrank.config.sources import Corpus, Model, ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_name, load_tensors, save_tensors, sha256_file, write_json
+from lowrank.files import layer_name, load_tensors, publish_layers, save_tensors, sha256_file, write_json
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.ranks.budget import Budget
 from lowrank.sources.models import fetch_model
@@ -73,7 +75,11 @@ def build(root: Path) -> None:
         linears = {name: (site, module.weight, module.bias) for name, (site, module) in modules.items()}
         moments = load_moments(statistics / layer_name(layer), family.sites)
         save_tensors(bases / layer_name(layer), bases_of_block(linears, moments, NAIVE, CPU, f"block {layer}"))
-    for folder in (statistics, gradients, bases):
+    neurons, parts = run / "neurons/layers", Parts(root / ".state")
+    calibrated = Statistics(statistics, SHAPE), OutputGradients(gradients, SHAPE)
+    eliminate_neurons(model, Budget.of(SHAPE), *calibrated, NAIVE, CPU, parts)
+    publish_layers(parts.folder, neurons)
+    for folder in (statistics, gradients, bases, neurons):
         layers = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
         write_json(folder.with_name("manifest.json"), {"layers": layers})
     task = {"model": model, "budget": Budget.of(SHAPE), "ratio": 20, "seed": 0}

@@ -31,7 +31,10 @@ from lowrank.config.tested import Pair, corpora_shown, pairs_of
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, read_record
 
-LOGGED = ("figure", "model", "calibration", "covariance", "validation", "method", "ratio", "tuning", "seed", "suite")
+LOGGED = (
+    *("figure", "model", "calibration", "covariance", "multiple", "validation"),
+    *("method", "ratio", "tuning", "seed", "suite"),
+)
 """Wildcards in the order in which they make up the name of a log; a rule with another wildcard has only that one."""
 TABLE_FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png", "csv")
@@ -147,6 +150,10 @@ class Layout:
     def bases(self, model: str, calibration: str, covariance: str) -> str:
         """Folder of the bases of one covariance."""
         return f"{self.run}/bases/{model}/{calibration}/{covariance}"
+
+    def neurons(self, model: str, calibration: str, covariance: str, multiple: str) -> str:
+        """Folder of what removing neurons is predicted to cost."""
+        return f"{self.run}/neurons/{model}/{calibration}/{covariance}/{multiple}"
 
     def allocation(self, model: str, method: str, ratio: object, seed: object) -> str:
         """The result of a search."""

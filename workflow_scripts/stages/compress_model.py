@@ -14,6 +14,7 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.output_gradients import OutputGradients
     from lowrank.calibration.statistics import Statistics
     from lowrank.compression.compress import compress_model
+    from lowrank.compression.eliminate_neurons import Eliminations
     from lowrank.compression.given_up import write_manifest
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
@@ -51,6 +52,7 @@ def work(job: Snakemake) -> None:
                 "covariance": Covariance.model_validate(settings["covariance"]) if settings["covariance"] else None,
                 "statistics": Statistics(job.input.statistics, shape) if job.input.get("statistics") else None,
                 "gradients": OutputGradients(job.input.gradients, shape) if job.input.get("gradients") else None,
+                "eliminations": Eliminations(job.input.neurons, shape.layers) if job.input.get("neurons") else None,
                 "tokens": tokens,
                 "account": account,
                 "parts": parts,

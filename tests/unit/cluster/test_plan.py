@@ -106,6 +106,33 @@ def test_bases_that_know_the_loss_wait_for_gradients() -> None:
     assert models == {"tiny"}
 
 
+def test_neurons_are_eliminated_once_for_all_ratios_and_all_who_agree() -> None:
+    raw = tiny.config(Path("nowhere"))
+    preset = raw["methods"]["rankwise"]
+    more = {"without-influence": {"influence": False}, "sixteens": {"multiple": 16}, "plain": {"mlp": "neurons"}}
+    more |= {"one-width": {"mlp": "neurons", "multiple": 32, "widths": "one"}, "pairs": {"mlp": "pairs"}}
+    raw["methods"] |= {name: preset | change for name, change in more.items()}
+    row = {"model": "tiny", "tolerance": 9}
+    raw["tables"]["table_8"]["rows"] += [{**row, "method": "rankwise", "ratio": ratio} for ratio in (20, 30)]
+    raw["tables"]["table_8"]["rows"] += [{**row, "method": method, "ratio": 20} for method in more]
+    jobs = planned_jobs(check_study(raw))
+    of = {"model": "tiny", "calibration": "c8", "covariance": "fisher"}
+    plain, eights, sixteens = (Job.of("eliminate_neurons", multiple=name, **of) for name in ("any", 8, 16))
+    assert {job for job in jobs if job.rule == "eliminate_neurons"} == {plain, eights, sixteens}
+    collected = [Job.of(f"collect_{what}", model="tiny", calibration="c8") for what in ("statistics", "gradients")]
+    assert jobs[plain] == [Job.of("fetch_model", model="tiny"), *collected]
+    assert jobs[eights] == jobs[sixteens] == [*jobs[plain], plain]
+
+    def reads(method: str, ratio: int = 20) -> set[Job]:
+        after = jobs[Job.of("compress_model", model="tiny", method=method, ratio=ratio, seed=0)]
+        return {job for job in after if job.rule == "eliminate_neurons"}
+
+    assert reads("rankwise") == reads("rankwise", 30) == reads("without-influence") == {eights}
+    assert reads("sixteens") == {sixteens}
+    assert reads("plain") == reads("one-width") == {plain}
+    assert not reads("pairs")
+
+
 def test_windows_that_are_all_kept_wait_for_no_bases(small: Study) -> None:
     raw = tiny.config(Path("nowhere"))
     raw["validation"]["top3"]["select"] = {"strategy": "all"}

@@ -64,6 +64,7 @@ BOLACO = {"model": "one", "method": "bolaco", "ratio": "20", "seed": "0", "tunin
 JOBS = {
     "collect_statistics": CALIBRATION,
     "compute_bases": CALIBRATION,
+    "eliminate_neurons": CALIBRATION | {"multiple": "8"},
     "select_validation": {"model": "one", "validation": "top"},
     "measure_sensitivity": {"sensitivity": "types"},
     "search_allocation": BOLACO,
@@ -89,7 +90,7 @@ def test_statistics_and_bases_of_70b_fit_such_a_gpu_by_configuration() -> None:
     estimator = Estimator(study_of(LLAMA_70B), collect_statistics=4, collect_gradients=1)
     jobs = JOBS | {"collect_gradients": CALIBRATION}
     fit = {rule for rule, wildcards in jobs.items() if estimator.need(rule, wildcards).gpu_bytes < 72 * GIB}
-    assert fit == {"collect_statistics", "compute_bases"}
+    assert fit == {"collect_statistics", "compute_bases", "eliminate_neurons"}
 
 
 SMOLLM2 = LLAMA_7B | {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
@@ -199,7 +200,7 @@ def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None
         method = study.method(name)
         module = importlib.import_module(f"lowrank.methods.{method.kind.replace('-', '_')}")
         code = inspect.getsource(module)
-        removes_neurons = "gradients" in method.needs  # by code that methods may share
+        removes_neurons = method.eliminates is not None or "gradients" in method.needs  # by code that methods may share
         assert computes_on_device(method) == ("pick_device" in code or removes_neurons), name
         assert (method.kind in TAKE_GRADIENTS) == bool(re.search("(sum|mean)_gradients", code)), name
 
@@ -289,9 +290,30 @@ def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> 
     assert not needs["pairs"].gpu
     for mlp in ("neurons", "both"):
         assert needs[mlp].gpu
-        assert 7 * 8 * 11008**2 < needs[mlp].device["elimination"] < 11 * 8 * 11008**2
+        assert 7 * 8 * 11008**2 < needs[mlp].device["refit"] < 11 * 8 * 11008**2
         assert needs[mlp].host_bytes(0) > needs["pairs"].host_bytes(0)
-    assert needs["both"].work.double > 2 * needs["neurons"].work.double > 2 * 32 * 11008**3
+    assert needs["both"].work.double > 2 * needs["neurons"].work.double >= 2 * 32 * 11008**3
+
+
+def test_eliminating_neurons_takes_a_gpu_once_and_little_disk() -> None:
+    """With pairs: five further bases of each matrix of an MLP, but no elimination, which is there."""
+    estimator = Estimator(study_of(LLAMA_7B))
+    plain, pairs, few = (
+        estimator.need("eliminate_neurons", CALIBRATION | {"multiple": multiple}) for multiple in ("any", "8", "4096")
+    )
+    assert plain.gpu
+    assert plain.gpus(4) == 1
+    assert 7 * 8 * 11008**2 < plain.device["elimination"] < 11 * 8 * 11008**2
+    assert plain.work.double == 4 * 32 * 11008**3
+    assert plain.disk == 32 * 16 * 11008
+    mlps = Sizes(ModelShape(**LLAMA_7B), "float16").narrow_decompositions(11008)
+    assert 0 < mlps < Sizes(ModelShape(**LLAMA_7B), "float16").decompositions()
+    refits = 5 * 32 * 11008**3
+    assert 2 * mlps < pairs.work.double - refits < 5 * mlps
+    tried = [8 * (11008 * part // 8 // 8) for part in range(3, 8)]
+    assert pairs.disk == plain.disk + 32 * 8 * 3 * sum(tried) < 0.01 * 2 * 6.7e9
+    assert few.work.double < pairs.work.double
+    assert pairs.host_bytes(1) < 24 * GIB
 
 
 def test_the_influence_of_blocks_takes_a_gpu_that_holds_the_model() -> None:

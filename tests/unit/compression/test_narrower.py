@@ -10,14 +10,15 @@ import torch
 
 from lowrank.compression.branches import Structure
 from lowrank.compression.compress import CompressionTask
-from lowrank.compression.narrower import Block, Mlps
+from lowrank.compression.narrow_block import NarrowBlock
+from lowrank.compression.narrower import Mlps
 from lowrank.config.presets import Covariance
 from lowrank.methods import rankwise
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.replacements import SmallerLinear
 from lowrank.ranks.budget import Budget
 from tests import tiny
-from tests.unit.methods.rankwise_samples import bases_of
+from tests.unit.methods.rankwise_samples import bases_of, eliminations_of
 from tests.unit.model import factor_samples as samples
 
 DAMPING = 0.01
@@ -26,6 +27,7 @@ KINDS = ("llama-gqa", "qwen2", "opt")
 
 
 def task_of(kind: str, dtype: torch.dtype = torch.float32) -> CompressionTask:
+    calibrated = samples.statistics(kind), samples.output_gradients(kind)
     settings = rankwise.Settings(kind="rankwise", calibration="c", covariance="c", mlp="both")
     return CompressionTask(
         settings=settings,
@@ -35,8 +37,9 @@ def task_of(kind: str, dtype: torch.dtype = torch.float32) -> CompressionTask:
         seed=0,
         bases=bases_of(tiny.model(kind), kind, samples.TOKENS, PRESET),
         covariance=PRESET,
-        statistics=samples.statistics(kind),
-        gradients=samples.output_gradients(kind),
+        statistics=calibrated[0],
+        gradients=calibrated[1],
+        eliminations=eliminations_of(tiny.model(kind).to(dtype), kind, calibrated, PRESET, settings.multiple),
     )
 
 
@@ -63,9 +66,9 @@ def test_choices_cost_and_hold_what_their_layers_do(kind: str) -> None:
     mlps = Mlps(task, 8, one_width=False, pairs=True)
     groups = mlps.groups()
     (name, group), *_ = groups.items()
-    block = Block(task, structure, 0, samples.CPU)
-    elimination = block.neurons.eliminate()
     moments, gradients = task.required_statistics().of(0), task.required_gradients().of(0)
+    block = NarrowBlock(task.model, structure.modules(0, structure.mlp), moments, gradients, PRESET, samples.CPU)
+    elimination = block.neurons.eliminate()
     first, *_, last = (module.type for module in block.modules)
     read, neurons = (moments[site.site].estimate(PRESET)[0].double().numpy() for site in (first, last))
     of_pairs = 0

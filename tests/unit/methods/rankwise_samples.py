@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.principal import Bases
-from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
-from lowrank.calibration.statistics import collect_statistics, load_moments
+from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients, load_output_gradients
+from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
+from lowrank.compression.eliminate_neurons import Eliminations, eliminate_neurons
 from lowrank.config.presets import Covariance
 from lowrank.files import layer_name, save_tensors
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of
+from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.model.factor_samples import CPU, TOKENS, shape_of
 
@@ -44,6 +47,20 @@ def bases_of(model: PreTrainedModel, kind: str, tokens: torch.Tensor, settings: 
         )
         save_tensors(folder / "bases" / layer_name(layer), stored)
     return Bases(folder / "bases", layers)
+
+
+def eliminations_of(
+    model: PreTrainedModel,
+    kind: str,
+    calibrated: tuple[Statistics, OutputGradients],
+    settings: Covariance,
+    multiple: int,
+) -> Eliminations:
+    """What removing neurons of a tiny model costs, with pairs at multiples, by the library's own stage."""
+    folder, shape = Path(tempfile.mkdtemp(dir=_FOLDER.name)), shape_of(kind)
+    parts = Parts(folder / "layers")
+    eliminate_neurons(model, Budget.of(shape), *calibrated, settings, CPU, parts, multiple)
+    return Eliminations(folder / "layers", shape.layers)
 
 
 @cache

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics
 from lowrank.compression.compress import compress_model
+from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.methods.rankwise import Settings
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, ResizedLinear
 from lowrank.model.parameters import count_parameters
-from lowrank.ranks.budget import Budget, Ranks
+from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from tests import tiny
 from tests.unit.methods import rankwise_samples as samples
 from tests.unit.model import factor_samples
@@ -40,6 +41,13 @@ def bases(kind: str, estimator: str) -> Any:
     return samples.bases_of(tiny.model(kind), kind, TOKENS, preset)
 
 
+@cache
+def eliminations(kind: str, estimator: str, multiple: int) -> Eliminations:
+    preset = Covariance.model_validate({"estimator": estimator, "gradients": "weigh"})
+    calibrated = factor_samples.statistics(kind), factor_samples.output_gradients(kind)
+    return samples.eliminations_of(tiny.model(kind), kind, calibrated, preset, multiple)
+
+
 def compressed(
     kind: str, ratio: int, mlp: str = "neurons", estimator: str = "naive", **options: Any
 ) -> tuple[PreTrainedModel, Ranks, dict[str, Any]]:
@@ -53,6 +61,7 @@ def compressed(
         "statistics": factor_samples.statistics(kind),
         "gradients": factor_samples.output_gradients(kind),
         "covariance": Covariance.model_validate({"estimator": estimator, "gradients": "weigh"}),
+        "eliminations": eliminations(kind, estimator, options.get("multiple", ALIGNMENT)),
         "tokens": TOKENS,
         "account": account,
     }
@@ -191,6 +200,7 @@ def test_on_a_trained_model_it_loses_less_than_removing_the_same_without_refitti
     shape, preset = shape_of("llama"), Covariance.model_validate({"estimator": "naive", "gradients": "weigh"})
     collect_statistics(samples.trained_copy(), seen, 2, folder / "statistics", CPU)
     collect_output_gradients(samples.trained_copy(), seen, 2, folder / "gradients", CPU)
+    calibrated = Statistics(folder / "statistics", shape), OutputGradients(folder / "gradients", shape)
     model = samples.trained_copy()
     task = {
         "model": model,
@@ -198,9 +208,10 @@ def test_on_a_trained_model_it_loses_less_than_removing_the_same_without_refitti
         "ratio": 35,
         "seed": 0,
         "bases": samples.bases_of(samples.trained_copy(), "llama", seen, preset),
-        "statistics": Statistics(folder / "statistics", shape),
-        "gradients": OutputGradients(folder / "gradients", shape),
+        "statistics": calibrated[0],
+        "gradients": calibrated[1],
         "covariance": preset,
+        "eliminations": samples.eliminations_of(samples.trained_copy(), "llama", calibrated, preset, ALIGNMENT),
         "tokens": seen,
     }
     compress_model("rankwise", {**PRESET, "mlp": mlp, "uncompressed": ATTENTION}, task)

@@ -15,8 +15,9 @@ from lowrank.cluster.sizes import (
     decomposition,
     in_dtype,
 )
+from lowrank.compression.branches import Structure
 from lowrank.config.low_rank import StackedSettings
-from lowrank.config.presets import Calibration, MethodSettings
+from lowrank.config.presets import ANY_MULTIPLE, Calibration, MethodSettings
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget
 
@@ -57,29 +58,60 @@ def compression_need(
         disk=compressed.weights,
         work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
     )
-    if "gradients" in method.needs:
+    if method.eliminates:
         need = _with_neurons(need, method, dense)
     if "tokens" in method.needs and calibration:
         need = _with_influence(need, method, dense, calibration)
     return need
 
 
-def _with_neurons(sliced: Need, method: MethodSettings, dense: Sizes) -> Need:
-    """What it takes besides to remove neurons: a block's covariance and its inverse, and bases of what is left."""
+def elimination_need(dense: Sizes, multiple: int | None, windows: int) -> Need:
+    """Predicting what removing neurons costs.
+
+    Args:
+        dense: the model.
+        multiple: of which the numbers of neurons are that pairs are tried of; None: the elimination alone.
+        windows: of the calibration.
+    """
+    shape, layers = dense.shape, dense.shape.layers
+    cube, read = shape.intermediate**3, dense.statistics(windows) + dense.output_moments(SINGLE)
+    device, widths = {"elimination": _squares_of_neurons(dense)}, []
+    if multiple:
+        device |= {"a decomposition": decomposition(dense.block)}
+        widths = Structure.of(Budget.of(shape)).mlp.tried(multiple)
+    double = sum((dense.narrow_decompositions(width) for width in widths), 0.0) if multiple else 4.0 * layers * cube
+    stored = DOUBLE * (2 * shape.intermediate + (3 if dense.gated else 2) * sum(widths))
+    return Need(
+        gpu=True,
+        device=device,
+        host={"program": PROGRAM, "weights": dense.weights, "a block's statistics": read + 2 * dense.moments(DOUBLE)},
+        disk=layers * stored,
+        work=Work(
+            double=double + len(widths) * layers * cube,  # a refit each
+            disk=dense.weights + layers * (dense.statistics_file(windows) + dense.gradients_file),
+        ),
+    )
+
+
+def _squares_of_neurons(dense: Sizes) -> float:
+    """The correlation of a block's neurons, its inverse and what an update adds, while the covariances of both inputs
+    are there; G at the output of one of the first matrices, whole and in part; weights, and what is left of them."""
     shape = dense.shape
-    square, matrix = shape.intermediate**2, shape.intermediate * shape.hidden
-    # The correlation, its inverse and what an update adds, while the covariances of both inputs are there; G at
-    # the outputs of the first matrices; weights, and what is left of them.
-    device = DOUBLE * (5 * square + 2 * shape.hidden**2 + (2 if dense.gated else 1) * square + 8 * matrix)
-    bases = method.own_bases(Budget.of(shape)) * dense.decompositions()
+    return DOUBLE * (7 * shape.intermediate**2 + 2 * shape.hidden**2 + 8 * shape.intermediate * shape.hidden)
+
+
+def _with_neurons(sliced: Need, method: MethodSettings, dense: Sizes) -> Need:
+    """What it takes besides to remove neurons: a block's covariance, the refit, and the bases that were picked."""
+    shape = dense.shape
+    pairs = dense.narrow_decompositions(shape.intermediate) if method.eliminates != ANY_MULTIPLE else 0
     read = dense.statistics(0) + dense.output_moments(SINGLE)
     host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": dense.weights}
     return replace(
         sliced,
         gpu=True,
-        device={"elimination": device, "a decomposition": decomposition(dense.block)},
+        device={"refit": _squares_of_neurons(dense), "a decomposition": decomposition(dense.block)},
         host={**sliced.host, **host},
-        work=plus(sliced.work, double=4 * shape.layers * shape.intermediate**3 + bases, disk=2 * shape.layers * read),
+        work=plus(sliced.work, double=shape.layers * shape.intermediate**3 + pairs, disk=2 * shape.layers * read),
     )
 
 

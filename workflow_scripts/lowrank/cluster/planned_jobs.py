@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.config.presets import MethodSettings, Selection
+from lowrank.config.presets import ANY_MULTIPLE, MethodSettings, Selection
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
@@ -128,6 +128,14 @@ class _Planner:
             [self.model(model), *after],
         )
 
+    def elimination(self, model: str, calibration: str, covariance: str, multiple: str) -> Job:
+        """Of neurons; with pairs of what is left after that without."""
+        after = [self.model(model), *(self.collected(kind, model, calibration) for kind in ("statistics", "gradients"))]
+        if multiple != ANY_MULTIPLE:
+            after.append(self.elimination(model, calibration, covariance, ANY_MULTIPLE))
+        of = {"model": model, "calibration": calibration, "covariance": covariance, "multiple": multiple}
+        return self.job(Job.of("eliminate_neurons", **of), after)
+
     def validation(self, model: str, name: str) -> Job:
         validation = self.study.validation[name]
         after = [self.model(model), *self.bases_of(model, validation.select)]
@@ -168,6 +176,8 @@ class _Planner:
                 after.append(self.collected(read, model, preset.calibration))
         if preset.calibration and "tokens" in preset.needs:
             after.append(self.windows(model, preset.calibration))
+        if preset.eliminates and preset.calibration and preset.covariance:
+            after.append(self.elimination(model, preset.calibration, preset.covariance, preset.eliminates))
         if preset.search:
             after.append(self.search(model, method, ratio, seed))
         return self.job(Job.of("compress_model", model=model, method=method, ratio=ratio, seed=seed), after)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from lowrank.cluster.checkpoint_needs import suite_need, tuning_need
-from lowrank.cluster.compression_needs import compression_need
+from lowrank.cluster.compression_needs import compression_need, elimination_need
 from lowrank.cluster.needs import GIB, PROGRAM, Need, Work
 from lowrank.cluster.sizes import (
     DOUBLE,
@@ -28,7 +28,7 @@ from lowrank.cluster.sizes import (
     in_dtype,
 )
 from lowrank.config.outputs import PredictedLossFigure
-from lowrank.config.presets import Validation
+from lowrank.config.presets import ANY_MULTIPLE, Validation
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
@@ -61,6 +61,7 @@ class Estimator:
             "collect_statistics": self._collect_statistics,
             "collect_gradients": self._collect_gradients,
             "compute_bases": self._compute_bases,
+            "eliminate_neurons": self._eliminate_neurons,
             "select_validation": self._select_validation,
             "measure_sensitivity": self._measure_sensitivity,
             "measure_truncations": self._measure_truncations,
@@ -205,6 +206,11 @@ class Estimator:
                 disk=sizes.weights + layers * (sizes.statistics_file(windows) + gradients / 2 + 2 * stored),
             ),
         )
+
+    def _eliminate_neurons(self, wildcards: Wildcards) -> Need:
+        multiple = None if wildcards["multiple"] == ANY_MULTIPLE else int(wildcards["multiple"])
+        windows = self.study.calibration[wildcards["calibration"]].windows
+        return elimination_need(self._sizes(wildcards["model"]), multiple, windows)
 
     def _sliced(
         self,

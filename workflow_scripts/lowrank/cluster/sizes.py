@@ -181,6 +181,16 @@ class Sizes:
         """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""
         return self.shape.layers * sum(_basis_work(module.out_features, module.in_features) for module in self.block)
 
+    def narrow_decompositions(self, neurons: int) -> float:
+        """The same for the MLPs alone, with so many neurons a block."""
+        work = 0.0
+        for module in self.block:
+            if module.type.output == "intermediate":
+                work += _basis_work(neurons, module.in_features)
+            elif module.type.input == "intermediate":
+                work += _basis_work(module.out_features, neurons)
+        return self.shape.layers * work
+
 
 def _packed(n: int) -> int:
     """Numbers of a symmetric matrix as files hold it (`gram.packed`): panels of 256 rows, from the diagonal on."""

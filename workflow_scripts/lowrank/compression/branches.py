@@ -127,6 +127,11 @@ class Structure:
             for branch in (self.attention, self.mlp):
                 yield (layer, branch.name), branch
 
+    def modules(self, layer: int, branch: Branch) -> list[LinearModule]:
+        """The linear layers of a branch of a block, in the order of the forward pass: the reader is the last."""
+        types = (*branch.writers, branch.reader)
+        return [module for module in self.budget.modules if module.layer == layer and module.type in types]
+
     def layer_name(self, layer: int, linear: LinearType) -> str:
         """Full module name of a layer of a block."""
         return f"{FAMILIES[self.budget.dimensions.family].blocks}.{layer}.{linear.path}"

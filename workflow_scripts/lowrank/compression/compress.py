@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lowrank.bases.principal import Bases
 from lowrank.calibration.output_gradients import OutputGradients
 from lowrank.calibration.statistics import Statistics
+from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
@@ -38,6 +39,7 @@ class CompressionTask:
         covariance: the preset of the bases, if the method reads statistics or gradients beside them.
         statistics: moments of the layers' inputs, if the method reads them.
         gradients: second moments of the loss gradients at the layers' outputs, if the method reads them.
+        eliminations: what removing neurons is predicted to cost, if the method removes any by that.
         tokens: calibration windows, n x length, if the method reads them.
         account: what the method says of its result besides; the manifest has it.
         parts: where a method that takes long keeps what another try need not do again; None: nowhere.
@@ -53,6 +55,7 @@ class CompressionTask:
     covariance: Covariance | None = None
     statistics: Statistics | None = None
     gradients: OutputGradients | None = None
+    eliminations: Eliminations | None = None
     tokens: torch.Tensor | None = None
     account: dict[str, Any] = field(default_factory=dict)
     parts: Parts | None = None
@@ -74,6 +77,12 @@ class CompressionTask:
         if self.gradients is None:
             raise RankwiseError(f"method '{self.settings.kind}' has no gradients: its `needs` must name them")
         return self.gradients
+
+    def required_eliminations(self) -> Eliminations:
+        """What removing neurons costs; an error if the preset does not say that it reads this."""
+        if self.eliminations is None:
+            raise RankwiseError(f"method '{self.settings.kind}' has no eliminations: its `eliminates` must name them")
+        return self.eliminations
 
     def required_covariance(self) -> Covariance:
         """The preset of the bases; an error if there is none, or the method reads nothing that it would say how to."""

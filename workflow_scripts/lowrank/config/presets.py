@@ -272,6 +272,8 @@ class Transfer(Section):
     method: Name
 
 
+ANY_MULTIPLE = "any"
+"""Of eliminations of neurons that serve all multiples, since no pairs are made of what is left."""
 Reads = tuple[Literal["statistics", "gradients", "tokens"], ...]
 
 
@@ -319,9 +321,11 @@ class MethodSettings(Section):
         """What this very preset reads of its calibration; a setting may ask for more than the method's `reads`."""
         return self.reads
 
-    def own_bases(self, budget: Budget) -> int:
-        """How many bases of each matrix the method computes besides those that its `covariance` names."""
-        return 0
+    @property
+    def eliminates(self) -> str | None:
+        """Which eliminations of neurons this very preset reads: those with pairs of numbers of neurons that are
+        multiples of it, or `ANY_MULTIPLE`; None: none."""
+        return None
 
     @property
     def decompositions(self) -> int:

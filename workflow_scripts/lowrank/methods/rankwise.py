@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import LowRankSettings
-from lowrank.config.presets import Calibration, Reads
+from lowrank.config.presets import ANY_MULTIPLE, Calibration, Reads
 from lowrank.ranks.budget import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Settings(LowRankSettings):
 
     @property
     def needs(self) -> Reads:
-        """Removing neurons wants to know how they move together, and what an error of the MLP's output costs; the
-        influence of blocks comes from running the model."""
+        """Refitting the neurons that stay wants to know how they move together, and their pairs what an error of
+        outputs costs; the influence of blocks comes from running the model."""
         neurons: Reads = () if self.mlp == "pairs" else ("statistics", "gradients")
         return (*neurons, "tokens") if self.influence and self._compares_blocks else neurons
 
@@ -92,11 +92,10 @@ class Settings(LowRankSettings):
         """How many calibration windows the model is run on."""
         return INFLUENCE_WINDOWS
 
-    def own_bases(self, budget: Budget) -> int:
-        """One for each number of neurons of which pairs are made."""
-        from lowrank.compression.branches import Structure
-
-        return len(Structure.of(budget).mlp.tried(self.multiple)) if self.mlp == "both" else 0
+    @property
+    def eliminates(self) -> str | None:
+        """`both` makes pairs of some numbers of neurons; all that `neurons` may choose from is in one elimination."""
+        return {"pairs": None, "neurons": ANY_MULTIPLE, "both": str(self.multiple)}[self.mlp]
 
     @property
     def has_pairs(self) -> bool:
@@ -144,7 +143,8 @@ def compress(task: CompressionTask) -> Replacements:
     """Allocate ranks and neurons by predicted loss, slice the bases, refit what neurons leave.
 
     Raises:
-        RankwiseError: the bases hold no predicted losses, or the loss has no gradient; the layer is named.
+        RankwiseError: the bases hold no predicted losses, or an input is missing or damaged; the layer or the file is
+            named.
     """
     from lowrank.compression.narrower import Mlps
     from lowrank.ranks.predicted_loss import MEANING, allocate

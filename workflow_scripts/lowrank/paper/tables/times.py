@@ -95,8 +95,8 @@ def _notes(rows: Sequence[RowResults], context: Context, suite: str) -> tuple[st
         *shared.model_note(rows),
         f"Measured on: {'; '.join(devices)}. Wall times vary from run to run and with what else the machine does. "
         f"Throughput: batch {settings.batch_size}, prompt of {settings.prompt_tokens} tokens, {settings.new_tokens} "
-        f"new tokens, median of {settings.repeats}. Compression: making and writing the checkpoint; the statistics and "
-        f"bases, which methods share, are not in it. {MISSING}: no such stage, or its time stands in the row without "
-        "post-training.",
+        f"new tokens, median of {settings.repeats}. Compression: making and writing the checkpoint; the statistics, "
+        "bases and eliminations of neurons, which methods and ratios share, are not in it. "
+        f"{MISSING}: no such stage, or its time stands in the row without post-training.",
         *shared.seeds_note(rows),
     )
