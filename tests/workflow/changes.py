@@ -18,6 +18,7 @@ Config = dict[str, Any]
 Concerns = Callable[[Job, Study], bool]
 CONFIGS = ("quickstart", "mini-paper", "paper")
 PARAMS, INPUT, MISSING = "Params have changed", "Updated input files", "Missing output files"
+INPUTS = "Set of input files has changed"
 
 # --- which jobs a change concerns ---
 
@@ -45,6 +46,11 @@ def unless(concerns: Concerns) -> Concerns:
 def method(kind: str) -> Concerns:
     """Compressions by methods of some kind."""
     return lambda job, study: job.rule == "compress_model" and study.method(job.wildcards["method"]).kind == kind
+
+
+def compressing(preset: str) -> Concerns:
+    """Compressions by a preset."""
+    return lambda job, study: job.rule == "compress_model" and job.wildcards["method"] == preset
 
 
 def of_kind(what: str, kind: str) -> Concerns:
@@ -196,6 +202,12 @@ def add_row(content: Config) -> None:
     content["tables"]["table_7"]["rows"].append({"model": "smollm2-135m", "method": "svd", "ratio": 40})
 
 
+def other_ratio(content: Config, method: str, table: str) -> None:
+    """One more row, at a ratio of its own."""
+    row = next(row for row in content["tables"][table]["rows"] if row["method"] == method)
+    content["tables"][table]["rows"].append(row | {"ratio": 13})
+
+
 def add_suite(content: Config) -> None:
     content["suites"]["shorter"] = content["suites"]["held-out"] | {"length": 64}
     content["tables"]["table_1"]["suites"].append("shorter")
@@ -230,6 +242,12 @@ CHANGES = [
     ),
     Change("the choice of windows", code("lowrank/search/validation.py", "select_windows"), rule("select_validation")),
     Change("bases", code("lowrank/bases/block.py", "bases_of_block"), rule("compute_bases")),
+    Change(
+        "what removing neurons costs",
+        code("lowrank/compression/eliminate_neurons.py", "_tensors"),
+        rule("eliminate_neurons"),
+        configs=ALL,
+    ),
     Change("training", code("lowrank/post_training/train.py", "train"), rule("post_train")),
     Change("perplexity", code("lowrank/evaluation/perplexity.py", "evaluate_corpora"), rule("evaluate_perplexity")),
     Change(
@@ -328,6 +346,30 @@ CHANGES = [
         "the groups of one covariance",
         study(value(16, "covariance", "pooled-8", "groups")),
         either(having("compute_bases", covariance="pooled-8"), RECORDS),
+    ),
+    Change(
+        "other ratios of a method that removes neurons",
+        study(partial(other_ratio, method="rankwise", table="table_1")),
+        either(having("make_table", table="table_1"), RECORDS),
+        configs=("quickstart", "paper"),
+    ),
+    Change(
+        "the influence of blocks",
+        study(value(False, "methods", "rankwise", "influence")),
+        either(compressing("rankwise"), RECORDS),
+        reason=INPUTS,  # it reads no windows then
+        configs=("quickstart", "paper"),
+    ),
+    Change(
+        "the multiple of neurons, where pairs are made of what is left",
+        study(value(16, "methods", "rankwise", "multiple")),
+        either(compressing("rankwise"), RECORDS),
+        configs=("mini-paper", "paper"),
+    ),
+    Change(
+        "the multiple of neurons, where no pairs are",
+        study(value(16, "methods", "rankwise", "multiple")),
+        either(compressing("rankwise"), RECORDS),
     ),
     Change(
         "the windows of one calibration",
