@@ -64,9 +64,8 @@ def test_each_kind_of_start_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     found = starting.rows(TINY)
     assert [row.unit for row in found] == ["s"] * len(starting.STAGES)
     first = found[0]
-    assert TINY.size.turns == 2
-    warm_ups = len(starting.STAGES)
-    assert (first.low, first.median, first.high) == (warm_ups + 1.25, warm_ups + 1.5, warm_ups + 1.75)
+    assert starting.TURNS == 2
+    assert (first.low, first.median, first.high) == (2.25, 2.5, 2.75), "of the second and the third"
 
 
 def test_what_takes_too_long_is_listed_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
