@@ -4,6 +4,7 @@
 # make check        before a commit: style, types and the fast tests that run no whole model
 # make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
+# make bench        how fast parts are against plain forward passes, within 8 minutes: make bench (SIZE=7b on a GPU; FILE=bench.json)
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
 # make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
 # make docs         the pages as a site in site/, to be opened at site/index.html
@@ -17,7 +18,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why benchmark memory schema rulegraph docs
+.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why bench benchmark memory schema rulegraph docs
 
 setup: $(VENV)/.installed
 
@@ -83,9 +84,13 @@ status: setup
 why: setup
 	@python workflow_scripts/why.py $(TARGET) --configfile $(CONFIG) --cores 1
 
+# With MODEL=folder also the peaks of `make memory`, which take their own time.
+bench: setup
+	@python -m tests.benchmarks $(call option,SIZE,--size=) $(call option,MODEL,--model=) -- $(call option,FILE,)
+
+# The quickstart's time and memory, cold.
 benchmark: setup
 	python tests/benchmarks/quickstart.py
-	python tests/benchmarks/gram.py
 
 # Peaks of the stages on a small model, beside the plan's estimates: make memory MODEL=folder
 memory: setup

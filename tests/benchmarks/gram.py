@@ -1,42 +1,37 @@
-"""Sums of x'x by panels (`lowrank.calibration.gram`) beside whole products: `make benchmark`.
+"""Sums of x'x by panels (`lowrank.calibration.gram`) beside whole products: `python -m tests.benchmarks.gram`.
 
-Batches of 512 rows, as the passes take them; the best of several tries of each side in turn, one thread.
+Batches of as many rows as the passes take; both sides take turns.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "workflow_scripts"))
-
 from lowrank.calibration.gram import add_gram
+from tests.benchmarks.measuring import SIZES, Row, Setting, in_turns, ratios, row_of
 
-ROWS, TRIES = 512, 15
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+TURNS_EACH = 3
+"""Turns for each turn of other benchmarks: one takes milliseconds."""
 
 
-def compare(features: int) -> tuple[float, float]:
-    """Best seconds of the whole product, and by panels."""
-    rows = torch.randn(ROWS, features, generator=torch.Generator().manual_seed(0))
-    total = torch.zeros(features, features, dtype=torch.float64)
-    pairs = [(seconds(lambda: total.add_(rows.T @ rows)), seconds(lambda: add_gram(total, rows))) for _ in range(TRIES)]
-    whole, panels = zip(*pairs, strict=True)
-    return min(whole), min(panels)
+def rows(setting: Setting) -> list[Row]:
+    """Panels against the whole product, for each number of features."""
+    count, widths = setting.size.grams
+    found = []
+    for features in widths:
+        batch = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).to(setting.device)
+        total = torch.zeros(features, features, dtype=torch.float64, device=setting.device)
+        ways = {
+            "whole": lambda batch=batch, total=total: total.add_(batch.T @ batch),
+            "panels": lambda batch=batch, total=total: add_gram(total, batch),
+        }
+        times = in_turns(ways, setting.size.turns * TURNS_EACH, setting.device)
+        what = f"x'x of {count} x {features}: by panels / whole"
+        found.append(row_of(what, ratios(times, "panels", "whole"), "float32", target=1.0))
+    return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("features  whole product  by panels  ratio")
-    for features in (576, 1536, 4096):
-        whole, panels = compare(features)
-        print(f"{features:8}  {whole * 1000:10.1f} ms  {panels * 1000:6.1f} ms  {panels / whole:5.2f}")
+    for row in rows(Setting(SIZES["small"], "cpu", ("float32",))):
+        print(f"{row.measure}: {row.median:.2f} ({row.low:.2f} to {row.high:.2f})")

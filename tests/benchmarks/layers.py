@@ -13,7 +13,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "workflow_scripts"))
-
-from lowrank.bases.principal import PrincipalBasis
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.search.sliced_model import SlicedLinear
+from tests.benchmarks.measuring import Row, Setting, in_turns, on, random_basis, ratios, row_of, whole_rank
 
 KEPT = 0.8
 """Share of each matrix's weights that the low-rank layers have."""
@@ -41,11 +38,12 @@ class Case:
         hidden: width of the residual stream.
         intermediate: width of the MLP.
         blocks: how many.
-        tokens: of a pass: 512 for a prompt, 1 for a step of decoding.
+        tokens: of a pass: hundreds for a prompt, 1 for a step of decoding.
         dtype: of weights and activations.
         device: "cpu" or "cuda".
         passes: of each kind in one turn.
         turns: how often the kinds take turns.
+        kept: share of each matrix's weights that the low-rank layers have.
     """
 
     hidden: int
@@ -56,6 +54,7 @@ class Case:
     device: str
     passes: int
     turns: int
+    kept: float = KEPT
 
 
 def cases(device: str) -> list[Case]:
@@ -94,18 +93,22 @@ class SlicedBefore(nn.Module):
 Maker = Callable[[nn.Linear], nn.Module]
 
 
-def pair(dense: nn.Linear) -> nn.Module:
+def pair(kept: float) -> Maker:
     """Factors of their own."""
-    m, n = dense.weight.shape
-    return LowRankLinear(n, m, whole_rank(m, n), bias=False)
+
+    def make(dense: nn.Linear) -> nn.Module:
+        m, n = dense.weight.shape
+        return LowRankLinear(n, m, whole_rank(kept, m, n), bias=False)
+
+    return make
 
 
-def identity_block(kind: type[IdentityBlockLinear]) -> Maker:
+def identity_block(kept: float, kind: type[IdentityBlockLinear] = IdentityBlockLinear) -> Maker:
     """As many weights as a pair, so a higher rank; the rows are random."""
 
     def make(dense: nn.Linear) -> nn.Module:
         m, n = dense.weight.shape
-        rank = next(r for r in range(8, min(m, n) + 8, 8) if (r + 8) * (m + n - r - 8) > KEPT * m * n or r + 8 > m)
+        rank = next(r for r in range(8, min(m, n) + 8, 8) if (r + 8) * (m + n - r - 8) > kept * m * n or r + 8 > m)
         layer = kind(n, m, rank, bias=False)
         layer.rows.copy_(torch.randperm(m)[:rank].sort().values)
         return layer
@@ -113,35 +116,34 @@ def identity_block(kind: type[IdentityBlockLinear]) -> Maker:
     return make
 
 
-def sliced(before: bool) -> Maker:
+def sliced(kept: float, before: bool = False) -> Maker:
     """A slice of a basis that holds one direction less than the break-even rank, as bases do."""
 
     def make(dense: nn.Linear) -> nn.Module:
         m, n = dense.weight.shape
-        k, rank = (m * n - 1) // (m + n), whole_rank(m, n)
-        up, down = torch.randn(m, k) / k**0.5, torch.randn(k, n) / n**0.5
+        k, rank = (m * n - 1) // (m + n), whole_rank(kept, m, n)
+        basis = random_basis(m, n, k)
         if before:
-            return SlicedBefore(up.to(dense.weight), down.to(dense.weight), rank)
-        layer = SlicedLinear(dense, PrincipalBasis(up, down, None, None, torch.ones(min(m, n))))
+            return SlicedBefore(basis.directions.to(dense.weight), basis.projection.to(dense.weight), rank)
+        layer = SlicedLinear(dense, basis)
         layer.set_rank(rank)
         return layer
 
     return make
 
 
-def whole_rank(m: int, n: int) -> int:
-    """The largest multiple of 8 whose pair fits the budget."""
-    return int(KEPT * m * n / (m + n)) // 8 * 8
+def kinds(kept: float) -> Mapping[str, Maker]:
+    """All kinds of layers, with that share of the weights."""
+    return {
+        "dense": lambda dense: dense,
+        "pairs": pair(kept),
+        "identity blocks, as before": identity_block(kept, IdentityBlockBefore),
+        "identity blocks": identity_block(kept),
+        "slices, as before": sliced(kept, before=True),
+        "slices": sliced(kept),
+    }
 
 
-KINDS: Mapping[str, Maker] = {
-    "dense": lambda dense: dense,
-    "pairs": pair,
-    "identity blocks, as before": identity_block(IdentityBlockBefore),
-    "identity blocks": identity_block(IdentityBlockLinear),
-    "slices, as before": sliced(before=True),
-    "slices": sliced(before=False),
-}
 COMPARED = {
     "pairs / dense": ("pairs", "dense"),
     "identity blocks / dense": ("identity blocks", "dense"),
@@ -178,39 +180,49 @@ def measure(case: Case) -> dict[str, Any]:
     """Seconds a pass of every kind, turn by turn, and the ratios of `COMPARED`.
 
     Returns:
-        "case"; "seconds": kind -> median; "ratios": name -> {"median", "low", "high"}, the middle half of the turns.
+        "case"; "seconds": kind -> median; "ratios": name -> one a turn.
     """
     torch.manual_seed(0)
-    models = {name: Blocks(case, make).eval().requires_grad_(False) for name, make in KINDS.items()}
+    models = {name: Blocks(case, make).eval().requires_grad_(False) for name, make in kinds(case.kept).items()}
     x = torch.randn(1, case.tokens, case.hidden).to(getattr(torch, case.dtype)).to(case.device)
-    turns: dict[str, list[float]] = {name: [] for name in models}
+
+    def passes(model: nn.Module) -> None:
+        for _ in range(case.passes):
+            model(x)
+
     with torch.inference_mode():
-        for model in models.values():
-            _seconds(model, x, 1)
-        for turn in range(case.turns):
-            names = list(models)
-            for name in names if turn % 2 else reversed(names):
-                turns[name].append(_seconds(models[name], x, case.passes))
-    ratios = {}
-    for name, (one, other) in COMPARED.items():
-        values = [a / b for a, b in zip(turns[one], turns[other], strict=True)]
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        ratios[name] = {"median": middle, "low": low, "high": high}
-    seconds = {name: statistics.median(values) for name, values in turns.items()}
-    return {"case": asdict(case), "seconds": seconds, "ratios": ratios}
+        ways = {name: lambda model=model: passes(model) for name, model in models.items()}
+        times = in_turns(ways, case.turns, case.device)
+    return {
+        "case": asdict(case),
+        "seconds": {name: statistics.median(values) / case.passes for name, values in times.items()},
+        "ratios": {name: ratios(times, one, other) for name, (one, other) in COMPARED.items()},
+    }
 
 
-def _seconds(model: nn.Module, x: torch.Tensor, passes: int) -> float:
-    def wait() -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize()
+TARGETS = {  # on a GPU, prompts: (20 %, 30 %); elsewhere 1, wherever the arithmetic is less
+    "pairs / dense": (0.90, 0.80),
+    "identity blocks / dense": (0.95, 0.87),
+    "slices / pairs": (None, None),
+}
 
-    wait()
-    started = time.perf_counter()
-    for _ in range(passes):
-        model(x)
-    wait()
-    return (time.perf_counter() - started) / passes
+
+def rows(setting: Setting) -> list[Row]:
+    """Prompts with 20 and 30 % removed, and single tokens with 20 %, for each dtype."""
+    size, found = setting.size, []
+    blocks, passes = size.layers
+    for dtype in setting.dtypes:
+        for at, (kept, tokens) in enumerate(((0.8, size.length), (0.7, size.length), (0.8, 1))):
+            repeated = 1 if setting.device == "cpu" and tokens > 1 else passes
+            case = Case(
+                size.hidden, size.intermediate, blocks, tokens, dtype, setting.device, repeated, size.turns, kept
+            )
+            values = measure(case)["ratios"]
+            for name, on_gpu in TARGETS.items():
+                target = None if on_gpu[0] is None else on(setting, 1.0, on_gpu[at] if tokens > 1 else None)
+                what = f"layers, {tokens} token{'s' if tokens > 1 else ''}, {1 - kept:.0%} removed: {name}"
+                found.append(row_of(what, values[name], dtype, target=target))
+    return found
 
 
 def results() -> dict[str, Any]:
@@ -236,9 +248,10 @@ def table(found: Mapping[str, Any]) -> str:
     ]
     for one in found["measured"]:
         case = one["case"]
-        ratios = (f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in one["ratios"].values())
+        shown = (row_of("", values) for values in one["ratios"].values())
+        cells = (f"{row.median:.2f} ({row.low:.2f} to {row.high:.2f})" for row in shown)
         dense = f"{one['seconds']['dense'] * 1000:.2f}"
-        lines.append(f"| {case['tokens']} | {case['dtype']} | {dense} | {' | '.join(ratios)} |")
+        lines.append(f"| {case['tokens']} | {case['dtype']} | {dense} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,9 @@ one. Ends with 1 if an estimate misses by more than a quarter.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from lowrank.cluster.resources import LAYERS_PER_PASS as LAYERWISE
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
 from tests import tiny
+from tests.benchmarks.measuring import Row, Setting, row_of
 
 NAME = "memory.yaml"
 TOLERANCE = 0.25
@@ -192,10 +195,37 @@ def run(config: Path) -> None:
         *("--set-resources", *(f"{rule}:layers_per_pass={LAYERS_PER_PASS}" for rule in LAYERWISE)),
     ]
     log = config.with_suffix(".log")
-    with log.open("w") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True) as process,
+    ):
+        try:
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)  # its jobs as well
+            raise
     if code:
-        sys.exit(f"failed with exit code {code}:\n{log.read_text()[-3000:]}")
+        print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
+        raise subprocess.CalledProcessError(code, command[:3])
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Of each job that is compared, the estimate against the peak."""
+    assert setting.model is not None
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / NAME
+        write_study(setting.model.resolve(), config.parent)
+        run(config)
+        return [
+            row_of(f"memory, {name_of(job)}: planned / peak", [estimate / peak], target=1.3, least=0.8)
+            for job, _, peak, estimate in measured(config)
+        ]
+
+
+def name_of(job: Job) -> str:
+    """Its rule, and what of the study it is about."""
+    values = (job.wildcards.get(name, "none") for name in ("covariance", "method", "tuning", "suite"))
+    return " ".join([job.rule, *(name for name in values if name != "none")])
 
 
 def measured(config: Path) -> Iterator[tuple[Job, float, float, float]]:
@@ -229,13 +259,11 @@ def main(arguments: list[str]) -> int:
         run(config)
         print(f"{'rule':20} {'of':24} {'seconds':>8} {'MiB':>6} {'estimate':>9} {'ratio':>6}")
         for job, seconds, peak, estimate in measured(config):
-            values = job.wildcards
-            names = (values.get(name, "none") for name in ("covariance", "method", "tuning", "suite"))
-            what = " ".join(name for name in names if name != "none")
+            rule, _, what = name_of(job).partition(" ")
             missed = abs(estimate / peak - 1) > TOLERANCE
             misses += missed
             mark = " !" if missed else ""
-            print(f"{job.rule:20} {what:24} {seconds:8.0f} {peak:6.0f} {estimate:9.0f} {estimate / peak:6.2f}{mark}")
+            print(f"{rule:20} {what:24} {seconds:8.0f} {peak:6.0f} {estimate:9.0f} {estimate / peak:6.2f}{mark}")
     print(f"{misses} estimates miss by more than {TOLERANCE:.0%}")
     return int(misses > 0)
 

@@ -20,7 +20,8 @@ from lowrank.calibration.statistics import Statistics, collect_statistics
 from lowrank.compression.compress import compress_model
 from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, recipe_of, save_checkpoint
+from lowrank.model.checkpoint import load_checkpoint, recipe_of, save_checkpoint
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.ranks.budget import Budget
 from tests import tiny
 

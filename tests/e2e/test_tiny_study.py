@@ -22,7 +22,8 @@ import yaml
 from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
 from lowrank.layout import study_of
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.progress.steps import State, steps_of
 from tests import tiny
 from tests.apt import Unavailable

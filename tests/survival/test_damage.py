@@ -21,8 +21,9 @@ from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, read_record, write_json
 from lowrank.jobs.state import Clock
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.families import FAMILIES
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.post_training.engine_state import SafeCheckpoints
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import PROGRESS_FILE, Progress

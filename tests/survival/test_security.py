@@ -24,7 +24,8 @@ import torch
 from lowrank.config.sources import TokensSource
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.post_training.engine_state import SafeCheckpoints
 from lowrank.redact import SafeFormatter, without_secrets
 from lowrank.sources import archives

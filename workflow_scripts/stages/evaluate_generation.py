@@ -12,8 +12,9 @@ def work(job: Snakemake) -> None:
     from lowrank.config.suites import GenerationSuite
     from lowrank.evaluation.generation import continue_prompts
     from lowrank.files import write_json
-    from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+    from lowrank.model.checkpoint import load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.tokenizer import load_tokenizer
 
     started = time.monotonic()
     settings = job.params.settings

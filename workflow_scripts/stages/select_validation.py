@@ -12,8 +12,8 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.corpora import load_documents
     from lowrank.config.presets import Validation
     from lowrank.files import save_tensors, write_json
-    from lowrank.model.checkpoint import load_tokenizer
     from lowrank.model.runtime import describe_environment, limit_threads
+    from lowrank.model.tokenizer import load_tokenizer
     from lowrank.search.kept_ratios import SearchSpace
     from lowrank.search.sliced_model import open_sliced_model
     from lowrank.search.validation import candidate_windows, score_windows, select_windows, selection_record

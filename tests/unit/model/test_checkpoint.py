@@ -16,13 +16,13 @@ from lowrank.model.checkpoint import (
     family_of,
     link_checkpoint,
     load_checkpoint,
-    load_tokenizer,
     recipe_of,
     replace_modules,
     save_checkpoint,
 )
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.parameters import count_parameters
+from lowrank.model.tokenizer import load_tokenizer
 from tests import tiny
 
 OUTSIDE = """

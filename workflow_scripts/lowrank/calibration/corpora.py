@@ -165,7 +165,7 @@ def sample_calibration(
     Raises:
         RankwiseError: see `load_documents` and `sample_windows`.
     """
-    from lowrank.model.checkpoint import load_tokenizer
+    from lowrank.model.tokenizer import load_tokenizer
 
     positions = read_record(Path(checkpoint) / "config.json").get("max_position_embeddings")
     if positions is not None and calibration.length > positions:

@@ -2,6 +2,9 @@
 
 Batches are multiplied panel by panel, each with the columns from its own on, which leaves out most of what lies below
 the diagonal: for 1536 features three fifths of the time (`tests/benchmarks/gram.py`). Files hold the same panels.
+
+GPUs multiply 16-bit numbers several times as fast as those of 32 bits. There a number of 32 bits is split into two
+of 16, x = hi + lo up to 2^-17 |x|: their products are exact in float32, in which they are summed.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from lowrank.errors import RankwiseError
 
 PANEL = 256
 """Columns of a panel: wide enough for fast products, narrow enough to leave out much."""
+WIDE_PANEL = 2048
+"""The same on a GPU, which smaller products would not fill."""
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -25,6 +30,47 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     """
     for start in range(0, rows.shape[1], PANEL):
         total[start : start + PANEL, start:] += rows[:, start : start + PANEL].T @ rows[:, start:]
+
+
+SLAB = 1024
+"""Rows whose products are summed in float32: few enough for rounding that piles up, as that of tensor cores does."""
+
+
+def add_gram_in_parts(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """As `add_gram`, by products of bfloat16 parts: hi'hi + hi'lo + lo'hi.
+
+    What is left out, lo'lo and what two parts do not hold, is at most 2^-15 of sqrt((X'X)_ii (X'X)_jj), and some 2^-18
+    of it unless numbers are all alike.
+
+    Args:
+        total: n x n, float64; changed.
+        rows: X, t x n, float32.
+    """
+    for slab in torch.split(rows, SLAB):
+        hi = slab.bfloat16()
+        lo = (slab - hi).bfloat16()
+        left, right = torch.cat([hi, hi, lo]), torch.cat([hi, lo, hi])
+        for start in range(0, rows.shape[1], WIDE_PANEL):
+            panel = left[:, start : start + WIDE_PANEL]
+            total[start : start + WIDE_PANEL, start:] += product_in_float32(panel, right[:, start:])
+
+
+def product_in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A'B of 16-bit numbers, m x n in float32: products are exact, sums rounded to float32.
+
+    Args:
+        left: A, t x m.
+        right: B, t x n.
+    """
+    if left.is_cuda:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()  # no faster, and the same numbers: elsewhere results would be of 16 bits
+
+
+def prefers_parts(like: torch.Tensor) -> bool:
+    """Whether `add_gram_in_parts` is for deviations of such inputs: of a 16-bit model, on a GPU that has bfloat16."""
+    on_gpu = like.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return on_gpu and like.dtype.itemsize == 2
 
 
 def symmetric(total: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
+from lowrank.calibration.gram import add_gram, add_gram_in_parts, packed, prefers_parts, symmetric, unpacked
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import Share
@@ -34,7 +34,7 @@ class MomentAccumulator:
     """Running moments of n features over windows of equal length.
 
     Products of deviations from the window's own mean are formed in float32 (float64 for float64 inputs), batch by
-    batch, and added up in float64.
+    batch, and added up in float64; on a GPU those of a 16-bit model from pairs of 16-bit parts.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
@@ -55,7 +55,8 @@ class MomentAccumulator:
         self.window_length = x.shape[1]
         means = x.mean(dim=1, dtype=torch.float64)
         deviations = (x - means[:, None].to(x.dtype)).flatten(0, 1)
-        add_gram(self.scatter, deviations)
+        add = add_gram_in_parts if prefers_parts(inputs) else add_gram
+        add(self.scatter, deviations)
         self.absolute += x.abs().sum(dim=(0, 1), dtype=torch.float64)
         self.window_means.append(means)
 

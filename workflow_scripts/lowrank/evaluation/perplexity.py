@@ -23,9 +23,10 @@ from lowrank.calibration.corpora import consecutive_windows, default_bos, load_d
 from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import ALONE, Share
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.losses import head_of, last_hidden, token_nll
 from lowrank.model.runtime import parse_dtype, pick_device
+from lowrank.model.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

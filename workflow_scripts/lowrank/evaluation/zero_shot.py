@@ -31,8 +31,9 @@ from lowrank.evaluation.answer_scorer import AnswerScorer
 from lowrank.evaluation.answers import count_answers
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
 from lowrank.jobs.share import ALONE, Share
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.runtime import parse_dtype, pick_device, seed_everything
+from lowrank.model.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

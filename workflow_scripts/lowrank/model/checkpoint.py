@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
@@ -84,22 +84,6 @@ def drop_remote_code(config: Any) -> None:
     """Take this repository's classes instead of the copy inside the checkpoint."""
     if str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX) and hasattr(config, "auto_map"):
         del config.auto_map
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """Open the tokenizer that lies in a checkpoint folder.
-
-    Raises:
-        RankwiseError: there is none that can be read, or it is not the one that the manifest describes.
-    """
-    folder = Path(folder)
-    check_manifest(folder, "files", skip=(".safetensors",))
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # by the damage, whatever the tokenizers library raises, bare `Exception` included
-        raise RankwiseError(
-            f"{folder}: the tokenizer cannot be opened: {error}. Delete the folder and run the workflow again."
-        ) from error
 
 
 def family_of(model: PreTrainedModel) -> Family:

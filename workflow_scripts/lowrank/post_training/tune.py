@@ -13,8 +13,9 @@ from lowrank.files import Record, load_tensors, read_record
 from lowrank.jobs.crew import Crew
 from lowrank.jobs.state import resumable_state
 from lowrank.model.card import model_card
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer, save_checkpoint
+from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.runtime import describe_environment, parse_dtype
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.post_training.adapters import merge, stages_of, trained_numbers
 from lowrank.post_training.instructions import read_rows, split, tokenise
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, Progress, TrainingJob, joined, vectors_file

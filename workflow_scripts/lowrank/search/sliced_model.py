@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from lowrank.bases.principal import Bases, PrincipalBasis, bias_of
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.model.checkpoint import load_checkpoint, load_tokenizer
+from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.runtime import limit_threads, parse_dtype, pick_device
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.ranks.budget import Budget
 
 

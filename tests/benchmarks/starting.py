@@ -1,0 +1,61 @@
+"""From the start of a job's Python to its first computing: imports of a stage, a small checkpoint, one forward pass."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import tiny
+from tests.benchmarks.measuring import Row, Setting, on, row_of
+
+SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
+STAGES = ("make_table", "evaluate_perplexity", "collect_statistics", "search_allocation", "evaluate_zero_shot")
+"""The last imports most."""
+TURNS = 2
+WITHOUT_MODEL = {"make_table"}
+COMPUTE = """
+import torch
+from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.losses import last_hidden
+from lowrank.model.runtime import pick_device
+device = pick_device()
+model, ids = load_checkpoint({folder!r}, torch.float32, device), torch.zeros(1, 4, dtype=torch.long, device=device)
+last_hidden(model, ids).sum().item()
+"""
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Seconds of each kind of stage, an interpreter of its own each time."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.model("llama").save_pretrained(folder)
+        scripts = {stage: program(stage, folder) for stage in STAGES}
+        seconds_of(scripts[STAGES[-1]])  # files come from the disk once
+        for stage, script in scripts.items():
+            times = [seconds_of(script) for _ in range(TURNS)]
+            found.append(row_of(f"start of {stage} to its first computing", times, "", "s", on(setting, 3.0, 6.0)))
+    return found
+
+
+def program(stage: str, folder: str) -> str:
+    """What a stage imports, at its top and in its functions; then the model's first forward pass, if it has one."""
+    tree = ast.parse((SCRIPTS / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
+    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join([*imports, "" if stage in WITHOUT_MODEL else COMPUTE.format(folder=folder)])
+
+
+def seconds_of(script: str) -> float:
+    """From the start of a Python to its end.
+
+    Raises:
+        CalledProcessError: the script fails.
+    """
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True)
+    return time.perf_counter() - started
