@@ -82,4 +82,6 @@ def test_metadata_of_a_gguf_file(family: str, name: str, tied: bool, tmp_path: P
         "tied_embeddings": tied,
         "attention_bias": False,
         "mlp_bias": False,
+        "experts": 0,
+        "experts_per_token": 0,
     }
