@@ -40,8 +40,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
                 "mixture": {"source": {"path": str(folder / "mixture")}, "max_length": 256}
             },  # its shape is read
             "calibration": {"c8": raw["calibration"]["c8"] | {"expert_tokens": LEAST}},
-            "methods": {name: raw["methods"][name] for name in ("dense", "bolaco", "rankwise")}
-            | {"svd-llm": {"kind": "svd-llm", "calibration": "c8"}},
+            "methods": {
+                "dense": {"kind": "dense"},
+                "bolaco": raw["methods"]["bolaco"],
+                "rankwise": {"kind": "rankwise", "calibration": "c8", "covariance": "fisher"},
+                "svd-llm": {"kind": "svd-llm", "calibration": "c8"},
+            },
             "tuning": raw["tuning"],
             "instructions": raw["instructions"],
             "suites": {name: raw["suites"][name] for name in ("held-out", "cost")},
