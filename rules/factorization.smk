@@ -21,7 +21,9 @@ rule collect_statistics:
     params:
         settings=lambda wildcards: with_code(
             "collect_statistics",
-            model_settings(wildcards.model) | {"state": LAYOUT.state},
+            model_settings(wildcards.model)
+            | expert_settings(wildcards.model, wildcards.calibration)
+            | {"state": LAYOUT.state},
         ),
     message:
         "collecting statistics of {wildcards.model} on {wildcards.calibration}"

@@ -62,9 +62,15 @@ def untracked_places(wildcards, output):
 
 
 def calibration_settings(name):
-    """What decides the windows themselves; how gradients are collected on them does not."""
-    plain = STUDY.calibration[name].plain()
-    return {key: value for key, value in plain.items() if key not in ("gradient_windows", "gradient_draws")}
+    """What decides the windows themselves; what is collected on them does not."""
+    later = ("gradient_windows", "gradient_draws", "expert_tokens")
+    return {key: value for key, value in STUDY.calibration[name].plain().items() if key not in later}
+
+
+def expert_settings(model, calibration):
+    """How few tokens leave an expert dense, of models that have some."""
+    least = STUDY.calibration[calibration].expert_tokens
+    return {"expert_tokens": least} if STUDY.models[model].shape.experts else {}
 
 
 def covariance_settings(method):

@@ -34,6 +34,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3": {"heads": 4, "kv_heads": 2, "tied": False},
     "opt": {"heads": 4, "kv_heads": 4, "tied": True},
 }
+MIXTURES: dict[str, dict[str, Any]] = {  # whose blocks have experts, for which not all methods are defined
+    "qwen3_moe": {"heads": 4, "kv_heads": 2, "tied": False, "experts": 4, "experts_per_token": 2},
+    "mixtral": {"heads": 4, "kv_heads": 2, "tied": False, "experts": 4, "experts_per_token": 2},
+}
+ALL_SHAPES = SHAPES | MIXTURES
 MORE: dict[str, dict[str, Any]] = {  # of a family's own
     "gemma3_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -42,6 +47,8 @@ MORE: dict[str, dict[str, Any]] = {  # of a family's own
         "final_logit_softcapping": 8.0,
     },
     "phi3": {"partial_rotary_factor": 0.75, "sliding_window": 9, "rms_norm_eps": 1e-6},
+    "qwen3_moe": {"moe_intermediate_size": 160, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 FEW = ("llama-biased", "qwen3", "olmo2", "gemma3_text", "phi3", "opt")
 """One of each build: tests that would take long on all of `SHAPES` are made on these."""
@@ -96,7 +103,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
     """A random model of a family, with weights large enough that its layers matter."""
-    shape = SHAPES[kind]
+    shape = ALL_SHAPES[kind]
     torch.manual_seed(seed)
     common = {
         "vocab_size": vocabulary,
@@ -122,6 +129,8 @@ def model(kind: str, vocabulary: int = 400, seed: int = 0) -> PreTrainedModel:
             "olmo2": transformers.Olmo2Config,
             "gemma3_text": transformers.Gemma3TextConfig,
             "phi3": transformers.Phi3Config,
+            "qwen3_moe": transformers.Qwen3MoeConfig,
+            "mixtral": transformers.MixtralConfig,
         }
         config = classes[kind.split("-")[0]](
             **common,
@@ -147,12 +156,13 @@ def shape(kind: str, vocabulary: int = 400) -> dict[str, Any]:
         "layers": LAYERS,
         "hidden": HIDDEN,
         "intermediate": INTERMEDIATE,
-        "heads": SHAPES[kind]["heads"],
-        "kv_heads": SHAPES[kind]["kv_heads"],
+        "heads": ALL_SHAPES[kind]["heads"],
+        "kv_heads": ALL_SHAPES[kind]["kv_heads"],
         "head_dim": HEAD_DIM,
         "vocabulary": vocabulary,
-        "tied_embeddings": SHAPES[kind]["tied"],
-        **{option: SHAPES[kind].get(option, False) for option in BIAS_OPTIONS},
+        "tied_embeddings": ALL_SHAPES[kind]["tied"],
+        **{option: ALL_SHAPES[kind].get(option, False) for option in BIAS_OPTIONS},
+        **{option: ALL_SHAPES[kind].get(option, 0) for option in ("experts", "experts_per_token")},
     }
 
 

@@ -80,7 +80,7 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
         (*SHAPE, "family"),
         "gpt2",
         "models.smollm2-135m.shape.family: 'gpt2' is not one of "
-        "llama, mistral, qwen2, qwen3, olmo2, gemma3_text, phi3, opt",
+        "llama, mistral, qwen2, qwen3, olmo2, gemma3_text, phi3, qwen3_moe, mixtral, opt",
     ),
     (
         (*MODEL, "dtype"),

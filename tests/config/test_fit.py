@@ -13,7 +13,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
 from lowrank.search.kept_ratios import SearchSpace
-from tests.config.wrong import ROW, changed, errors_of
+from tests.config.wrong import ROW, SHAPE, changed, errors_of
 
 
 @st.composite
@@ -75,3 +75,15 @@ def test_it_says_what_limits(hidden: int, ratio: int, says: str) -> None:
 def test_lord_cannot_remove_more_than_q_and_k_pay_for() -> None:
     errors = errors_of(changed(((*ROW[:-1], 2, "ratio"), 85)))
     assert any(line.startswith("tables.table_1.rows[2].ratio: LoRD cannot remove 85 %") for line in errors), errors
+
+
+def test_methods_that_are_not_defined_for_experts_are_refused_with_method_and_family() -> None:
+    mixture = [
+        ((*SHAPE, key), value) for key, value in (("family", "mixtral"), ("experts", 8), ("experts_per_token", 2))
+    ]
+    assert errors_of(changed(*mixture)) == []
+    errors = errors_of(changed(*mixture, (("methods", "lord"), {"kind": "flap", "calibration": "c4-32"})))
+    assert (
+        "methods.lord.kind: 'flap' is not defined for the experts of family 'mixtral'; docs/families.md says which "
+        "methods are, and by which of their settings (model 'smollm2-135m')"
+    ) in errors

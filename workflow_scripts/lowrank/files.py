@@ -279,9 +279,23 @@ def load_tensors(
         raise RankwiseError(f"{path}: damaged, no readable safetensors file ({error}). {cure}") from error
     if CHECKSUM in record and record[CHECKSUM] != _checksum(tensors):
         raise RankwiseError(f"{path}: damaged, its content has not the checksum that it was written with. {cure}")
-    if missing := [name for name in names if name not in tensors]:
-        raise RankwiseError(f"{path}: holds no {', '.join(map(repr, missing))}: it was made for something else. {cure}")
+    require_tensors(path, tensors, names, whole)
     return tensors
+
+
+def require_tensors(
+    path: str | Path, tensors: Collection[str], names: Collection[str], whole: str | Path | None = None
+) -> None:
+    """See that a file holds some tensors; arguments as of `load_tensors`, `whole` of a block's file its folder.
+
+    Raises:
+        RankwiseError: it lacks one.
+    """
+    if missing := [name for name in names if name not in tensors]:
+        raise RankwiseError(
+            f"{path}: holds no {', '.join(map(repr, missing))}: it was made for something else. "
+            f"Delete {whole or 'it'} and run the workflow again."
+        )
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -291,6 +305,23 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         record: dict[str, Any] = json.loads((file.metadata() or {}).get("record", "{}"))
     return record
+
+
+def peek_tensors(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Some tensors of a block's file, without the others: what it says of itself, before all of it is read and checked.
+
+    Raises:
+        RankwiseError: the file is damaged, or lacks one of them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise RankwiseError(
+            f"{path}: damaged, or made for something else ({error}). Delete {path.parent} and run the workflow again."
+        ) from error
 
 
 def layer_name(layer: int) -> str:

@@ -7,12 +7,15 @@ from lowrank.jobs.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Run the pass in a resumable folder, then move the layer files to their place."""
+    from lowrank.calibration.routing import experts_left_dense
     from lowrank.calibration.statistics import collect_share
-    from lowrank.files import checksums_of, load_tensors, publish_layers, write_json
+    from lowrank.config.sources import ModelShape
+    from lowrank.files import checksums_of, layer_files, load_tensors, publish_layers, write_json
     from lowrank.jobs.crew import crew_of
     from lowrank.jobs.launcher import run_shared
     from lowrank.jobs.state import resumable_state
     from lowrank.model.runtime import describe_environment, limit_threads
+    from lowrank.ranks.budget import Budget
 
     settings = job.params.settings
     limit_threads(job.threads)
@@ -25,9 +28,12 @@ def work(job: Snakemake) -> None:
             "tokens": str(job.input.tokens),
             "layers_per_pass": int(job.resources.layers_per_pass),
             "state": str(state),
+            "expert_tokens": settings.get("expert_tokens"),
         }
         run_shared(collect_share, arguments, crew_of(job.resources), job.threads, state)
         publish_layers(state, job.output.layers)
+        shape = ModelShape.model_validate(settings["shape"])
+        few = experts_left_dense(layer_files(job.output.layers, shape.layers), Budget.of(shape))
         write_json(
             job.output.manifest,
             {
@@ -35,6 +41,7 @@ def work(job: Snakemake) -> None:
                 "calibration": job.wildcards.calibration,
                 "windows": tokens.shape[0],
                 "length": tokens.shape[1],
+                **({"experts_left_dense": few} if shape.experts else {}),
                 "layers": checksums_of(job.output.layers),
                 "environment": describe_environment(),
             },

@@ -7,11 +7,12 @@ from lowrank.jobs.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Block by block: estimate covariances, decompose, write."""
-    from lowrank.bases.block import bases_of_block
+    from lowrank.bases.block import bases_of_block, linears_of
     from lowrank.calibration.output_gradients import load_output_gradients
+    from lowrank.calibration.routing import about_experts
     from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
-    from lowrank.files import atomic_path, checksums_of, layer_files, save_tensors, write_json
+    from lowrank.files import atomic_path, checksums_of, layer_files, load_layer, save_tensors, write_json
     from lowrank.jobs.stage import log
     from lowrank.model.checkpoint import family_of, load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
@@ -28,12 +29,11 @@ def work(job: Snakemake) -> None:
     with atomic_path(job.output.layers) as folder:
         folder.mkdir()
         for layer, source in enumerate(sources):
-            modules = {linear: blocks[layer].get_submodule(linear.path) for linear in family.types}
-            linears = {linear.name: (linear.site, module.weight, module.bias) for linear, module in modules.items()}
             moments = load_moments(source, family.sites)
+            linears = linears_of(blocks[layer], family, moments)
             loaded = load_output_gradients(gradients[layer], linears) if gradients else None
             bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}", loaded)
-            save_tensors(folder / source.name, bases)
+            save_tensors(folder / source.name, bases | about_experts(load_layer(source)))
             log.info("bases: block %d of %d", layer + 1, len(blocks))
     write_json(
         job.output.manifest,

@@ -14,7 +14,7 @@ from tests import tiny
 NAIVE = Covariance(estimator="naive")
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 @pytest.mark.parametrize("layers_per_pass", [1, 2])
 def test_statistics_equal_those_of_a_plain_forward_pass(kind: str, layers_per_pass: int, tmp_path: Path) -> None:
     model = tiny.model(kind)
@@ -36,7 +36,7 @@ def test_statistics_equal_those_of_a_plain_forward_pass(kind: str, layers_per_pa
 
     statistics.TOKENS_PER_BATCH, before = 48, statistics.TOKENS_PER_BATCH
     try:
-        files = collect_statistics(model, tokens, layers_per_pass, tmp_path, torch.device("cpu"))
+        files = collect_statistics(model, tokens, layers_per_pass, tmp_path, torch.device("cpu"), expert_tokens=1)
     finally:
         statistics.TOKENS_PER_BATCH = before
     assert len(files) == tiny.LAYERS

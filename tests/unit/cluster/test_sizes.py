@@ -22,7 +22,7 @@ from lowrank.ranks.budget import Budget
 from lowrank.search.objective import Objective
 from lowrank.search.sliced_model import SlicedModel
 from tests import tiny
-from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, MISTRAL_7B
+from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, MISTRAL_7B, MIXTRAL_8X7B, QWEN3_30B_A3B
 from tests.unit.model.factor_samples import TOKENS, bases, shape_of
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_weights_of_every_family(kind: str) -> None:
     model = tiny.model(kind)
     positions = sum(p.numel() for name, p in model.named_parameters() if "embed_positions" in name)
@@ -47,13 +47,23 @@ def test_weights_of_every_family(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "parameters"),
-    [(LLAMA_7B, 6_738_415_616), (LLAMA_13B, 13_015_864_320), (MISTRAL_7B, 7_241_732_096), (LLAMA_70B, 68_976_648_192)],
+    [
+        *((LLAMA_7B, 6_738_415_616), (LLAMA_13B, 13_015_864_320), (MISTRAL_7B, 7_241_732_096)),
+        *((LLAMA_70B, 68_976_648_192), (MIXTRAL_8X7B, 46_702_792_704), (QWEN3_30B_A3B, 30_532_122_624)),
+    ],
 )
 def test_parameters_that_are_published(shape: dict[str, Any], parameters: int) -> None:
     assert Sizes(ModelShape(**shape), "float16").parameters == parameters
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_token_passes_of_experts_is_what_their_cards_say() -> None:
+    """12.9 billion of Mixtral's parameters, 3.3 of Qwen3's; both count embeddings and head."""
+    for shape, billions in ((MIXTRAL_8X7B, 12.9), (QWEN3_30B_A3B, 3.3)):
+        sizes = Sizes(ModelShape(**shape), "bfloat16")
+        assert (sizes.passed + 2 * sizes.head) / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_accumulators_files_and_hidden_states_of_the_statistics(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +75,7 @@ def test_accumulators_files_and_hidden_states_of_the_statistics(
         made.append(self)
 
     monkeypatch.setattr(MomentAccumulator, "__init__", remembered)
-    statistics_module.collect_statistics(tiny.model(kind), TOKENS, 1, tmp_path, CPU)
+    statistics_module.collect_statistics(tiny.model(kind), TOKENS, 1, tmp_path, CPU, expert_tokens=1)
     sizes, windows = sizes_of(kind), len(TOKENS)
     held = nbytes(t for one in made for t in (one.scatter, *one.window_means)) / tiny.LAYERS
     assert held == sizes.moments(DOUBLE) + DOUBLE * windows * sum(sizes.inputs)
@@ -93,7 +103,7 @@ def test_files_of_gradients(kind: str, tmp_path: Path) -> None:
         assert nbytes(load_file(file).values()) == sizes_of(kind).gradients_file
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_keys_and_values(kind: str) -> None:
     ids = TOKENS[:3, :7]  # sliding windows of 8 tokens keep no more than these
     cache = tiny.model(kind)(ids, use_cache=True).past_key_values
@@ -101,7 +111,7 @@ def test_keys_and_values(kind: str) -> None:
     assert held == sizes_of(kind).cache(ids.numel())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_operations_are_twice_the_multiply_accumulates(kind: str) -> None:
     """But for attention, of which the masked half counts there and not here."""
     shape, tokens = shape_of(kind), 24
@@ -131,7 +141,7 @@ def saved_for_backward(model: PreTrainedModel, ids: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_activations_that_training_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but rotations, statistics of norms and attention, and the final norm."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # DeepSpeed puts its own there, for good

@@ -61,7 +61,7 @@ def test_answers_score_as_in_stock_lm_eval(
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-@pytest.mark.parametrize("family", tiny.SHAPES)
+@pytest.mark.parametrize("family", tiny.ALL_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_moves_no_answer_of_any_family(family: str, dtype: torch.dtype) -> None:
     """OPT counts positions from its mask, and heads that share keys pad them: neither may see what is on the right."""

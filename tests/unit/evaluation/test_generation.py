@@ -53,7 +53,7 @@ def slow_greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, ends
 
 
 @pytest.mark.parametrize("rank", [None, 7])
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_the_cache_changes_nothing(kind: str, rank: int | None) -> None:
     model, tokenizer = make_model(kind, rank), tiny.tokenizer()
     completions, _ = continue_prompts(model, tokenizer, suite(), 512)

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lowrank.bases.block import bases_of_block
+from lowrank.bases.block import bases_of_block, linears_of
 from lowrank.bases.principal import Bases
 from lowrank.calibration.output_gradients import OutputGradients, collect_output_gradients
+from lowrank.calibration.routing import about_experts
 from lowrank.calibration.statistics import Statistics, collect_statistics, load_moments
 from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
-from lowrank.files import layer_name, save_tensors
+from lowrank.files import layer_name, load_tensors, save_tensors
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
@@ -63,11 +64,11 @@ def bases(kind: str, estimator: str) -> Bases:
     family = family_of(model)
     for layer in range(tiny.LAYERS):
         block = model.get_submodule(f"{family.blocks}.{layer}")
-        modules = {linear: block.get_submodule(linear.path) for linear in family.types}
-        linears = {linear.name: (linear.site, module.weight, module.bias) for linear, module in modules.items()}
-        moments = load_moments(Path(statistics(kind).folder) / layer_name(layer), family.sites)
+        file = Path(statistics(kind).folder) / layer_name(layer)
+        moments = load_moments(file, family.sites)
+        linears = linears_of(block, family, moments)
         stored = bases_of_block(linears, moments, Covariance(estimator=estimator), CPU, "block")
-        save_tensors(folder / layer_name(layer), stored)
+        save_tensors(folder / layer_name(layer), stored | about_experts(load_tensors(file)))
     return Bases(folder, tiny.LAYERS)
 
 

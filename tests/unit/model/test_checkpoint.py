@@ -65,7 +65,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_a_checkpoint_reads_back_bit_for_bit(kind: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     model, factors = compressed(kind)
     files = save_checkpoint(model, tokenizer_folder, tmp_path / "checkpoint")
@@ -76,7 +76,7 @@ def test_a_checkpoint_reads_back_bit_for_bit(kind: str, tmp_path: Path, tokenize
     assert set(recipe_of(again)) == set(factors)
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt", *tiny.MIXTURES])
 def test_a_checkpoint_opens_outside_the_repository(kind: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -109,7 +109,7 @@ def test_a_dense_checkpoint_has_no_code_in_it(tmp_path: Path, tokenizer_folder: 
     load_tokenizer(tmp_path / "linked")
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_parameters_are_counted_as_stored(kind: str) -> None:
     shape = ModelShape(**tiny.shape(kind))
     dense = tiny.model(kind)

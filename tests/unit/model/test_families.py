@@ -16,14 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank.bases import principal as bases_module
-from lowrank.bases.block import bases_of_block
+from lowrank.bases.block import bases_of_block, linears_of
 from lowrank.bases.principal import Bases
+from lowrank.calibration.routing import about_experts
 from lowrank.calibration.statistics import collect_statistics, load_moments
 from lowrank.cluster.sizes import Sizes
 from lowrank.config.presets import Covariance, Selection
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_name, save_tensors
+from lowrank.files import layer_name, load_tensors, save_tensors
 from lowrank.methods import bolaco
 from lowrank.model import modeling_rankwise
 from lowrank.model.checkpoint import family_of, replace_modules
@@ -106,9 +107,17 @@ SAMPLES = {
             },
         },
     ),
+    "qwen3_moe": Sample(
+        transformers.Qwen3MoeConfig,
+        kv_heads=2,
+        head_dim=20,
+        more={"moe_intermediate_size": INTERMEDIATE, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral": Sample(transformers.MixtralConfig, kv_heads=2, more={"num_local_experts": 4, "sliding_window": 8}),
     "opt": Sample(transformers.OPTConfig, tied=True, more={"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
 }
 each_family = pytest.mark.parametrize("name", SAMPLES)
+each_without_experts = pytest.mark.parametrize("name", [name for name in SAMPLES if name not in tiny.MIXTURES])
 
 
 def family_name(name: str) -> str:
@@ -146,6 +155,7 @@ def a_shape(name: str) -> ModelShape:
         vocabulary=VOCABULARY,
         tied_embeddings=sample.tied,
         **{option: sample.more.get(option, False) for option in BIAS_OPTIONS},
+        **({"experts": 4, "experts_per_token": 2} if name in tiny.MIXTURES else {}),
     )
 
 
@@ -157,12 +167,11 @@ def bases_of(model: PreTrainedModel, tokens: torch.Tensor, folder: Path) -> Base
     """From one pass over the tokens to stored bases."""
     family = family_of(model)
     (folder / "bases").mkdir()
-    for layer, file in enumerate(collect_statistics(model, tokens, 1, folder / "state", CPU)):
-        block = model.get_submodule(f"{family.blocks}.{layer}")
-        modules = {linear.name: (linear.site, block.get_submodule(linear.path)) for linear in family.types}
-        linears = {key: (site, module.weight, module.bias) for key, (site, module) in modules.items()}
-        stored = bases_of_block(linears, load_moments(file, family.sites), POOLED, CPU, f"{family.blocks}.{layer}")
-        save_tensors(folder / "bases" / layer_name(layer), stored)
+    for layer, file in enumerate(collect_statistics(model, tokens, 1, folder / "state", CPU, expert_tokens=30)):
+        moments = load_moments(file, family.sites)
+        linears = linears_of(model.get_submodule(f"{family.blocks}.{layer}"), family, moments)
+        stored = bases_of_block(linears, moments, POOLED, CPU, f"{family.blocks}.{layer}")
+        save_tensors(folder / "bases" / layer_name(layer), stored | about_experts(load_tensors(file)))
     return Bases(folder / "bases", LAYERS)
 
 
@@ -186,7 +195,7 @@ def calls_of(model: PreTrainedModel, modules: list[str], tokens: torch.Tensor) -
 def test_every_entry_has_a_model_here_classes_for_its_checkpoints_and_a_name_in_configs() -> None:
     families = set(FAMILIES)
     assert {family_name(name) for name in SAMPLES} == families
-    assert {name.split("-")[0] for name in tiny.SHAPES} == families
+    assert {name.split("-")[0] for name in tiny.ALL_SHAPES} == families
     assert set(modeling_rankwise.CONFIGS) == families
     assert set(get_args(ModelShape.model_fields["family"].annotation)) == families
 
@@ -256,7 +265,7 @@ def test_a_rank_beyond_the_basis_is_refused(tmp_path: Path) -> None:
         sliced.set_ranks({m.name: 24 for m in budget.modules})
 
 
-@each_family
+@each_without_experts
 def test_truncated_layers_equal_a_recomputation_in_float64(name: str, tmp_path: Path) -> None:
     dense, model = a_model(name), a_model(name)
     calibration, tokens = some_tokens(12, seed=1), some_tokens(2, seed=9)

@@ -20,7 +20,7 @@ from tests.unit.model.gguf_samples import finish, started
 LEFT_OUT = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
-@pytest.mark.parametrize("kind", tiny.SHAPES)
+@pytest.mark.parametrize("kind", tiny.ALL_SHAPES)
 def test_a_saved_model_has_the_shape_that_it_was_made_with(kind: str, tmp_path: Path) -> None:
     tiny.model(kind).config.save_pretrained(tmp_path)
     assert shape_numbers(model_config(sorted(tmp_path.iterdir()))) == tiny.shape(kind)
@@ -32,6 +32,7 @@ def test_a_key_that_is_left_out_is_what_transformers_takes_it_for(family: str, g
     given = {"hidden_size": 64, "intermediate_size": 96, "ffn_dim": 96, "num_hidden_layers": 2, "vocab_size": 50}
     given |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}
     given |= {"word_embed_proj_dim": 64} if family == "opt" else {}
+    given |= {"num_experts": 4, "moe_intermediate_size": 24} if FAMILIES[family].experts else {}
     config: dict[str, Any] = {key: value for key, value in given.items() if key != gone} | {"model_type": family}
     (tmp_path / "config.json").write_text(json.dumps(config))
     expected = model_numbers(AutoConfig.from_pretrained(tmp_path))
@@ -81,4 +82,6 @@ def test_metadata_of_a_gguf_file(family: str, name: str, tied: bool, tmp_path: P
         "tied_embeddings": tied,
         "attention_bias": False,
         "mlp_bias": False,
+        "experts": 0,
+        "experts_per_token": 0,
     }

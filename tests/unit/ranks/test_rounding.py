@@ -20,7 +20,7 @@ from tests import tiny
 from tests.unit.ranks.test_budget import LLAMA_7B
 
 SMOLLM = ModelShape(**tiny.SMOLLM)
-SHAPES = [SMOLLM, LLAMA_7B, *(ModelShape(**tiny.shape(kind)) for kind in tiny.SHAPES)]
+SHAPES = [SMOLLM, LLAMA_7B, *(ModelShape(**tiny.shape(kind)) for kind in tiny.ALL_SHAPES)]
 
 
 def point_of(space: SearchSpace, seed: int) -> np.ndarray:

@@ -46,7 +46,10 @@ def test_a_checkpoint_folder_is_taken_over_and_described(folder: Path, tmp_path:
     assert {file.name for file in target.iterdir()} == names
     assert manifest["files"] == {name: sha256_file(folder / name) for name in names}
     assert manifest["parameters"] == PARAMETERS
-    assert manifest["shape"] == SHAPE | {"attention_bias": False, "mlp_bias": False}
+    assert manifest["shape"] == SHAPE | {
+        **{"attention_bias": False, "mlp_bias": False},
+        **{"experts": 0, "experts_per_token": 0},
+    }
     assert (manifest["model"], manifest["source"]["path"]) == ("tiny", str(folder))
     ids = torch.tensor([[1, 5, 9]])
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (target, folder))

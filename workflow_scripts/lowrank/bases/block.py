@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from lowrank.bases.fisher import fisher_basis, with_predicted_losses
 from lowrank.bases.principal import PrincipalBasis, principal_basis
 from lowrank.calibration.moments import Moments
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
+from lowrank.model.families import Family, LinearType
+
+Linears = dict[str, tuple[str, torch.Tensor, torch.Tensor | None]]
+"""Key of a type -> (input site, weight, bias)."""
+
+
+def linears_of(block: nn.Module, family: Family, sites: Container[str]) -> Linears:
+    """The linear layers of a block that read one of some input sites: without experts that have no statistics."""
+    there: dict[LinearType, Any] = {
+        linear: block.get_submodule(linear.path) for linear in family.types if linear.site in sites
+    }
+    return {linear.key: (linear.site, layer.weight, layer.bias) for linear, layer in there.items()}
 
 
 def bases_of_block(
-    linears: dict[str, tuple[str, torch.Tensor, torch.Tensor | None]],
+    linears: Linears,
     moments: dict[str, Moments],
     settings: Covariance,
     device: torch.device,
@@ -24,12 +38,12 @@ def bases_of_block(
     """The bases of all linear layers of a block, as tensors to store.
 
     Args:
-        linears: type -> (input site, weight, bias).
+        linears: those of the block.
         moments: input site -> its moments.
         settings: which estimate of the covariance.
         device: where to compute.
         where: the block's name, for errors.
-        gradients: type -> second moment of the loss gradient at its output, where the settings use it.
+        gradients: key of a type -> second moment of the loss gradient at its output, where the settings use it.
 
     Raises:
         RankwiseError: too few windows for the estimate, or a decomposition that fails; the layer is named.

@@ -184,7 +184,7 @@ OPTIONAL = ("mean", "projected_mean", "losses")
 
 
 def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
-    """The basis of one type from a block's tensors."""
+    """The basis of one layer from a block's tensors, by the key of its type."""
     return PrincipalBasis(
         **{field: tensors[f"{name}.{field}"] for field in FIELDS},
         mean=tensors.get(f"{name}.mean"),
@@ -204,19 +204,19 @@ class Bases:
         self.files = layer_files(folder, layers)
         self._loaded: tuple[int, dict[str, torch.Tensor]] | None = None
 
-    def of(self, layer: int, type_name: str) -> PrincipalBasis:
-        """The basis of a type of a block.
+    def of(self, layer: int, key: str) -> PrincipalBasis:
+        """The basis of a layer of a block, by the key of its type.
 
         Raises:
             RankwiseError: the block's file is damaged, or was made for something else.
         """
         tensors = self._block(layer)
-        if any(f"{type_name}.{field}" not in tensors for field in FIELDS):
+        if any(f"{key}.{field}" not in tensors for field in FIELDS):
             raise RankwiseError(
-                f"{self.files[layer]}: holds no basis of '{type_name}', so it was made for something else. Delete "
+                f"{self.files[layer]}: holds no basis of '{key}', so it was made for something else. Delete "
                 f"{self.files[layer].parent} and run the workflow again."
             )
-        return load_basis(tensors, type_name)
+        return load_basis(tensors, key)
 
     @property
     def centred(self) -> bool:

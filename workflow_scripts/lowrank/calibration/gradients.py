@@ -117,15 +117,15 @@ def _caught(
     """Hooks that add the gradients of each backward pass to `sums`."""
 
     def record(total: torch.Tensor, inputs: torch.Tensor, outputs: Any, sequences: int) -> None:
-        x = inputs.detach().reshape(sequences, -1, inputs.shape[-1])
+        x = inputs.detach().flatten(0, -2)
 
         def add(gradient: torch.Tensor) -> None:
-            d = gradient.reshape(sequences, -1, gradient.shape[-1])
+            d = gradient.flatten(0, -2)
             if squared:
-                for one_d, one_x in zip(d, x, strict=True):
+                for one_d, one_x in zip(d.chunk(sequences), x.chunk(sequences), strict=True):
                     total.add_((one_d.T.to(total.dtype) @ one_x.to(total.dtype)).square_())
             else:
-                total.addmm_(d.flatten(0, 1).T.to(total.dtype), x.flatten(0, 1).to(total.dtype))
+                total.addmm_(d.T.to(total.dtype), x.to(total.dtype))
 
         outputs.register_hook(add)
 

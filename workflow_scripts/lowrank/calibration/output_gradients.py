@@ -35,7 +35,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
-from lowrank.model.families import FAMILIES, Family
+from lowrank.model.families import Family, family_for
 from lowrank.model.runtime import parse_dtype, pick_device
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def collect_output_gradients(
         draws: G is the mean over so many next tokens drawn at each position; None: for those of the text.
 
     Returns:
-        One safetensors file per block, in `state`, with `<type>` -> m x m in float32, packed.
+        One safetensors file per block, in `state`, with the key of a type -> m x m in float32, packed. An
+        expert's gradient is zero for tokens that it does not get: its G is that of an error of its own outputs, in the
+        mean over all tokens.
 
     Raises:
         RankwiseError: windows of one token, or a gradient that is not finite; the layer is named.
@@ -127,13 +129,13 @@ class OutputGradients:
     shape: ModelShape
 
     def of(self, layer: int) -> dict[str, torch.Tensor]:
-        """Type -> G of one block, m x m."""
-        types = [linear.name for linear in FAMILIES[self.shape.family].types]
+        """Key of a type -> G of one block, m x m."""
+        types = [linear.key for linear in family_for(self.shape).types]
         return load_output_gradients(layer_files(self.folder, self.shape.layers)[layer], types)
 
 
 def load_output_gradients(path: Path, types: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Type -> G of one block, m x m."""
+    """Key of a type -> G of one block, m x m."""
     types = list(types)
     tensors = load_layer(path, types)
     return {name: unpacked(tensors[name]) for name in types}
@@ -147,7 +149,7 @@ def _accumulators(
         for linear in family.types:
             module: Any = blocks[layer].get_submodule(linear.path)
             size = module.out_features
-            moments[layer, linear.name] = torch.zeros(size, size, dtype=torch.float64, device=device)
+            moments[layer, linear.key] = torch.zeros(size, size, dtype=torch.float64, device=device)
     return moments
 
 
@@ -172,7 +174,7 @@ def _caught(family: Family, blocks: nn.ModuleList, moments: dict[tuple[int, str]
 
     first = min(layer for layer, _ in moments)
     handles: list[Any] = [blocks[first].register_forward_pre_hook(begin, with_kwargs=True)]
-    paths = {linear.name: linear.path for linear in family.types}
+    paths = {linear.key: linear.path for linear in family.types}
     for (layer, name), total in moments.items():
         handles.append(blocks[layer].get_submodule(paths[name]).register_forward_hook(record(total)))
     try:
@@ -187,13 +189,13 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
     damaged = [place for place, total in moments.items() if not bool(total.isfinite().all())]
     if damaged:
         layer, name = damaged[-1]
-        path = next(linear.path for linear in family.types if linear.name == name)
+        path = next(linear.path for linear in family.types if linear.key == name)
         raise RankwiseError(
             f"{family.blocks}.{layer}.{path}: the gradient at its output is not finite. Set `dtype: float32` (or "
             "`bfloat16`) for this model in the config; if it is float32 already, look for damaged weights."
         )
     for layer in sorted({layer for layer, _ in moments}):
         means = {
-            linear.name: packed(symmetric(moments[layer, linear.name]).div_(count).float()) for linear in family.types
+            linear.key: packed(symmetric(moments[layer, linear.key]).div_(count).float()) for linear in family.types
         }
         save_tensors(files[layer], means)

@@ -6,6 +6,9 @@ blocks at a time and keeps the hidden states in between on disk: neither the wei
 are ever on its device, and a killed pass goes on at the last finished group of blocks. Several processes share the
 windows; which of them did a batch shows nowhere in the folder, so that any number of them goes on with what another
 number left.
+
+An expert's layers read the tokens that are routed to it, and have their moments. Where these are too few, nothing of
+the expert is written, and it stays dense (`routing`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +26,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.calibration.moments import MomentAccumulator, Moments, check_finite
+from lowrank.calibration.moments import MomentAccumulator, Moments, RoutedAccumulator, check_finite
+from lowrank.calibration.routing import LEFT_DENSE, TOKENS, least_tokens, left_dense_of, tokens_of, watched
 from lowrank.config.sources import ModelShape
-from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors, write_json
+from lowrank.files import (
+    layer_files,
+    layer_name,
+    load_layer,
+    load_tensors,
+    require_tensors,
+    save_tensors,
+    write_json,
+)
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
-from lowrank.model.families import FAMILIES, Family
+from lowrank.model.families import Family, LinearType, family_for
 from lowrank.model.runtime import parse_dtype, pick_device
 
 log = logging.getLogger(__name__)
@@ -57,13 +69,15 @@ def collect_share(arguments: dict[str, Any], share: Share) -> None:
     """A process's share of the pass.
 
     Args:
-        arguments: "model" (folder), "dtype", "tokens" (file of the calibration windows), "layers_per_pass", "state".
+        arguments: "model" (folder), "dtype", "tokens" (file of the calibration windows), "layers_per_pass", "state",
+            "expert_tokens" (as of `collect_statistics`).
         share: this process among those of the job.
     """
     device = pick_device()
     model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]))
     tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()
-    collect_statistics(model, tokens, arguments["layers_per_pass"], Path(arguments["state"]), device, share)
+    layers_per_pass, state, least = arguments["layers_per_pass"], Path(arguments["state"]), arguments["expert_tokens"]
+    collect_statistics(model, tokens, layers_per_pass, state, device, share, least)
 
 
 def collect_statistics(
@@ -73,6 +87,7 @@ def collect_statistics(
     state: Path,
     device: torch.device,
     share: Share = ALONE,
+    expert_tokens: int | None = None,
 ) -> list[Path]:
     """Collect the moments of all input sites of all blocks.
 
@@ -83,6 +98,8 @@ def collect_statistics(
         state: folder of unfinished work; finished layer files and hidden states live there.
         device: where to compute.
         share: this process among those of the job, which all see `state`.
+        expert_tokens: of an expert that gets fewer tokens nothing is written; None: as many as its widest input has
+            features.
 
     Returns:
         One safetensors file per block, in `state`.
@@ -101,7 +118,7 @@ def collect_statistics(
         layers = range(start, min(start + layers_per_pass, len(blocks)))
         inner = [tensor for layer in layers for module in blocks[layer].modules() for tensor in _own_tensors(module)]
         with _moved([*shallow, *inner], device):
-            _pass(model, family, tokens, size, layers, state, device, share)
+            _pass(model, family, tokens, size, layers, state, device, share, expert_tokens)
         # No process is past its sums before all are, and nobody reads these any more.
         if share.first:
             shutil.rmtree(_hidden_folder(state, start), ignore_errors=True)
@@ -138,6 +155,7 @@ def _pass(
     state: Path,
     device: torch.device,
     share: Share,
+    expert_tokens: int | None,
 ) -> None:
     """Run some blocks on all windows, `size` at a time; their moments and the hidden states after them go to disk."""
     blocks: Any = model.get_submodule(family.blocks)
@@ -153,7 +171,9 @@ def _pass(
     for accumulator in accumulators.values():
         accumulator.add_up(share, mine.start * size, *tokens.shape)
     if share.first:
-        _store([state / layer_name(layer) for layer in range(len(blocks))], accumulators, layers)
+        for layer in layers:
+            of_block = {site: found for (owner, site), found in accumulators.items() if owner == layer}
+            save_tensors(state / layer_name(layer), _tensors(family, layer, of_block, expert_tokens))
         write_json(_marker(state, layers.stop), {"batches": len(batches)})
 
 
@@ -199,14 +219,16 @@ class Statistics:
     def of(self, layer: int) -> dict[str, Moments]:
         """Input site -> moments, of one block."""
         files = layer_files(self.folder, self.shape.layers)
-        return load_moments(files[layer], FAMILIES[self.shape.family].sites)
+        return load_moments(files[layer], family_for(self.shape).sites)
 
 
-def load_moments(path: Path, sites: Iterable[str]) -> dict[str, Moments]:
-    """The moments of the input sites of a block."""
-    sites = list(sites)
-    tensors = load_layer(path, [name for site in sites for name in Moments.names(site)])
-    return {site: Moments.from_tensors(tensors, site) for site in sites}
+def load_moments(path: Path, sites: Mapping[str, LinearType]) -> dict[str, Moments]:
+    """The moments of the input sites of a block, but for those of experts that are left dense."""
+    tensors = load_layer(path)
+    few = left_dense_of(tensors)
+    kept = [site for site, linear in sites.items() if linear.expert not in few]
+    require_tensors(path, tensors, [name for site in kept for name in Moments.names(site)], path.parent)
+    return {site: Moments.from_tensors(tensors, site) for site in kept}
 
 
 def _accumulators(
@@ -216,7 +238,8 @@ def _accumulators(
     for layer in layers:
         for site, linear in family.sites.items():
             module: Any = blocks[layer].get_submodule(linear.path)
-            accumulators[layer, site] = MomentAccumulator(module.in_features, device)
+            kind = MomentAccumulator if linear.expert is None else RoutedAccumulator
+            accumulators[layer, site] = kind(module.in_features, device)
     return accumulators
 
 
@@ -265,31 +288,67 @@ def _run_block(
     Raises:
         RankwiseError: values that are not finite; the layer is named.
     """
-    handles = []
-    for site, linear in family.sites.items():
-        accumulator = accumulators[layer, site]
-        where = f"{family.blocks}.{layer}.{linear.path}"
-
-        def record(
-            module: nn.Module, args: tuple[Any, ...], to: MomentAccumulator = accumulator, name: str = where
-        ) -> None:
-            to.update(args[0].unflatten(0, (hidden.shape[0], -1)) if args[0].dim() == 2 else args[0], name)
-
-        handles.append(block.get_submodule(linear.path).register_forward_pre_hook(record))
-    try:
-        output = block(hidden, **arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles: list[Any] = []
+    with watched(block, family) as routed:
+        for site, linear in family.sites.items():
+            where = f"{family.blocks}.{layer}.{linear.path}"
+            hook = _recorder(accumulators[layer, site], linear.expert, hidden.shape[:2], routed, where)
+            handles.append(block.get_submodule(linear.path).register_forward_pre_hook(hook))
+        try:
+            output = block(hidden, **arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site, linear in family.sites.items():
+            accumulator = accumulators[layer, site]
+            if linear.expert is None or not isinstance(accumulator, RoutedAccumulator):
+                continue
+            if not len(tokens_of(linear.expert, routed[-1])):  # such an expert is not called
+                accumulator.pass_over(hidden.shape[0])
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     check_finite(states, f"{family.blocks}.{layer}: outputs")
     return states
 
 
-def _store(files: list[Path], accumulators: dict[tuple[int, str], MomentAccumulator], layers: range) -> None:
-    for layer in layers:
-        tensors: dict[str, torch.Tensor] = {}
-        for (owner, site), accumulator in accumulators.items():
-            if owner == layer:
-                tensors |= accumulator.result().tensors(site)
-        save_tensors(files[layer], tensors)
+def _recorder(
+    accumulator: MomentAccumulator, expert: int | None, batch: Sequence[int], routed: list[torch.Tensor], where: str
+) -> Any:
+    """A hook that adds what a layer reads, of a batch of (windows, tokens) each."""
+    windows, length = batch
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if expert is not None and isinstance(accumulator, RoutedAccumulator):
+            of_window = tokens_of(expert, routed[-1]) // length
+            accumulator.update_routed(args[0], of_window, windows, where)
+        else:
+            accumulator.update(args[0].reshape(windows, length, -1), where)
+
+    return record
+
+
+def _tensors(
+    family: Family, layer: int, accumulators: dict[str, MomentAccumulator], expert_tokens: int | None
+) -> dict[str, torch.Tensor]:
+    """What the file of a block holds."""
+    tokens: dict[int, int] = {}
+    widths: dict[int, list[int]] = {}
+    for site, linear in family.sites.items():
+        accumulator = accumulators[site]
+        if isinstance(accumulator, RoutedAccumulator) and linear.expert is not None:
+            tokens[linear.expert] = accumulator.tokens
+            widths.setdefault(linear.expert, []).append(len(accumulator.absolute))
+    few = [expert for expert, count in tokens.items() if count < least_tokens(expert_tokens, widths[expert])]
+    for expert in few:
+        log.warning(
+            "%s.%d.%s.%d got %d tokens, fewer than %d: its matrices stay dense",
+            *(family.blocks, layer, family.experts, expert, tokens[expert]),
+            least_tokens(expert_tokens, widths[expert]),
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for site, linear in family.sites.items():
+        if linear.expert not in few:
+            tensors |= accumulators[site].result().tensors(site)
+    if tokens:
+        tensors[TOKENS] = torch.tensor([tokens[expert] for expert in sorted(tokens)])
+        tensors[LEFT_DENSE] = torch.tensor(sorted(few), dtype=torch.int64)
+    return tensors

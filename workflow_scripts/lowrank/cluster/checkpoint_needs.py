@@ -75,7 +75,7 @@ def _trained(sizes: Sizes, tuning: Tuning) -> float:
 def _trained_activations(sizes: Sizes, tuning: Tuning, tokens: float) -> float:
     """What the trained vectors or matrices keep besides: their inputs, in the model's dtype and in float32."""
     lora = getattr(tuning, "kind", "") == "lora"
-    widths = sum(module.in_features if lora else module.out_features for module in sizes.block)
+    widths = sum(sizes.share_of(m) * (m.in_features if lora else m.out_features) for m in sizes.block)
     return tokens * sizes.shape.layers * widths * (sizes.number + SINGLE)
 
 

@@ -143,7 +143,7 @@ class Estimator:
             work=in_dtype(
                 sizes,
                 sizes.forward(tokens, calibration.length, head=False),
-                single=sizes.products(tokens, sizes.moments(1)),
+                single=sizes.input_products(tokens),
                 disk=sizes.weights + 2 * passes * sizes.hidden(tokens) + 2 * layers * sizes.statistics_file(0),
             ),
         )
@@ -175,7 +175,7 @@ class Estimator:
             work=in_dtype(
                 sizes,
                 passes * through * sizes.forward(tokens, calibration.length),
-                single=sizes.products(draws * tokens, sizes.output_moments(1)),
+                single=sizes.output_products(draws * tokens),
                 disk=sizes.weights + 2 * layers * sizes.gradients_file,
             ),
         )

@@ -12,7 +12,14 @@ from functools import cached_property
 
 from lowrank.cluster.needs import Work
 from lowrank.config.sources import ModelShape
-from lowrank.model.families import FAMILIES, LinearModule, bias_parameters, norm_parameters
+from lowrank.model.families import (
+    FAMILIES,
+    LinearModule,
+    bias_parameters,
+    family_for,
+    norm_parameters,
+    router_parameters,
+)
 from lowrank.ranks.budget import Budget, largest_rank
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -59,7 +66,7 @@ class Sizes:
     @cached_property
     def inputs(self) -> list[int]:
         """n of each distinct input of a block's linear layers."""
-        sites = FAMILIES[self.shape.family].sites
+        sites = family_for(self.shape).sites
         return [module.in_features for module in self.block if sites[module.type.site] is module.type]
 
     # --- numbers of parameters ---
@@ -69,6 +76,16 @@ class Sizes:
         """Weights of the decoder's linear layers that are left."""
         return self.kept * self.shape.layers * sum(module.parameters for module in self.block)
 
+    def share_of(self, module: LinearModule) -> float:
+        """Share of the tokens that pass a layer: of all experts of a block the same, as if routers were balanced."""
+        return 1.0 if module.type.expert is None else self.shape.experts_per_token / self.shape.experts
+
+    @property
+    def passed(self) -> float:
+        """Those of `linears` that a token passes, and the routers."""
+        block = sum(self.share_of(module) * module.parameters for module in self.block)
+        return self.kept * self.shape.layers * block + router_parameters(self.shape)
+
     @property
     def head(self) -> int:
         """Weights of the head, V d."""
@@ -76,8 +93,8 @@ class Sizes:
 
     @property
     def rest(self) -> int:
-        """Biases and norms."""
-        return bias_parameters(self.shape) + norm_parameters(self.shape)
+        """Biases, norms and routers."""
+        return bias_parameters(self.shape) + norm_parameters(self.shape) + router_parameters(self.shape)
 
     @property
     def parameters(self) -> float:
@@ -142,6 +159,8 @@ class Sizes:
         """Of one block in inference: what lives at once in its MLP or its attention, whichever is more, and a norm."""
         shape = self.shape
         mlp = 2 * shape.hidden + (3 if self.gated else 2) * shape.intermediate
+        if shape.experts:  # one at a time, which may get all tokens: what it reads, and its weighted outputs
+            mlp += 3 * shape.hidden
         attention = 2 * shape.hidden + 3 * self.query + 4 * self.key_value
         return tokens * (max(mlp, attention) * self.number + shape.hidden * SINGLE)
 
@@ -149,7 +168,10 @@ class Sizes:
         """What all blocks keep for a backward pass through frozen layers: queries, keys, values, what attention puts
         out, the gate, its activation and the other projection; and what norms read, in float32."""
         family = FAMILIES[self.shape.family]
-        kept = 2 * self.query + 2 * self.key_value + (3 if self.gated else 1) * self.shape.intermediate
+        mlp = (3 if self.gated else 1) * self.shape.intermediate
+        if self.shape.experts:  # and the outputs that the router's weights multiply
+            mlp = self.shape.experts_per_token * (mlp + self.shape.hidden)
+        kept = 2 * self.query + 2 * self.key_value + mlp
         normed = family.norms * self.shape.hidden + (0 if family.normed == "nothing" else self.query + self.key_value)
         return tokens * self.shape.layers * (kept * self.number + normed * SINGLE)
 
@@ -171,11 +193,17 @@ class Sizes:
     def forward(self, tokens: float, length: int, head: bool = True) -> float:
         """One pass over T tokens in windows of l: 2 a weight, and 2 l a number of the queries and of the outputs."""
         attention = 2 * length * self.query * self.shape.layers  # half of it is masked
-        return tokens * (2 * self.linears + attention + (2 * self.head if head else 0))
+        return tokens * (2 * self.passed + attention + (2 * self.head if head else 0))
 
-    def products(self, tokens: float, features: int) -> float:
-        """The sums x x' in all blocks, of vectors whose squared lengths add up to `features` in each."""
-        return 2 * tokens * self.shape.layers * features
+    def input_products(self, tokens: float) -> float:
+        """The sums x x' of the inputs of all blocks."""
+        sites = family_for(self.shape).sites
+        read = [module for module in self.block if sites[module.type.site] is module.type]
+        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * m.in_features**2 for m in read)
+
+    def output_products(self, tokens: float) -> float:
+        """The sums g g' of the gradients at the outputs of all blocks' layers."""
+        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * m.out_features**2 for m in self.block)
 
     def decompositions(self) -> float:
         """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""

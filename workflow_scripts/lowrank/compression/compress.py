@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,17 +12,21 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
 from lowrank.calibration.output_gradients import OutputGradients
+from lowrank.calibration.routing import experts_left_dense, with_dense
 from lowrank.calibration.statistics import Statistics
 from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Covariance, MethodSettings
 from lowrank.errors import RankwiseError
+from lowrank.files import layer_files
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.replacements import IdentityBlockFactors, Pair, Replacements
 from lowrank.model.runtime import pick_device
 from lowrank.ranks.budget import Budget, Ranks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     module = importlib.import_module(f"lowrank.methods.{kind.replace('-', '_')}")
     typed: MethodSettings = module.Settings.model_validate(settings)
     task = CompressionTask(settings=typed, **task_without_settings)
+    if why := typed.why_not_experts(task.budget.dimensions):
+        raise RankwiseError(f"{kind}: {why}")
+    task = _with_dense_experts(task)
     identity_block = isinstance(typed, LowRankSettings) and typed.identity_block
     if isinstance(typed, LowRankSettings):
         adds_bias = task.bases is not None and task.bases.centred
@@ -123,6 +131,20 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     return {
         linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
     }
+
+
+def _with_dense_experts(task: CompressionTask) -> CompressionTask:
+    """The task with a budget that leaves dense of what its bases or statistics hold nothing; the manifest names it."""
+    shape = task.budget.dimensions
+    files = task.bases.files if task.bases else []
+    if task.statistics is not None:
+        files = layer_files(task.statistics.folder, shape.layers)
+    few = experts_left_dense(files, task.budget)
+    if shape.experts:
+        task.account["experts_left_dense"] = few
+    for name, tokens in few.items():
+        log.warning("%s got %d tokens, too few for statistics: its matrices stay dense", name, tokens)
+    return replace(task, budget=with_dense(task.budget, few))
 
 
 def with_identity_blocks(replacements: Replacements) -> Replacements:

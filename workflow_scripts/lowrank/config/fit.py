@@ -102,6 +102,9 @@ def _asked_for(study: Study) -> Iterator[Use]:
 def _method_problems(study: Study, use: Use) -> Iterator[str]:
     method, shape = study.method(use.method), study.models[use.model].shape
     place, budget = f"methods.{use.method}", _budget(shape, method, study.covariance.get(method.covariance or ""))
+    if undefined := method.why_not_experts(shape):
+        yield f"{place}.kind: '{method.kind}' is {undefined} (model '{use.model}')"
+        return
     if use.ratio:
         calibration = study.calibration.get(method.calibration or "")
         for key, reason in method.misfits(budget, use.ratio, calibration):
@@ -164,6 +167,8 @@ def _kept_percent(study: Study, use: Use, method: MethodSettings | None = None) 
         method: another preset to take in place of its own.
     """
     method = method or study.method(use.method)
+    if method.why_not_experts(study.models[use.model].shape):  # which is reported elsewhere
+        return None
     budget = _budget(study.models[use.model].shape, method, study.covariance.get(method.covariance or ""))
     try:
         kept = method.kept_parameters(budget, use.ratio)

@@ -27,6 +27,7 @@ from lowrank.config.base import (
 from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
+    from lowrank.model.families import Dimensions
     from lowrank.ranks.budget import Budget
 
 
@@ -44,6 +45,12 @@ class Calibration(Section):
         default=None,
         description="next tokens at each position, drawn from the model's predictions, whose loss gradients are "
         "collected, each by a backward pass of its own; null: the one of the text",
+    )
+
+    expert_tokens: Positive | None = Field(
+        default=None,
+        description="of models with experts: an expert that gets fewer tokens of these windows stays dense; null: as "
+        "many as the widest of its inputs has features, `hidden` or `intermediate`",
     )
 
     @model_validator(mode="after")
@@ -336,6 +343,20 @@ class MethodSettings(Section):
     def has_pairs(self) -> bool:
         """Whether low-rank pairs come out of this very preset."""
         return self.makes_pairs
+
+    def why_not_experts(self, shape: Dimensions) -> str:
+        """Why this preset cannot compress a model with experts; nothing if it can, or if the model has none."""
+        if not shape.experts or self.takes_experts:
+            return ""
+        return (
+            f"not defined for the experts of family '{shape.family}'; docs/families.md says which methods are, and "
+            "by which of their settings"
+        )
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether this very preset is defined where a block has experts, each with tokens of its own."""
+        return False
 
     @property
     def has_order(self) -> bool:

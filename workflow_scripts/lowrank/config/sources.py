@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from lowrank.config.base import Documents, Name, Positive, Says, Section, Seed, Sha256, Text, wrong
+from lowrank.config.base import Documents, Name, NotNegative, Positive, Says, Section, Seed, Sha256, Text, wrong
 from lowrank.model.families import BIAS_OPTIONS, FAMILIES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -102,10 +102,10 @@ TextSource = Annotated[
 class ModelShape(Section):
     """The numbers that decide every shape of a model; checked against the model when it arrives."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "phi3", "opt"]
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "phi3", "qwen3_moe", "mixtral", "opt"]
     layers: Positive
     hidden: Positive
-    intermediate: Positive
+    intermediate: Positive = Field(description="neurons of a block's MLP, or of each of its experts")
     heads: Positive
     kv_heads: Positive
     head_dim: Positive
@@ -113,6 +113,22 @@ class ModelShape(Section):
     tied_embeddings: bool
     attention_bias: bool = Field(default=False, description="q, k, v and o have biases, as its config.json says")
     mlp_bias: bool = Field(default=False, description="gate, up and down have biases, as its config.json says")
+    experts: NotNegative = Field(default=0, description="of each block, in families that have some")
+    experts_per_token: NotNegative = Field(default=0, description="how many of a block's experts a token passes")
+
+    @model_validator(mode="after")
+    def _experts_where_a_family_has_some(self) -> ModelShape:
+        if not FAMILIES[self.family].experts:
+            for key in ("experts", "experts_per_token"):
+                if getattr(self, key):
+                    raise wrong(key, f"models of family '{self.family}' have no experts; leave it out")
+        elif not 1 <= self.experts_per_token <= self.experts:
+            raise wrong(
+                "experts_per_token",
+                f"{self.experts_per_token} of {self.experts}; models of family '{self.family}' have `experts`, and a "
+                "token passes at least one of them and at most all",
+            )
+        return self
 
     @model_validator(mode="after")
     def _biases_are_those_that_a_family_may_have(self) -> ModelShape:

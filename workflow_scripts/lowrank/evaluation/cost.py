@@ -3,7 +3,8 @@
 Conventions. A multiply-accumulate (MAC) is one multiplication and one addition, half of two "FLOPs". For T tokens:
 a dense layer (or a shortcut of the residual stream) of m x n weights T m n, a pair of rank r T r (m + n), attention
 2 T^2 heads head_dim a block (scores by the widths of q, values by those of v; the causal half is not taken off), the
-head T V d. Norms, rotations, biases and activations are not counted.
+head T V d. Of E experts a token passes k, so of each they are counted for T k / E tokens, as if the router were
+balanced; the router itself T E d. Norms, rotations, biases and activations are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
-from lowrank.model.families import LinearModule, linear_modules
+from lowrank.model.families import LinearModule, expert_share, linear_modules, router_parameters
 from lowrank.model.losses import head_of
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 from lowrank.model.parameters import shortcut_parameters
@@ -33,14 +34,18 @@ log = logging.getLogger(__name__)
 CountedLayer = nn.Linear | LowRankLinear | IdentityBlockLinear
 
 CONVENTION = (
-    "T m n a dense layer or shortcut, T r (m + n) a pair of rank r, 2 T^2 heads head_dim a block, T V d the head"
+    "T m n a dense layer or shortcut, T r (m + n) a pair of rank r, 2 T^2 heads head_dim a block, T V d the head; of "
+    "experts the share that a token passes"
 )
 
 
 def count_macs(model: PreTrainedModel, shape: ModelShape, tokens: int) -> dict[str, int]:
     """Multiply-accumulates of one forward pass over `tokens` tokens, by the conventions above."""
     modules = [(linear, _module(model, linear)) for linear in linear_modules(shape)]
-    linears = tokens * (sum(_weights(module) for _, module in modules) + shortcut_parameters(model))
+    alone = sum(_weights(module) for linear, module in modules if linear.type.expert is None)
+    experts = sum(_weights(module) for linear, module in modules if linear.type.expert is not None)
+    passed = alone + shortcut_parameters(model) + router_parameters(shape) + expert_share(experts, shape)
+    linears = tokens * passed
     scores = sum(module.out_features for linear, module in modules if linear.type.output == "query")
     values = sum(module.in_features for linear, module in modules if linear.type.input == "query")
     attention = tokens**2 * (scores + values)

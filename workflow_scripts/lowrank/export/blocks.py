@@ -110,7 +110,7 @@ def _with_rows(layer: Plain, rows: int) -> Plain:
 def _block(model: PreTrainedModel, structure: Structure, layer: int) -> Block:
     types = structure.budget.modules
     layers = {
-        module.type.name: _plain(model.get_submodule(module.name), model.dtype)
+        module.type.name: plain_layer(model.get_submodule(module.name), model.dtype)
         for module in types
         if module.layer == layer
     }
@@ -121,7 +121,7 @@ def _block(model: PreTrainedModel, structure: Structure, layer: int) -> Block:
     return Block(layers, layers[structure.mlp.reader.name].weight.shape[1], groups)
 
 
-def _plain(layer: Any, dtype: torch.dtype) -> Plain:
+def plain_layer(layer: Any, dtype: torch.dtype) -> Plain:
     """One matrix of a layer, in the model's dtype; products are of float32."""
     bias: torch.Tensor | None
     if isinstance(layer, LowRankLinear):

@@ -13,9 +13,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from lowrank.compression.branches import Structure
 from lowrank.errors import RankwiseError
-from lowrank.export.blocks import Block, Plain, blocks_of, padded, structure_of
-from lowrank.model.checkpoint import as_stored
-from lowrank.model.families import BIAS_OPTIONS, FAMILIES
+from lowrank.export.blocks import Block, Plain, base_shape, blocks_of, padded, plain_layer, structure_of
+from lowrank.model.checkpoint import as_stored, stored_name
+from lowrank.model.families import BIAS_OPTIONS, FAMILIES, family_for, has_native_bias, linear_modules
+from lowrank.model.modeling_rankwise import separate_projections
 
 OWN_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma3_text")
 """Families whose configuration states the width of a head, so that there may be fewer of them."""
@@ -49,6 +50,8 @@ def stock_model(model: PreTrainedModel) -> Stock:
     Raises:
         RankwiseError: the architecture has no place for what compression added; it says what and where.
     """
+    if base_shape(model).experts:
+        return _stock_mixture(model)
     structure, blocks = structure_of(model), blocks_of(model)
     family = FAMILIES[structure.budget.dimensions.family]
     numbers, biased = _switches(structure, blocks)
@@ -66,6 +69,27 @@ def stock_model(model: PreTrainedModel) -> Stock:
     zeros = sum(tensor.numel() for tensor in linears.values()) - sum(map(_numbers_of, modules.values()))
     state = as_stored(_others(model, modules) | linears, family)
     stock = Stock(_config(model, family.model_type, numbers), state, zeros)
+    _require_fit(stock)
+    return stock
+
+
+def _stock_mixture(model: PreTrainedModel) -> Stock:
+    """The same of a model with experts, of which no method prunes anything: all matrices have their full widths.
+
+    Raises:
+        RankwiseError: a layer has a bias, and the architecture none for it.
+    """
+    shape = base_shape(model)
+    family, found = family_for(shape), list(linear_modules(shape))
+    modules = {module.name: model.get_submodule(module.name) for module in found}
+    linears: dict[str, torch.Tensor] = {}
+    for module in found:
+        plain = plain_layer(modules[module.name], model.dtype)
+        if plain.bias is not None and not has_native_bias(shape, module):
+            raise RankwiseError(_no_place(module.name, family.model_type))
+        linears |= _tensors(module.name, plain, plain.bias is not None)
+    state = as_stored(_others(model, modules) | linears, family)
+    stock = Stock(_config(model, family.model_type, {}), state, 0)
     _require_fit(stock)
     return stock
 
@@ -93,12 +117,15 @@ def _switches(structure: Structure, blocks: list[Block]) -> tuple[dict[str, Any]
     for layer, block in enumerate(blocks):
         for linear in family.types:
             if block.layers[linear.name].bias is not None and linear.name not in biased:
-                raise RankwiseError(
-                    f"{structure.layer_name(layer, linear)}: compression gave it a bias, and transformers' "
-                    f"`{family.model_type}` has no place for one. Compress without new biases "
-                    "(`estimator: uncentred` in the preset of covariance), or use the checkpoint as it is."
-                )
+                raise RankwiseError(_no_place(structure.layer_name(layer, linear), family.model_type))
     return numbers, biased
+
+
+def _no_place(name: str, family: str) -> str:
+    return (
+        f"{name}: compression gave it a bias, and transformers' `{family}` has no place for one. Compress without new "
+        "biases (`estimator: uncentred` in the preset of covariance), or use the checkpoint as it is."
+    )
 
 
 def _groups(structure: Structure, blocks: list[Block]) -> int:
@@ -157,7 +184,10 @@ def _require_fit(stock: Stock) -> None:
     config = CONFIG_MAPPING[stock.config["model_type"]](**stock.config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    family = FAMILIES[config.model_type]
+    if family.experts:  # which files hold one by one
+        separate_projections(model)
+    expected = {stored_name(name, family): tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     found = {name: tensor.shape for name, tensor in stock.state.items()}

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lowrank.compression.branches import Structure
 from lowrank.errors import RankwiseError
-from lowrank.export.blocks import Block, Plain, blocks_of, padded, structure_of
+from lowrank.export.blocks import Block, Plain, base_shape, blocks_of, padded, structure_of
 from lowrank.export.gguf_tokenizer import add_tokenizer
 from lowrank.files import atomic_path
 
@@ -81,10 +81,10 @@ def write_gguf(model: PreTrainedModel, tokenizer: Path, target: Path) -> str:
     Raises:
         RankwiseError: llama.cpp cannot run such a model, or a bias, a rotation or a tokenizer of it; it is named.
     """
-    structure = structure_of(model)
-    family = structure.budget.dimensions.family
+    family = base_shape(model).family
     if family not in ARCHITECTURES:
         raise RankwiseError(f"no GGUF file is written of `{family}`; of the families here: {', '.join(ARCHITECTURES)}")
+    structure = structure_of(model)
     way, blocks = ARCHITECTURES[family], blocks_of(model)
     _require_biases(way, structure, blocks)
     factors = _rope_factors(model, way)

@@ -24,6 +24,11 @@ class Settings(UniformSettings):
     calibration: Name
     covariance: Name
 
+    @property
+    def takes_experts(self) -> bool:
+        """By the bases of each."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at the ranks that the uniform ratio buys."""

@@ -89,6 +89,11 @@ class Settings(UniformSettings):
                 f"{100 * least / budget.dense_parameters:.1f} %; add smaller ratios to `kept`, or remove less",
             )
 
+    @property
+    def takes_experts(self) -> bool:
+        """Trials of single matrices would be as many as there are experts: with one kept ratio for all."""
+        return self.allocation == "uniform"
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Find the ranks, and decompose every matrix with scaled columns.

@@ -29,6 +29,11 @@ class Settings(LowRankSettings):
     groups: Annotated[int, Field(ge=1)] = Field(default=1, description="groups of layers: 5x1 has 1, 5x4 has 4")
     uncompressed: tuple[str, ...] = Field(default=("v",), description="types that stay dense")
 
+    @property
+    def takes_experts(self) -> bool:
+        """By the bases of each; experts of a block share the rank that a type gets."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at the ranks of the allocation."""

@@ -18,6 +18,11 @@ class Settings(MethodSettings):
 
     kind: Literal["dense"]
 
+    @property
+    def takes_experts(self) -> bool:
+        """Nothing is done to them."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Nothing becomes low rank."""

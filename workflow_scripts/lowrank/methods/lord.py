@@ -53,6 +53,11 @@ class Settings(RoundedSettings):
         except RankwiseError as error:
             yield "", str(error)
 
+    @property
+    def takes_experts(self) -> bool:
+        """By the bases of each."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""

@@ -75,6 +75,11 @@ class Settings(UniformSettings):
         """Gradients of weights are taken on the windows themselves."""
         return self.reads if self.allocation == "uniform" else ("statistics", "gradients", "tokens")
 
+    @property
+    def takes_experts(self) -> bool:
+        """By the moments of what each reads, and of the gradients at its outputs."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Whiten every matrix on both sides, and truncate it.
@@ -132,7 +137,7 @@ def _decomposer(task: CompressionTask) -> Decompose:
     def decompose(module: LinearModule) -> PrincipalBasis:
         weight = task.model.get_submodule(module.name).weight.to(device)
         second_moment, _ = moments(module.layer)[module.type.site].estimate(uncentred)
-        gradient = gradients(module.layer)[module.type.name].to(device)
+        gradient = gradients(module.layer)[module.type.key].to(device)
         return fisher_basis(weight, None, second_moment, None, gradient, task.settings.damping, module.name)
 
     return decompose

@@ -138,6 +138,11 @@ class Settings(LowRankSettings):
         gone = branch.units - branch.may_stay(self.multiple)[0]
         return total + budget.dimensions.layers * (branch.units * branch.cost - branch.saved(gone))
 
+    @property
+    def takes_experts(self) -> bool:
+        """Low-rank pairs of each matrix; neurons of experts are not pruned."""
+        return self.mlp == "pairs"
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Allocate ranks and neurons by predicted loss, slice the bases, refit what neurons leave.

@@ -58,6 +58,11 @@ class Settings(StackedSettings):
         if not (self.cat or self.skip):
             yield "cat", "with `cat` and `skip` both false this is SVD-LLM; take `kind: svd-llm`, or one of them"
 
+    @property
+    def takes_experts(self) -> bool:
+        """Gate and up of an expert read the same tokens."""
+        return True
+
 
 def compress(task: CompressionTask) -> Replacements:
     """Decompose every stack at the rank that one kept ratio buys.

@@ -20,6 +20,11 @@ class Settings(UniformSettings):
 
     kind: Literal["svd"]
 
+    @property
+    def takes_experts(self) -> bool:
+        """Each matrix by itself."""
+        return True
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Truncate every matrix at the rank that the uniform ratio buys: U_r U_r' W, U_r the left singular vectors of W.

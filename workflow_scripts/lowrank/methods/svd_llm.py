@@ -50,6 +50,11 @@ class Settings(UniformSettings):
         reason = "is for `update: true` only; the whitening reads the statistics of all windows"
         return super().unread(given) | ({} if given.get("update") else {"windows": reason})
 
+    @property
+    def takes_experts(self) -> bool:
+        """Without the update: on its inputs the router may choose other experts than in the dense model."""
+        return not self.update
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Whiten and truncate every matrix at the rank that the uniform ratio buys.

@@ -83,6 +83,11 @@ class Settings(LowRankSettings):
             return self.reads
         return ("statistics", "gradients", "tokens") if self.corrections else ("statistics", "gradients")
 
+    @property
+    def takes_experts(self) -> bool:
+        """By what each reads and by the gradients of its weights; corrections were not tried."""
+        return not self.corrections
+
 
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Allocate ranks by predicted changes of the loss, and truncate every whitened matrix.
@@ -144,7 +149,7 @@ def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks
     losses, directions = {}, {}
     for module in task.budget.free(task.settings.uncompressed):
         basis = decompose(module, task.model.get_submodule(module.name).weight)
-        predicted = with_predicted_losses(basis, of_block(module.layer)[module.type.name]).losses
+        predicted = with_predicted_losses(basis, of_block(module.layer)[module.type.key]).losses
         assert predicted is not None
         losses[module.name] = predicted.cpu().numpy()
         directions[module.name] = _kept(task, basis.directions)

@@ -17,7 +17,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
 from lowrank.model.factors import SharedDownFactors
-from lowrank.model.families import FAMILIES, Family, unknown_family
+from lowrank.model.families import FAMILIES, Family, family_with, unknown_family
 from lowrank.model.replacements import ChangedModule, Replacements
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ transformers_logging.disable_progress_bar()
 
 
 def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Open a dense or compressed checkpoint for inference; fused projections (Phi-3) become a layer each.
+    """Open a dense or compressed checkpoint for inference; fused projections and experts' matrices become a layer each.
 
     Checkpoints of this project need no remote code here: their classes are registered from this repository. No code
     that lies in the folder is ever run.
@@ -87,7 +87,7 @@ def drop_remote_code(config: Any) -> None:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a model, dense or compressed.
+    """The family of a model, dense or compressed, with the types of each of its experts.
 
     Raises:
         RankwiseError: a model type that is not in `FAMILIES`.
@@ -95,7 +95,7 @@ def family_of(model: PreTrainedModel) -> Family:
     model_type = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
     if model_type not in FAMILIES:
         raise RankwiseError(unknown_family(model.config.to_dict()))
-    return FAMILIES[model_type]
+    return family_with(model_type, getattr(model.config, "num_experts", 0))
 
 
 def recipe_of(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -152,8 +152,11 @@ def save_checkpoint(
     recipe = recipe_of(model)
     with atomic_path(target) as folder:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        state = state if recipe else as_stored(state, family_of(model))
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        family = family_of(model)
+        state = state if recipe else as_stored(state, family)
+        # transformers would rename what it thinks to be stacked; here experts are stored one by one already.
+        in_its_format = not family.experts
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_original_format=in_its_format)
         _write_config(folder, model, recipe)
         if recipe:
             shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
@@ -164,13 +167,20 @@ def save_checkpoint(
 
 
 def as_stored(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Weights as the base architecture stores them, where one layer holds several types."""
+    """Weights as checkpoints of the base architecture store them: fused layers, other names, and experts one by one."""
     for path, names in family.fused.items():
         own = [linear.path for linear in family.types if linear.name in names]
         blocks = [name.removesuffix(f".{own[0]}.weight") for name in state if name.endswith(f".{own[0]}.weight")]
         for block in blocks:
             state[f"{block}.{path}.weight"] = torch.cat([state.pop(f"{block}.{each}.weight") for each in own])
-    return state
+    return {stored_name(name, family): tensor for name, tensor in state.items()} if family.stored else state
+
+
+def stored_name(name: str, family: Family) -> str:
+    """A parameter's name in checkpoints of the base architecture, but for layers that are fused there."""
+    for own, stored in family.stored.items():
+        name = name.replace(own, stored)
+    return name
 
 
 def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[str, Any]]) -> None:

@@ -8,8 +8,9 @@ let configs name it (`ModelShape.family`); and give it the classes of its checkp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, Protocol
 
 
@@ -43,18 +44,25 @@ class Dimensions(Protocol):
     @property
     def mlp_bias(self) -> bool: ...
 
+    @property
+    def experts(self) -> int: ...
+
+    @property
+    def experts_per_token(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class LinearType:
     """One type of linear layer of a block, in the order of the forward pass.
 
     Attributes:
-        name: short name, used in configs, tables and figures (`q`, `gate`, ...).
-        path: module path inside a block.
+        name: short name, used in configs, tables and figures (`q`, `gate`, ...); all experts of a block share it.
+        path: module path inside a block; in `FAMILIES`, `{}` stands for the index of an expert.
         output: name of the output dimension (`hidden`, `query`, `key_value`, `intermediate`).
         input: name of the input dimension.
         site: name of the input that it reads; types with one site share their input statistics.
         tied: name of the search variable; types with the same name share a kept ratio.
+        expert: index of the expert that it belongs to; None for layers that all tokens pass, and in `FAMILIES`.
     """
 
     name: str
@@ -63,6 +71,16 @@ class LinearType:
     input: str
     site: str
     tied: str
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of its block, in files too: `gate`, or of an expert `gate.3`."""
+        return self.name if self.expert is None else f"{self.name}.{self.expert}"
+
+    def of_expert(self, index: int) -> LinearType:
+        """The type of one expert, which reads the tokens that are routed to it."""
+        return replace(self, path=self.path.format(index), site=f"{self.site}.{index}", expert=index)
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,9 @@ class Family:
         layer_norm: whether they are LayerNorms, with a shift; else root mean square norms.
         plain_branches: whether a branch reads the residual stream through one root mean square norm and writes
             straight to it, as in Llama.
+        experts: path of a block's list of experts, in place of one MLP. Beside it, in `FAMILIES`, the types of an
+            expert are those with `{}` in their path. As with `fused`, each matrix has a layer of its own in memory.
+        stored: part of a parameter's name -> what checkpoints of the base architecture have instead.
     """
 
     model_type: str
@@ -98,6 +119,15 @@ class Family:
     norms: int = 2
     layer_norm: bool = False
     plain_branches: bool = True
+    experts: str = ""
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    def with_experts(self, count: int) -> Family:
+        """The family with types for each of so many experts, one expert after another, in place of those for all."""
+        alone = tuple(linear for linear in self.types if "{}" not in linear.path)
+        each = tuple(linear for linear in self.types if "{}" in linear.path)
+        own = tuple(linear.of_expert(index) for index in range(count) for linear in each)
+        return replace(self, types=(*alone, *own))
 
     @property
     def sites(self) -> dict[str, LinearType]:
@@ -120,6 +150,18 @@ _LLAMA_TYPES = (
     LinearType("up", "mlp.up_proj", "intermediate", "hidden", "mlp", "up"),
     LinearType("down", "mlp.down_proj", "hidden", "intermediate", "mlp_output", "down"),
 )
+_EXPERT_TYPES = (
+    *_LLAMA_TYPES[:4],
+    LinearType("gate", "mlp.experts.{}.gate_proj", "intermediate", "hidden", "mlp", "gate"),
+    LinearType("up", "mlp.experts.{}.up_proj", "intermediate", "hidden", "mlp", "up"),
+    LinearType("down", "mlp.experts.{}.down_proj", "hidden", "intermediate", "mlp_output", "down"),
+)
+_MIXTRAL_STORED = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".up_proj.": ".w3.",
+    ".down_proj.": ".w2.",
+}
 _PHI3_FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 _OPT_TYPES = (
     *_ATTENTION,
@@ -162,6 +204,16 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("phi3", "model.layers", "model", _LLAMA_TYPES, rotary="part", fused=_PHI3_FUSED),
         Family(
+            "qwen3_moe",
+            "model.layers",
+            "model",
+            _EXPERT_TYPES,
+            bias_options=("attention_bias",),
+            normed="heads",
+            experts="mlp.experts",
+        ),
+        Family("mixtral", "model.layers", "model", _EXPERT_TYPES, experts="mlp.experts", stored=_MIXTRAL_STORED),
+        Family(
             "opt",
             "model.decoder.layers",
             "model.decoder",
@@ -199,9 +251,24 @@ class LinearModule:
         return self.out_features * self.in_features
 
 
+@cache
+def _with_experts(family: str, experts: int) -> Family:
+    return FAMILIES[family].with_experts(experts)
+
+
+def family_with(name: str, experts: int) -> Family:
+    """The entry of a family, with the types of each of a model's experts if it has any."""
+    return _with_experts(name, experts) if FAMILIES[name].experts else FAMILIES[name]
+
+
+def family_for(dimensions: Dimensions) -> Family:
+    """The family of a model, with the types of each of its experts."""
+    return family_with(dimensions.family, dimensions.experts)
+
+
 def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
-    """All linear layers of a model's blocks, block by block, from its dimensions alone."""
-    family = FAMILIES[dimensions.family]
+    """All linear layers of a model's blocks, those of all experts, block by block, from its dimensions alone."""
+    family = family_for(dimensions)
     sizes = {
         "hidden": dimensions.hidden,
         "intermediate": dimensions.intermediate,
@@ -253,6 +320,16 @@ def norm_parameters(dimensions: Dimensions) -> int:
     width = dimensions.hidden * (2 if family.layer_norm else 1)
     query_key = {"nothing": 0, "heads": 2, "projections": dimensions.heads + dimensions.kv_heads}[family.normed]
     return dimensions.layers * (family.norms * width + query_key * dimensions.head_dim) + width
+
+
+def router_parameters(dimensions: Dimensions) -> int:
+    """Weights of what routes tokens to experts, in all blocks."""
+    return dimensions.layers * dimensions.experts * dimensions.hidden
+
+
+def expert_share(weights: int, dimensions: Dimensions) -> int:
+    """Of so many weights of all experts those that a token passes, on average if the router is balanced."""
+    return weights * dimensions.experts_per_token // dimensions.experts if dimensions.experts else 0
 
 
 def bias_parameters(dimensions: Dimensions) -> int:

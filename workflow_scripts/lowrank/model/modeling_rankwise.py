@@ -17,6 +17,8 @@ The recipe in `config.json` maps module names to what each became:
     "model.layers.0.mlp.gate_proj": {"kind": "linear", "in_features": 576, "out_features": 1200, "bias": false}
     "model.layers.0.self_attn": {"kind": "heads", "heads": 6, "kv_heads": 2}
     "model.layers.1.self_attn": {"kind": "narrow_heads", "heads": 9, "kv_heads": 3, "pairs": 24}
+    "model.layers.0.mlp.experts.3.up_proj":
+        {"kind": "low_rank", "in_features": 2048, "out_features": 768, "rank": 400, "bias": true}
     "model.layers.0.input_layernorm": {"kind": "rms_norm", "divisor": 576, "eps": 1e-05}
     "model.layers.0": {"kind": "shortcuts", "attention": [576, 480], "mlp": [480, 480]}
 
@@ -38,6 +40,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralModel,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo2Model,
@@ -53,6 +58,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
@@ -402,6 +410,69 @@ class SeparateGate:
         return fed
 
 
+class Expert(nn.Module):
+    """An expert of a block: a gated MLP with a layer for each matrix, which may be anything that maps as one does."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: nn.Module, **like: Any) -> None:
+        super().__init__()
+        self.gate_proj: nn.Module = nn.Linear(hidden, intermediate, bias=False, **like)
+        self.up_proj: nn.Module = nn.Linear(hidden, intermediate, bias=False, **like)
+        self.down_proj: nn.Module = nn.Linear(intermediate, hidden, bias=False, **like)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (tokens, d) to the same."""
+        fed: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return fed
+
+
+class SeparateExperts(nn.ModuleList):
+    """The experts of a block, one after another, in place of the stacked matrices of transformers.
+
+    The router is left alone: it hands over the experts of each token and their weights, and waits for the sum.
+    """
+
+    @classmethod
+    def of(cls, stacked: Any) -> "SeparateExperts":
+        """Copies of stacked matrices: `gate_up_proj` (experts x 2 intermediate x d), `down_proj` (the other way)."""
+        both, down = stacked.gate_up_proj, stacked.down_proj
+        sizes = {"hidden": down.shape[1], "intermediate": down.shape[2], "dtype": both.dtype}
+        experts = cls(Expert(**sizes, activation=stacked.act_fn, device="meta") for _ in range(len(both)))
+        experts.to_empty(device=both.device)
+        expert: Any
+        for index, expert in enumerate(experts):
+            gate, up = both[index].detach().chunk(2)
+            for layer, weight in ((expert.gate_proj, gate), (expert.up_proj, up), (expert.down_proj, down[index])):
+                layer.weight.data.copy_(weight.detach())
+        return experts.requires_grad_(both.requires_grad).train(stacked.training)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of what each token's experts make of it.
+
+        An expert gets its tokens in their order. One without any is called where gradients are wanted: shards of
+        weights are gathered by all processes or by none.
+
+        Args:
+            hidden_states: tokens x d.
+            top_k_index: tokens x k, the experts of each token, all different.
+            top_k_weights: tokens x k.
+
+        Returns:
+            tokens x d.
+        """
+        summed = torch.zeros_like(hidden_states)
+        order: Any = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
+        for expert, places in zip(self, order.split(counts), strict=True):
+            if len(places) or torch.is_grad_enabled():
+                tokens = places // top_k_index.shape[1]
+                fed = expert(hidden_states[tokens]) * top_k_weights.flatten()[places, None]
+                summed.index_add_(0, tokens, fed.to(summed.dtype))
+        return summed
+
+
 class Shortcuts:
     """Mixed into the class of a block whose residual stream changes its basis: `x S + attention(norm(x))`, and so on.
 
@@ -498,7 +569,9 @@ def name_make(parent: nn.Module) -> None:
 
 
 def separate_projections(model: nn.Module) -> None:
-    """Give modules whose projections are fused (Phi-3) a layer for each, in place; others stay as they are.
+    """Give modules whose projections are fused (Phi-3) or stacked (experts) a layer for each, in place.
+
+    Others stay as they are.
 
     The model computes what it did. Recipes name these layers, and their weights are stored one by one.
     """
@@ -513,6 +586,8 @@ def separate_projections(model: nn.Module) -> None:
         if isinstance(getattr(module, "gate_up_proj", None), nn.Linear):
             _separate(own, "gate_up_proj", {"gate_proj": 1, "up_proj": 1})
             mix_in(own, SeparateGate)
+        if isinstance(getattr(getattr(module, "experts", None), "gate_up_proj", None), nn.Parameter):
+            own.experts = SeparateExperts.of(own.experts)
 
 
 def _separate(module: nn.Module, name: str, shares: dict[str, int]) -> None:
@@ -658,6 +733,24 @@ class RankwisePhi3Config(Phi3Config):
     base_model_tp_plan = None
 
 
+class RankwiseQwen3MoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE with a recipe."""
+
+    model_type = "rankwise_qwen3_moe"
+    recipe: dict[str, Any] | None = None
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+
+
+class RankwiseMixtralConfig(MixtralConfig):
+    """Mixtral with a recipe."""
+
+    model_type = "rankwise_mixtral"
+    recipe: dict[str, Any] | None = None
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+
+
 class RankwiseOPTConfig(OPTConfig):
     """OPT with a recipe."""
 
@@ -694,6 +787,14 @@ class RankwisePhi3Model(_base_model(Phi3Model, RankwisePhi3Config)):  # type: ig
     """Phi-3's decoder with a layer for each projection and the recipe applied."""
 
 
+class RankwiseQwen3MoeModel(_base_model(Qwen3MoeModel, RankwiseQwen3MoeConfig)):  # type: ignore[misc]
+    """Qwen3-MoE's decoder with a layer for each matrix of an expert and the recipe applied."""
+
+
+class RankwiseMixtralModel(_base_model(MixtralModel, RankwiseMixtralConfig)):  # type: ignore[misc]
+    """Mixtral's decoder with a layer for each matrix of an expert and the recipe applied."""
+
+
 class RankwiseOPTModel(_base_model(OPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT's decoder with the recipe applied."""
 
@@ -726,6 +827,14 @@ class RankwisePhi3ForCausalLM(_causal_model(Phi3ForCausalLM, RankwisePhi3Model, 
     """Phi-3 with the recipe applied."""
 
 
+class RankwiseQwen3MoeForCausalLM(_causal_model(Qwen3MoeForCausalLM, RankwiseQwen3MoeModel, RankwiseQwen3MoeConfig)):  # type: ignore[misc]
+    """Qwen3-MoE with the recipe applied."""
+
+
+class RankwiseMixtralForCausalLM(_causal_model(MixtralForCausalLM, RankwiseMixtralModel, RankwiseMixtralConfig)):  # type: ignore[misc]
+    """Mixtral with the recipe applied."""
+
+
 class RankwiseOPTForCausalLM(_causal_model(OPTForCausalLM, RankwiseOPTModel, RankwiseOPTConfig)):  # type: ignore[misc]
     """OPT with the recipe applied."""
 
@@ -738,5 +847,7 @@ CONFIGS: dict[str, tuple[Any, Any, Any]] = {
     "olmo2": (RankwiseOlmo2Config, RankwiseOlmo2Model, RankwiseOlmo2ForCausalLM),
     "gemma3_text": (RankwiseGemma3Config, RankwiseGemma3Model, RankwiseGemma3ForCausalLM),
     "phi3": (RankwisePhi3Config, RankwisePhi3Model, RankwisePhi3ForCausalLM),
+    "qwen3_moe": (RankwiseQwen3MoeConfig, RankwiseQwen3MoeModel, RankwiseQwen3MoeForCausalLM),
+    "mixtral": (RankwiseMixtralConfig, RankwiseMixtralModel, RankwiseMixtralForCausalLM),
     "opt": (RankwiseOPTConfig, RankwiseOPTModel, RankwiseOPTForCausalLM),
 }

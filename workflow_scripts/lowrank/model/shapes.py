@@ -22,9 +22,16 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts_per_tok": 8},
+    "mixtral": {"num_key_value_heads": 8, "num_experts_per_tok": 2},
     "opt": {"tie_word_embeddings": True},
 }
 """What transformers takes for a key that a config.json leaves out, where that does not follow from others."""
+
+INTERMEDIATE = {"opt": "ffn_dim", "qwen3_moe": "moe_intermediate_size"}
+"""Families whose key of the MLP's width, or of that of an expert, is not `intermediate_size`."""
+_EXPERTS = ("num_experts", "num_local_experts")
+"""Keys of their number: transformers reads both, and writes one or the other by its version."""
 
 _GGUF_KEYS = {
     "context_length": "max_position_embeddings",
@@ -42,13 +49,17 @@ def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of `models.<name>.shape` from what a `config.json` holds, with the defaults of transformers.
 
     Raises:
-        RankwiseError: an unknown architecture, or a number is missing.
+        RankwiseError: an unknown architecture, a number is missing, or blocks of several kinds.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
         raise RankwiseError(unknown_family(config))
-    names = _KEYS | ({"intermediate": "ffn_dim"} if family == "opt" else {})
-    if missing := [key for key in names.values() if config.get(key) is None]:
+    require_experts_everywhere(config)
+    names = _KEYS | {"intermediate": INTERMEDIATE.get(family, "intermediate_size")}
+    missing = [key for key in names.values() if config.get(key) is None]
+    if FAMILIES[family].experts and all(config.get(key) is None for key in _EXPERTS):
+        missing.append(_EXPERTS[0])
+    if missing:
         raise RankwiseError(f"its config.json has no {', '.join(f'`{key}`' for key in missing)}.")
     found = _LEFT_OUT.get(family, {}) | config
     heads = found[names["heads"]]
@@ -59,7 +70,35 @@ def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": found.get("head_dim") or found["hidden_size"] // heads,
         "tied_embeddings": found.get("tie_word_embeddings", False),
         **bias_options(family, found),
+        **expert_numbers(family, found),
     }
+
+
+def expert_numbers(family: str, config: dict[str, Any]) -> dict[str, int]:
+    """How many experts a block has, and how many of them a token passes; none where there is one MLP for all."""
+    if not FAMILIES[family].experts:
+        return {"experts": 0, "experts_per_token": 0}
+    stated = [config[key] for key in _EXPERTS if config.get(key) is not None]
+    return {"experts": stated[0], "experts_per_token": config["num_experts_per_tok"]}
+
+
+def intermediate_of(family: str, config: dict[str, Any]) -> int:
+    """Neurons of a block's MLP, or of each of its experts."""
+    width: int = config[INTERMEDIATE.get(family, "intermediate_size")]
+    return width
+
+
+def require_experts_everywhere(config: dict[str, Any]) -> None:
+    """See that all blocks of a model have experts, or none.
+
+    Raises:
+        RankwiseError: some blocks have a plain MLP in their place.
+    """
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise RankwiseError(
+            "some of its blocks have experts and others one MLP (`mlp_only_layers`, `decoder_sparse_step`); only "
+            "models all of whose blocks have experts are supported."
+        )
 
 
 def bias_options(family: str, config: dict[str, Any]) -> dict[str, bool]:

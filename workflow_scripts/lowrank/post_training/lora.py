@@ -54,7 +54,7 @@ def target_weights(model: PreTrainedModel, targets: list[str] | None, stage: Sta
         RankwiseError: a type that the family does not have, or a layer that is neither dense nor a pair.
     """
     family = family_of(model)
-    known = [linear.name for linear in family.types]
+    known = list(dict.fromkeys(linear.name for linear in family.types))
     if unknown := [name for name in targets or [] if name not in known]:
         raise RankwiseError(
             f"`targets` of this tuning: family '{family.model_type}' has no linear layers of type "
@@ -107,13 +107,16 @@ def attach_lora(model: PreTrainedModel, tuning: LoraTuning, stage: Stage, seed: 
             + ("`targets` leaves no layer. " if stage == "all" else "none of its layers is a low-rank pair. ")
             + "Change `stages` or `targets`, or take `tuning: none` for this row."
         )
+    family = family_of(model)
+    # Of a model that says to have experts, peft looks for their stacked matrices; blocks by themselves say nothing.
+    within = f"{family.blocks}." if family.experts else ""
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it by r, so it need not be a whole number
         lora_dropout=tuning.dropout,
-        target_modules="|".join(map(re.escape, names)),
+        target_modules="|".join(re.escape(name.removeprefix(within)) for name in names),
     )
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model.get_submodule(within.rstrip(".")))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     wrapped = {name: model.get_submodule(name) for name in names}

@@ -54,12 +54,15 @@ class Budget:
         modules: its linear layers, in order.
         adds_bias: whether the low-rank form has a bias where the dense layer had none.
         identity_block: whether one factor holds an r x r identity, which takes r indices and no weights.
+        left_dense: names of layers that stay dense whatever is asked for: of experts with too few tokens. The others
+            pay for them.
     """
 
     dimensions: Dimensions
     modules: tuple[LinearModule, ...]
     adds_bias: bool = True
     identity_block: bool = False
+    left_dense: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, dimensions: Dimensions) -> Budget:
@@ -122,7 +125,7 @@ class Budget:
             RankwiseError: an unknown type.
         """
         dense = self.types(uncompressed)
-        return [module for module in self.modules if module.type.name not in dense]
+        return [m for m in self.modules if m.type.name not in dense and m.name not in self.left_dense]
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -136,7 +139,7 @@ def uniform_kept(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dic
         RankwiseError: an unknown type, or what stays dense leaves nothing to the others.
     """
     dense = set(budget.types(uncompressed))
-    free = sum(module.parameters for module in budget.modules if module.type.name not in dense)
+    free = sum(module.parameters for module in budget.free(uncompressed))
     kept = 1 - ratio / 100 * budget.dense_parameters / free if free else 0.0
     if kept <= 0:
         raise RankwiseError(
@@ -148,11 +151,16 @@ def uniform_kept(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dic
 
 def authors_ranks(budget: Budget, kept: Mapping[str, float]) -> Ranks:
     """The ranks of kept ratios by type as the paper's authors compute them, see `rank_for`."""
-    return {m.name: rank_for(kept[m.type.name], m.out_features, m.in_features) for m in budget.modules}
+    return {
+        m.name: None if m.name in budget.left_dense else rank_for(kept[m.type.name], m.out_features, m.in_features)
+        for m in budget.modules
+    }
 
 
 def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
     """LoRD's kept ratios by type: v dense, paid for by q and k, the same for all others.
+
+    Where experts are left dense, the others pay for them, type by type.
 
     Raises:
         RankwiseError: q and k are too small to pay for v at this ratio.
@@ -162,5 +170,16 @@ def lord_kept(budget: Budget, ratio: int) -> dict[str, float]:
     attention = 1 - removed * (1 + size["v"] / (size["q"] + size["k"]))
     if attention <= 0:
         raise RankwiseError(f"LoRD cannot remove {ratio} %: q and k would have to shrink to nothing to keep v dense")
-    types = {module.type.name for module in budget.modules}
-    return {name: {"q": attention, "k": attention, "v": 1.0}.get(name, 1 - removed) for name in types}
+    sizes, free = _sizes_by_type(budget.modules), _sizes_by_type(budget.free(()))
+    if short := [name for name, size in sizes.items() if removed * size >= free.get(name, 0)]:
+        raise RankwiseError(f"LoRD cannot remove {ratio} % of {', '.join(short)}: too few experts got enough tokens")
+    others = {name: 1 - removed * (size / free[name]) for name, size in sizes.items()}
+    return others | {"q": attention, "k": attention, "v": 1.0}
+
+
+def _sizes_by_type(modules: Iterable[LinearModule]) -> dict[str, int]:
+    """Type -> weights of all its layers."""
+    sizes: dict[str, int] = {}
+    for module in modules:
+        sizes[module.type.name] = sizes.get(module.type.name, 0) + module.parameters
+    return sizes

@@ -17,8 +17,10 @@ from lowrank.model.families import (
     LinearModule,
     LinearType,
     bias_parameters,
+    expert_share,
     linear_modules,
     norm_parameters,
+    router_parameters,
 )
 from lowrank.ranks.budget import Budget, Ranks, break_even_rank, largest_rank
 
@@ -77,13 +79,13 @@ def count(shape: Sizes, ranks: Mapping[str, int | None], tokens: int) -> Counts:
     return Counts(
         parameters=linears + other_parameters(shape),
         kept=budget.kept(ranks),
-        macs=_macs(shape, linears, tokens),
-        macs_attention_dense=_macs(shape, budget.parameters(attention_dense), tokens),
+        macs=_macs(shape, _passed(budget, ranks), tokens),
+        macs_attention_dense=_macs(shape, _passed(budget, attention_dense), tokens),
     )
 
 
 def other_parameters(shape: Sizes) -> int:
-    """Parameters outside the decoder's linear weights: embeddings, head, norms, native biases.
+    """Parameters outside the decoder's linear weights: embeddings, head, norms, native biases, routers of experts.
 
     Raises:
         RankwiseError: an OPT, whose position embeddings are as many as its longest context, which no shape holds.
@@ -91,7 +93,7 @@ def other_parameters(shape: Sizes) -> int:
     if shape.family == "opt":
         raise RankwiseError("the shape of an OPT does not say how many position embeddings it has")
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
-    return embeddings + norm_parameters(shape) + bias_parameters(shape)
+    return embeddings + norm_parameters(shape) + bias_parameters(shape) + router_parameters(shape)
 
 
 def module_ranks(printed: Sequence[Mapping[str, float | None]], shape: Sizes, units: Sizes | None = None) -> Ranks:
@@ -137,6 +139,13 @@ def _unit_factors(modules: Sequence[LinearModule], units: Sizes | None) -> dict[
             f"family '{units.family}', in whose units the ranks are, has no {', '.join(sorted(missing))}"
         )
     return {m.type.name: break_even_rank(m.out_features, m.in_features) / others[m.type.name] for m in modules}
+
+
+def _passed(budget: Budget, ranks: Mapping[str, int | None]) -> int:
+    """Weights that a token passes: all, but of the experts those that it is routed to; and the router."""
+    experts = sum(budget.cost(m, ranks.get(m.name)) for m in budget.modules if m.type.expert is not None)
+    alone = budget.parameters(ranks) - experts
+    return alone + router_parameters(budget.dimensions) + expert_share(experts, budget.dimensions)
 
 
 def _macs(shape: Sizes, linears: int, tokens: int) -> int:

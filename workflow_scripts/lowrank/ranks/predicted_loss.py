@@ -73,10 +73,11 @@ def allocate(
         return PredictedAllocation(ranks, 0.0, {name: len(group.losses) - 1 for name, group in groups.items()})
     together = {name for group in groups.values() for name in group.modules}
     alone = [module for module in budget.modules if module.name not in together]
-    free = [module for module in alone if module.type.name not in uncompressed]
+    may_shrink = {module.name for module in budget.free(uncompressed)}
+    free = [module for module in alone if module.name in may_shrink]
     choices = {module.name: choices_of(budget, module, losses[module.name]) for module in free}
     curves: dict[str, Curve] = {**choices, **groups}
-    fixed = sum(module.parameters for module in alone if module.type.name in uncompressed)
+    fixed = sum(module.parameters for module in alone if module.name not in may_shrink)
     allowed = budget.allowed(ratio) - fixed
     least = sum(float(curve.parameters[0]) for curve in curves.values())
     if least > allowed:

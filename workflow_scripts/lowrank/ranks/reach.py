@@ -1,6 +1,6 @@
 """What a budget leaves within reach: the arithmetic that the config check and the search space share.
 
-All blocks of a model have the same shapes, so one of them stands for all.
+All blocks of a model have the same shapes, so one of them stands for all, unless experts of some are left dense.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def candidate_ranks(budget: Budget, kept: Sequence[float], uncompressed: Sequenc
     ranks: dict[str, list[int]] = {}
     for module in budget.modules:
         largest = largest_rank_worth_it(budget, module)
-        if module.type.name in uncompressed or not largest:
+        if module.type.name in uncompressed or module.name in budget.left_dense or not largest:
             continue
         shares = [budget.rank_of_share(module, share) for share in kept]
         wanted = [max(ALIGNMENT, ALIGNMENT * int((rank + 1e-9) // ALIGNMENT)) for rank in shares]
@@ -87,8 +87,8 @@ def why_out_of_reach(
         bounds: tied type -> bounds of its own.
         band: by how much the kept share may fall short of the budget.
     """
-    block = [module for module in budget.modules if module.layer == 0]
-    free = [module for module in block if module.type.name not in uncompressed]
+    block = [module for module in budget.modules if module.layer == 0 or budget.left_dense]
+    free = [m for m in block if m.type.name not in uncompressed and m.name not in budget.left_dense]
     dense = sum(module.parameters for module in block)
     fixed = dense - sum(module.parameters for module in free)
     biases = sum(budget.cost(module, 0) for module in free)

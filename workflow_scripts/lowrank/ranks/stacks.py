@@ -116,7 +116,13 @@ def stacked_budget(budget: Budget, stacks: Iterable[Stack], identity_columns: bo
     members = {member.name for stack in stacks for member in stack.members}
     dense = [replace(m, layer=m.layer // blocks) for m in budget.modules if m.name not in members]
     modules = (*(stack.module for stack in stacks), *dense)
-    return StackedBudget(budget.dimensions, modules, adds_bias=False, identity_columns=identity_columns)
+    return StackedBudget(
+        budget.dimensions,
+        modules,
+        adds_bias=False,
+        left_dense=budget.left_dense,
+        identity_columns=identity_columns,
+    )
 
 
 def uniform_stacks(

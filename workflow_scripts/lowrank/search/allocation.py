@@ -30,5 +30,5 @@ def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> dict[str, LowR
     for module in budget.modules:
         rank = ranks.get(module.name)
         if rank is not None:
-            factors[module.name] = bases.of(module.layer, module.type.name).factors(rank)
+            factors[module.name] = bases.of(module.layer, module.type.key).factors(rank)
     return factors

@@ -26,12 +26,14 @@ from lowrank.search.space import Space
 def predicted_losses(bases: Bases, budget: Budget) -> dict[str, npt.NDArray[np.float64]]:
     """Layer -> what leaving out each direction of its basis is predicted to cost, nats per token.
 
+    Layers of experts that are left dense have no basis, and are not named.
+
     Raises:
         RankwiseError: a basis holds no predictions; the layer is named.
     """
     losses = {}
-    for module in budget.modules:
-        predicted = bases.of(module.layer, module.type.name).losses
+    for module in budget.free(()):
+        predicted = bases.of(module.layer, module.type.key).losses
         if predicted is None:
             raise RankwiseError(
                 f"{module.name}: its basis says nothing of the loss. The method's preset of `covariance` must name "

@@ -24,7 +24,7 @@ def measure_sensitivity(
     dense = _perplexity(sliced, windows, device)
     types: dict[str, list[dict[str, float | None]]] = {}
     for linear in FAMILIES[budget.dimensions.family].types:
-        modules = [module for module in budget.modules if module.type.name == linear.name]
+        modules = [module for module in budget.free(()) if module.type.name == linear.name]
         for share in sorted(kept):
             ranks: Ranks = {m.name: rank_for(share, m.out_features, m.in_features) for m in modules}
             sliced.set_ranks(ranks)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases, PrincipalBasis, bias_of
+from lowrank.calibration.routing import experts_left_dense, with_dense
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import load_checkpoint
@@ -88,11 +89,9 @@ class SlicedModel:
     def __init__(self, model: PreTrainedModel, budget: Budget, bases: Bases) -> None:
         self.model = model
         self.layers: dict[str, SlicedLinear] = {}
-        for module in budget.modules:
+        for module in budget.free(()):  # those of experts that are left dense have no basis
             parent, _, child = module.name.rpartition(".")
-            layer = SlicedLinear(
-                model.get_submodule(module.name), bases.of(module.layer, module.type.name), module.name
-            )
+            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.key), module.name)
             setattr(model.get_submodule(parent), child, layer)
             self.layers[module.name] = layer
 
@@ -104,7 +103,10 @@ class SlicedModel:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """What the stages that try allocations work with; the budget counts biases if the bases have means."""
+    """What the stages that try allocations work with.
+
+    The budget counts biases if the bases have means, and leaves layers dense of which they hold nothing.
+    """
 
     sliced: SlicedModel
     tokenizer: Any
@@ -126,7 +128,8 @@ def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads
     model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device)
     shape = ModelShape.model_validate(settings["shape"])
     opened = Bases(bases, shape.layers)
-    budget = replace(Budget.of(shape), adds_bias=opened.centred)
+    few = experts_left_dense(opened.files, Budget.of(shape))
+    budget = replace(with_dense(Budget.of(shape), few), adds_bias=opened.centred)
     return OpenedModel(
         SlicedModel(model, budget, opened),
         load_tokenizer(folder),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,15 @@ def choose_truncations(
         RankwiseError: a basis without predicted losses, or no matrix that could be truncated; the layer is named.
     """
     draw = np.random.default_rng(seed)
-    types = FAMILIES[budget.dimensions.family].types
-    shuffled = {t.name: draw.permutation(budget.dimensions.layers) for t in types}
-    places = [(int(shuffled[t.name][i]), t.name) for i in range(budget.dimensions.layers) for t in types]
-    chosen, found = set(places[:matrices]), []
+    of_type: dict[str, list[str]] = {t.name: [] for t in FAMILIES[budget.dimensions.family].types}
+    for module in budget.free(()):
+        of_type[module.type.name].append(module.name)
+    shuffled = [[names[i] for i in draw.permutation(len(names))] for names in of_type.values()]
+    in_turn = [name for names in zip_longest(*shuffled) for name in names if name is not None]
+    chosen, found = set(in_turn[:matrices]), []
     for module in budget.modules:
-        if (module.layer, module.type.name) in chosen:
-            losses = bases.of(module.layer, module.type.name).losses
+        if module.name in chosen:
+            losses = bases.of(module.layer, module.type.key).losses
             if losses is None:
                 raise RankwiseError(f"{module.name}: its basis predicts no loss; its `covariance` needs `gradients`")
             for rank in _ranks(min(module.out_features, module.in_features), kept):

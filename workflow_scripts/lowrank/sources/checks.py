@@ -12,11 +12,12 @@ from lowrank.config.shapes import found_shape
 from lowrank.config.sources import Model
 from lowrank.errors import RankwiseError
 from lowrank.files import read_record
-from lowrank.model.families import FAMILIES, has_native_bias, linear_modules, unknown_family
+from lowrank.model.checkpoint import stored_name
+from lowrank.model.families import FAMILIES, Family, has_native_bias, linear_modules, unknown_family
 from lowrank.model.modeling_rankwise import separate_projections
-from lowrank.model.shapes import bias_options
+from lowrank.model.shapes import bias_options, expert_numbers, intermediate_of, require_experts_everywhere
 
-SHOWN = 12  # more than the keys of `shape`, so that all of those are listed
+SHOWN = 14  # more than the keys of `shape`, so that all of those are listed
 CHUNK = 2**22  # numbers of a tensor that are compared at once
 
 
@@ -33,7 +34,7 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
         The number of parameters; tied ones count once.
 
     Raises:
-        RankwiseError: the first kind of problem found, with all its instances (twelve at most).
+        RankwiseError: the first kind of problem found, with all its instances (fourteen at most).
     """
     raw = read_record(folder / "config.json")
     _check_architecture(raw)
@@ -44,7 +45,8 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     skeleton, separated = _skeleton(config), _skeleton(config)
     separate_projections(separated)
     _check_linears(model, separated)
-    _check_weights(skeleton, weights)
+    family = FAMILIES[config.model_type]
+    _check_weights(separated if family.experts else skeleton, weights, family)
     if config.tie_word_embeddings:
         _check_tied_head(name, skeleton, weights)
     _check_tokenizer(name, model, folder)
@@ -56,6 +58,7 @@ def _check_architecture(raw: dict[str, Any]) -> None:
         raise RankwiseError(unknown_family(raw))
     if "quantization_config" in raw:
         raise RankwiseError("its weights are quantised (`quantization_config`); take the unquantised model.")
+    require_experts_everywhere(raw)
 
 
 def _check_remote_code(folder: Path, raw: dict[str, Any]) -> None:
@@ -98,13 +101,14 @@ def model_numbers(config: Any) -> dict[str, Any]:
         "family": config.model_type,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
-        "intermediate": getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None),
+        "intermediate": intermediate_of(config.model_type, vars(config)),
         "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "vocabulary": config.vocab_size,
         "tied_embeddings": config.tie_word_embeddings,
         **bias_options(config.model_type, vars(config)),
+        **expert_numbers(config.model_type, vars(config)),
     }
 
 
@@ -155,10 +159,11 @@ def _check_linears(model: Model, skeleton: torch.nn.Module) -> None:
         raise RankwiseError(_listing("the model's Linear layers are not those of its family", problems))
 
 
-def _check_weights(skeleton: torch.nn.Module, weights: list[Path]) -> None:
-    """Every parameter is stored, in its shape, as finite floating point numbers."""
+def _check_weights(skeleton: torch.nn.Module, weights: list[Path], family: Family) -> None:
+    """Every parameter is stored, in its shape, as finite floating point numbers; those of experts one by one."""
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    parameters = skeleton.named_parameters()
+    wanted = {stored_name(name, family): tuple(parameter.shape) for name, parameter in parameters}
     missing, problems = dict(wanted), []
     for file, name, tensor in _stored(weights):
         known = name if name in wanted else prefix + name  # a base model is stored without the prefix

@@ -13,6 +13,7 @@ from lowrank.config.sources import Model, ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from lowrank.model.runtime import parse_dtype
+from lowrank.model.shapes import INTERMEDIATE
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ def _numbers(shape: ModelShape, max_length: int) -> dict[str, Any]:
     }
     if shape.family == "opt":
         return numbers | {"ffn_dim": shape.intermediate, "word_embed_proj_dim": shape.hidden}
+    if shape.experts:  # transformers takes either name of their number, whatever the family
+        numbers |= {"num_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token}
+        numbers |= {INTERMEDIATE.get(shape.family, "intermediate_size"): shape.intermediate}
     return numbers | {
         "intermediate_size": shape.intermediate,
         "num_key_value_heads": shape.kv_heads,

@@ -91,8 +91,14 @@ def _map(checkpoint: Checkpoint, manifest: Json, shape: ModelShape) -> HeatMap:
     modules = list(linear_modules(cast(Dimensions, shape)))
     sizes = manifest["linears"]
     strips = [
-        _strip(name, [sizes[module.name]["parameters"] / module.parameters for module in members])
-        for name, members in _by_type(modules).items()
+        _strip(
+            name,
+            [
+                sum(sizes[module.name]["parameters"] for module in members) / sum(m.parameters for m in members)
+                for members in of_layers
+            ],
+        )
+        for name, of_layers in _by_type(modules).items()
     ]
     of_all = sum(size["parameters"] for size in sizes.values())
     elsewhere = manifest["parameters"]["decoder_linears"] - of_all
@@ -101,12 +107,12 @@ def _map(checkpoint: Checkpoint, manifest: Json, shape: ModelShape) -> HeatMap:
     return HeatMap(checkpoint, shape.layers, [*strips, *widths], share if share >= ELSEWHERE else 0.0)
 
 
-def _by_type(modules: Sequence[LinearModule]) -> dict[str, list[LinearModule]]:
-    """Type -> its modules, by layer; types in the order of the forward pass."""
-    found: dict[str, list[LinearModule]] = {}
+def _by_type(modules: Sequence[LinearModule]) -> dict[str, list[list[LinearModule]]]:
+    """Type -> its modules, layer by layer: one, or that of each expert; types in the order of the forward pass."""
+    found: dict[str, dict[int, list[LinearModule]]] = {}
     for module in modules:
-        found.setdefault(module.type.name, []).append(module)
-    return found
+        found.setdefault(module.type.name, {}).setdefault(module.layer, []).append(module)
+    return {name: list(of_layers.values()) for name, of_layers in found.items()}
 
 
 def _widths(modules: Sequence[LinearModule], sizes: Json) -> Iterator[Strip]:
@@ -119,8 +125,8 @@ def _widths(modules: Sequence[LinearModule], sizes: Json) -> Iterator[Strip]:
         ("neurons", last, "in_features"),
         ("residual stream", "q", "in_features"),
     ):
-        members = by_type[linear]
-        yield _strip(name, [sizes[module.name][side] / getattr(module, side) for module in members])
+        firsts = [members[0] for members in by_type[linear]]  # no method prunes experts, so one stands for all
+        yield _strip(name, [sizes[module.name][side] / getattr(module, side) for module in firsts])
 
 
 def _strip(name: str, shares: Sequence[float]) -> Strip:

@@ -14,7 +14,8 @@ from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Json, Line, RowResults, TableData
 
 DENSE = "NA"
-Ranks = dict[str, int | None]  # type of matrix -> rank; None: left dense
+Ranks = dict[str, int | str | None]
+"""Type of matrix -> rank; None: left dense; of experts with several ranks a text, the smallest and the largest."""
 
 
 def build_allocations(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
@@ -51,6 +52,7 @@ def build_allocations(table: RowTable, rows: Sequence[RowResults], context: Cont
             *shared.model_note(rows),
             f"Ranks of the low-rank factors by type of matrix and range of layers; {DENSE}: left dense. "
             "Consecutive layers with the same ranks share a line.",
+            *(["Of experts whose ranks differ: from the smallest to the largest."] if _any_range(found) else []),
             *shared.published_notes(rows, context),
         ),
         frame=shared.frame_of(records),
@@ -82,13 +84,26 @@ def layer_ranks(ranks: Json, shape: ModelShape, place: str) -> list[Ranks]:
     Raises:
         RankwiseError: the manifest names a module that the model does not have.
     """
-    layers: list[Ranks] = [{} for _ in range(shape.layers)]
+    layers: list[dict[str, list[int | None]]] = [{} for _ in range(shape.layers)]
     modules = {module.name: module for module in linear_modules(cast(Dimensions, shape))}
     if unknown := sorted(set(ranks) - set(modules)):
         raise RankwiseError(f"{place}: the manifest holds a rank for '{unknown[0]}', which the model does not have.")
     for name, module in modules.items():
-        layers[module.layer][module.type.name] = ranks.get(name)
-    return layers
+        layers[module.layer].setdefault(module.type.name, []).append(ranks.get(name))
+    return [{name: _range(of_experts) for name, of_experts in layer.items()} for layer in layers]
+
+
+def _range(ranks: Sequence[int | None]) -> int | str | None:
+    """The rank of a layer's matrices of one type, one or that of each expert."""
+    if len(set(ranks)) == 1:
+        return ranks[0]
+    compressed = [rank for rank in ranks if rank is not None]
+    return f"{min(compressed)}–{DENSE if None in ranks else max(compressed)}"
+
+
+def _any_range(found: Sequence[Mapping[int | None, Groups]]) -> bool:
+    groups = [ranks for allocations in found for groups in allocations.values() for _, ranks in groups]
+    return any(isinstance(rank, str) for ranks in groups for rank in ranks.values())
 
 
 def group_layers(layers: Sequence[Ranks]) -> Groups:
