@@ -84,6 +84,11 @@ def suites_of(kind):
     return [name for name, suite in STUDY.suites.items() if suite.kind == kind]
 
 
+def tunings(distilling):
+    """Names of the presets of post-training: those that distil features, or the others, which train with DeepSpeed."""
+    return [name for name, tuning in STUDY.tuning.items() if (tuning.kind == "feature-distillation") == distilling]
+
+
 def figures_of(kind):
     """Names of the figures of one kind."""
     return [name for name, figure in STUDY.figures.items() if figure.kind == kind]

@@ -146,6 +146,16 @@ def checkpoint_files(wildcards):
     return {"checkpoint": ancient(f"{folder}/checkpoint"), "manifest": f"{folder}/manifest.json"}
 
 
+def distillation_files(wildcards):
+    """A compressed checkpoint, its dense model, and the windows of a calibration."""
+    folder = COMPRESSED.format(**wildcards)
+    return model_files(wildcards.model) | {
+        "checkpoint": ancient(f"{folder}/checkpoint"),
+        "manifest": f"{folder}/manifest.json",
+        "tokens": f"{RUN}/calibration/{wildcards.model}/{STUDY.tuning[wildcards.tuning].calibration}.safetensors",
+    }
+
+
 def perplexity_files(wildcards):
     corpora = STUDY.suites[wildcards.suite].corpora
     return checkpoint_files(wildcards) | {

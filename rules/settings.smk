@@ -153,6 +153,18 @@ def post_training_settings(wildcards):
     )
 
 
+def distillation_settings(wildcards):
+    return with_code(
+        "distil_features",
+        model_settings(wildcards.model)
+        | {
+            "tuning": STUDY.tuning[wildcards.tuning].plain(),
+            "subject": subject(wildcards),
+            "state": LAYOUT.state,
+        },
+    )
+
+
 def evaluation_settings(stage, wildcards):
     return with_code(
         stage,

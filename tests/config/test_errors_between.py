@@ -285,6 +285,7 @@ def test_what_many_rows_share_is_told_once_a_ratio() -> None:
 FLAP = {"kind": "flap", "calibration": "c4-32"}
 RANKWISE = {"kind": "rankwise", "calibration": "c4-32", "covariance": "fisher"}
 FISHER = {"estimator": "pooled", "groups": 8, "gradients": "weigh"}
+DISTILLED = {"kind": "feature-distillation", "calibration": "c4-32"}
 TWO_STAGES = {"kind": "lora", "instructions": "alpaca-demo", "stages": ["up", "down"]}
 
 
@@ -298,7 +299,9 @@ TWO_STAGES = {"kind": "lora", "instructions": "alpaca-demo", "stages": ["up", "d
             {"subspace": "top"},
             "'scales' takes a subspace by the order of dimensions, and those of pairs with",
         ),
+        (FLAP, DISTILLED, "'scales' trains low-rank pairs, and 'other' makes none; take a tuning of kind `lora` with"),
         (FLAP, TWO_STAGES | {"stages": ["all"]}, None),
+        (RANKWISE, DISTILLED, None),
         (RANKWISE, {}, None),
         (RANKWISE | {"identity_block": False}, {"subspace": "top"}, None),
     ],
@@ -314,6 +317,21 @@ def test_a_training_that_would_find_nothing_to_train(
     found = errors_of(changed(*trained, (("tables", "table_1", "rows"), own)))
     place = f"tables.table_1.rows[{len(own) - 1}].tuning: "
     assert [line[: len(place + (message or ""))] for line in found] == ([place + message] if message else [])
+
+
+def test_a_distillation_reads_windows_that_the_model_can_read_and_keeps_some_to_train_on() -> None:
+    few = [
+        (("tuning", "scales"), DISTILLED | {"validation_windows": 32, "calibration": "new"}),
+        (("calibration", "new"), BASE["calibration"]["c4-32"] | {"length": 4096}),
+    ]
+    assert errors_of(changed(*few)) == [
+        "calibration.new.length: 4096 tokens, more than the `max_length` of model 'smollm2-135m' (2048)",
+        "tuning.scales.validation_windows: 32 of the 32 windows of `calibration.new` leave none to train on; lower it, "
+        "or take more windows",
+    ]
+    assert errors_of(changed((("tuning", "scales"), DISTILLED | {"calibration": "c4-23"}))) == [
+        "tuning.scales.calibration: 'c4-23' is not in `calibration` - did you mean 'c4-32'?"
+    ]
 
 
 @pytest.mark.parametrize(

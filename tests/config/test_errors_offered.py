@@ -46,6 +46,7 @@ ENTRIES: list[tuple[tuple[str | int, ...], dict[str, Any]]] = [
     (("tuning", "new"), {**LORA, "steps": 200}),
     (("tuning", "new"), {**LORA, "epochs": 1}),
     (("tuning", "new"), BASE["tuning"]["scales"]),
+    (("tuning", "new"), {"kind": "feature-distillation", "calibration": "c4-32"}),
     (("models", "new"), SLICED),
     (("models", "new", "shape"), SLICED["shape"]),
     (("models", "new", "source"), SLICED["source"]),

@@ -121,8 +121,10 @@ def test_every_kind_of_method_stands_in_the_main_table(study: Study) -> None:
         kinds = {study.method(row.method).kind for row in rows if row.ratio == ratio}
         assert kinds == set(method_modules()) - {"dense", *OF_THE_FIELD}
         later = [study.method(row.method).kind for row in study.tables["field"].rows if row.ratio == ratio]
-        assert set(later) == {"rankwise", *OF_THE_FIELD}
-    assert {row.tuning for row in rows} == {"none", *study.tuning}
+        assert set(later) == {"rankwise", "svd-llm", *OF_THE_FIELD}
+    assert {row.tuning for row in rows} == {"none", *study.tuning} - {"distilled"}
+    distilled = [(row.method, row.ratio) for row in study.tables["field"].rows if row.tuning == "distilled"]
+    assert distilled == [("svd-llm", 20), ("svd-llm", 30)]
 
 
 def test_what_is_pruned_are_the_blocks_that_its_authors_prune(study: Study) -> None:
@@ -212,7 +214,7 @@ def test_the_document_counts_the_jobs_of_each_rule(study: Study) -> None:
     jobs = Counter(job.rule for job in planned_jobs(study))
     costs = DOCS.partition("## What it costs")[2]
     counted = re.findall(r"^\| (`[a-z_`, ]+) \| (\d+) \|", costs, re.MULTILINE)
-    assert len(counted) == 13
+    assert len(counted) == 14
     for rules, count in counted:
         assert sum(jobs[rule] for rule in re.findall(r"\w+", rules)) == int(count), rules
 
@@ -262,6 +264,8 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
     removing = [(m, methods[name]) for m, name, _ in checkpoints if methods[name].get("mlp", "pairs") != "pairs"]
     eliminated = {(m, c["calibration"], c["covariance"], c["mlp"], c.get("multiple", 8)) for m, c in removing}
     assert {mlp for *_, mlp, _ in eliminated} == {"both"}  # each takes one without pairs, and goes on from there
+    distilled = {name: each["calibration"] for name, each in RAW["tuning"].items() if "calibration" in each}
+    tokens |= {(r["model"], distilled[r["tuning"]]) for r in rows if r["tuning"] in distilled}
     evaluations = {(r["model"], r["method"], r["ratio"], r["tuning"], suite) for r in rows for suite in r["suites"]}
     kept, tuned = RAW["keep_checkpoints"], {e[:-1] for e in evaluations if e[3] != "none"}
     given_up = [made for made in [*checkpoints, *tuned] if made[1] != "dense" and made[1] not in kept["methods"]]
@@ -281,7 +285,8 @@ def expected_jobs(reads: dict[str, tuple[str, ...]]) -> dict[str, int]:
         "measure_sensitivity": len(RAW["sensitivity"]),
         "search_allocation": len(searches),
         "compress_model": len(checkpoints),
-        "post_train": len(tuned),
+        "post_train": len([made for made in tuned if made[3] not in distilled]),
+        "distil_features": len([made for made in tuned if made[3] in distilled]),
         "evaluate_perplexity": judged["perplexity"],
         "evaluate_zero_shot": judged["zero-shot"],
         "evaluate_cost": judged["cost"],

@@ -249,6 +249,12 @@ CHANGES = [
         configs=ALL,
     ),
     Change("training", code("lowrank/post_training/train.py", "train"), rule("post_train")),
+    Change(
+        "distillation",
+        code("lowrank/post_training/distil.py", "distil_model"),
+        rule("distil_features"),
+        configs=("mini-paper", "paper"),
+    ),
     Change("perplexity", code("lowrank/evaluation/perplexity.py", "evaluate_corpora"), rule("evaluate_perplexity")),
     Change(
         "the comparison of texts",

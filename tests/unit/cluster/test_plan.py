@@ -60,6 +60,21 @@ def test_a_tuned_row_waits_for_training_and_the_row_without_it(small: Study) -> 
     assert Job.of("fetch_instructions", instructions="tiny") in jobs[tuned[0]]
 
 
+def test_a_distilled_row_waits_for_the_dense_model_and_windows_besides() -> None:
+    raw = tiny.config(Path("nowhere"))
+    raw["tuning"]["distilled"] = {"kind": "feature-distillation", "calibration": "c8", "validation_windows": 2}
+    raw["tables"]["table_7"]["rows"][1] |= {"tuning": "distilled"}
+    row = {"model": "tiny", "method": "svd", "ratio": 20, "seed": 0}
+    jobs = planned_jobs(check_study(raw))
+    job = Job.of("distil_features", tuning="distilled", **row)
+    assert job in jobs[Job.of("evaluate_cost", tuning="distilled", suite="cost", **row)]
+    assert jobs[job] == [
+        Job.of("compress_model", **row),
+        Job.of("fetch_model", model="tiny"),
+        Job.of("sample_calibration", model="tiny", calibration="c8"),
+    ]
+
+
 def test_what_shows_tested_text_waits_until_it_was_compared(small: Study) -> None:
     jobs, compared = planned_jobs(small), Job.of("compare_texts")
     names = ("calibration", "test-a", "test-b", "test-c", "validation")

@@ -47,7 +47,10 @@ def study_of(shape: dict[str, Any], dtype: str = "float16", **changes: Any) -> S
                 "types": bases | {"model": "one", "corpus": "text", "windows": 32, "length": 2048, "kept": [0.5]}
             },
             "methods": {"bolaco": bases | {"kind": "bolaco", "validation": "top", "search": "bo"}},
-            "tuning": {"scales": {"kind": "scaled-subspace", "instructions": "alpaca"}},
+            "tuning": {
+                "scales": {"kind": "scaled-subspace", "instructions": "alpaca"},
+                "distilled": {"kind": "feature-distillation", "calibration": "c4", "batch_size": 1},
+            },
             "suites": {
                 "held-out": {"kind": "perplexity", "corpora": ["test"], "length": 4096},
                 "zero-shot": {"kind": "zero-shot", "tasks": {"piqa": "acc"}},
@@ -69,6 +72,7 @@ JOBS = {
     "measure_sensitivity": {"sensitivity": "types"},
     "search_allocation": BOLACO,
     "post_train": BOLACO | {"tuning": "scales"},
+    "distil_features": BOLACO | {"tuning": "distilled"},
     "evaluate_perplexity": BOLACO | {"suite": "held-out"},
     "evaluate_zero_shot": BOLACO | {"suite": "zero-shot"},
     "evaluate_cost": BOLACO | {"suite": "cost"},
@@ -134,6 +138,21 @@ def test_the_parts_of_the_largest_jobs_of_7b() -> None:
     assert statistics_need.device["accumulators"] == 8 * (3 * 4096**2 + 11008**2 + means) * 8
     assert statistics_need.scratch == 2 * 1024 * 4096 * 4096 * 2
     assert statistics_need.disk == pytest.approx(32 * (4 * (3 * half(4096) + half(11008)) + 8 * means), rel=1e-3)
+
+
+def test_a_distillation_holds_two_models_and_three_streams_of_hidden_states() -> None:
+    """By hand, of 7B: 6.476e9 weights in the linear layers, 1024 windows of 4096 tokens."""
+    need = Estimator(study_of(LLAMA_7B)).need("distil_features", JOBS["distil_features"])
+    linears, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
+    assert need.device["weights"] == pytest.approx(2 * (1.8 * linears + 2 * others))
+    assert need.device["a block's factors"] == pytest.approx(20 * 0.8 * linears / 32), "5 numbers of 4 bytes a weight"
+    assert need.host["hidden states"] == 3 * 1024 * 4096 * 4096 * 2
+    assert need.scratch == pytest.approx(2 * 0.8 * linears)
+    # Both inputs: 1016 windows forward and back, and 8 windows at the start, after 20 times 50 steps, and at the end
+    attention = 2 * 4096 * 4096 * 32
+    read = 2 * (3 * 1016 + 8 * (1016 / 50 + 2)) * 4096
+    assert need.work.single == pytest.approx(read * (2 * 0.8 * linears + attention))
+    assert need.work.half == pytest.approx(1024 * 4096 * (2 * 1.8 * linears + 2 * attention))
 
 
 def test_only_jobs_that_share_their_work_get_several_gpus() -> None:

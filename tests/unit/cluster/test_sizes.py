@@ -155,10 +155,10 @@ def test_constants_are_those_of_the_code() -> None:
     from lowrank.calibration import output_gradients
     from lowrank.cluster import checkpoint_needs, sizes
     from lowrank.evaluation import perplexity
-    from lowrank.post_training import loss
+    from lowrank.post_training import distil, loss
     from lowrank.search import objective
 
-    assert statistics_module.TOKENS_PER_BATCH == sizes.STATISTICS_TOKENS
+    assert statistics_module.TOKENS_PER_BATCH == distil.TOKENS_PER_BATCH == sizes.STATISTICS_TOKENS
     assert output_gradients.TOKENS_PER_BATCH == sizes.GRADIENT_TOKENS
     assert sizes.LOSS_TOKENS == objective.TOKENS_PER_BATCH == perplexity.BATCH_TOKENS
     assert losses.CHUNK_TOKENS == HEAD_TOKENS

@@ -300,6 +300,9 @@ NAMED = {"post_train": ["lowrank.post_training.worker"]}
     [
         ("post_train", "lowrank.post_training.train:train", True),
         ("post_train", "lowrank.jobs.worker:main", True),
+        ("post_train", "lowrank.post_training.distillation:distil_block", False),
+        ("distil_features", "lowrank.post_training.distillation:distil_block", True),
+        ("distil_features", "lowrank.post_training.train:train", False),
         ("evaluate_perplexity", "lowrank.jobs.worker:main", True),
         ("compute_bases", "lowrank.bases.block:bases_of_block", True),
         ("compute_bases", "lowrank.search.search:search_allocation", False),

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowrank.cluster.needs import GIB, PROGRAM, Need
-from lowrank.cluster.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, either, in_dtype
+from lowrank.cluster.needs import GIB, PROGRAM, Need, plus
+from lowrank.cluster.sizes import (
+    HEAD_TOKENS,
+    LOSS_TOKENS,
+    SINGLE,
+    STATISTICS_TOKENS,
+    Sizes,
+    batch_tokens,
+    either,
+    in_dtype,
+)
+from lowrank.config.presets import Calibration
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
-from lowrank.config.tuning import Tuning
+from lowrank.config.tuning import FeatureDistillation, Tuning
 
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB
@@ -60,6 +70,55 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
             seconds=180,
         ),
     )
+
+
+def distillation_need(dense: Sizes, stored: Sizes, tuning: FeatureDistillation, calibration: Calibration) -> Need:
+    """Distilling the features of a checkpoint, block by block.
+
+    Args:
+        dense: the dense model.
+        stored: the checkpoint.
+        tuning: the preset.
+        calibration: whose windows it reads.
+    """
+    length, windows, layers = calibration.length, calibration.windows, dense.shape.layers
+    single = replace(stored, dtype="float32")  # as a block is trained
+    batch, tokens = tuning.batch_size * length, windows * length
+    looks = (windows - tuning.validation_windows) * tuning.epochs / tuning.batch_size / tuning.evaluate_every + 2
+    trained = 3 * tuning.epochs * (windows - tuning.validation_windows)  # backward: twice a pass forward
+    read = len(tuning.inputs) * (trained + looks * tuning.validation_windows) * length
+    factors = stored.linears / layers
+    return Need(
+        gpu=True,
+        device={
+            "weights": dense.weights + stored.weights,
+            # A block's factors as they are trained, with gradients, both moments of AdamW and the best so far.
+            "a block's factors": 5 * SINGLE * factors,
+            "activations": max(
+                _kept_for_factors(single, batch) + 2 * single.hidden(batch),
+                dense.activations(batch_tokens(length, STATISTICS_TOKENS)),
+            ),
+        },
+        host={"program": PROGRAM, "hidden states": 3 * dense.hidden(tokens)},
+        loading=dense.weights + stored.weights,
+        disk=stored.weights,
+        scratch=stored.linears * stored.number,
+        work=plus(
+            in_dtype(
+                dense,
+                dense.forward(tokens, length, head=False) + stored.forward(tokens, length, head=False),
+                disk=dense.weights + 3 * stored.weights,
+            ),
+            single=single.forward(read, length, head=False),
+        ),
+    )
+
+
+def _kept_for_factors(sizes: Sizes, tokens: float) -> float:
+    """What one block keeps for training its factors: besides what a frozen one keeps, all that its factors read."""
+    ranks = [m.out_features * m.in_features / (m.out_features + m.in_features) for m in sizes.block]
+    read = tokens * sizes.number * (sum(sizes.inputs) + sizes.kept * sum(ranks))
+    return sizes.training_activations(tokens) / sizes.shape.layers + read
 
 
 def _trained(sizes: Sizes, tuning: Tuning) -> float:

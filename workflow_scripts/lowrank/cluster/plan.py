@@ -120,7 +120,7 @@ def make_plan(study: Study, gpus: int = 1, **held: int) -> Plan:
 
 def _folder(layout: Layout, job: Job) -> str | None:
     """Of the checkpoint that a job makes."""
-    patterns = {"compress_model": layout.compressed, "post_train": layout.tuned}
+    patterns = {"compress_model": layout.compressed, "post_train": layout.tuned, "distil_features": layout.tuned}
     return patterns[job.rule].format(**job.wildcards) if job.rule in patterns else None
 
 

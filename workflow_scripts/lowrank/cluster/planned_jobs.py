@@ -14,6 +14,7 @@ from lowrank.config.presets import ANY_MULTIPLE, MethodSettings, Selection
 from lowrank.config.sources import RandomSource, TokensSource
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
+from lowrank.config.tuning import FeatureDistillation
 from lowrank.layout import Layout, named_groups
 
 
@@ -189,12 +190,12 @@ class _Planner:
         return self.job(Job.of("give_up_checkpoint", place=place), after)
 
     def tuning(self, model: str, method: str, ratio: str, tuning: str, seed: str) -> Job:
-        instructions = self.study.tuning[tuning].instructions
-        after = [
-            self.compression(model, method, ratio, seed),
-            self.job(Job.of("fetch_instructions", instructions=instructions), []),
-        ]
+        preset, after = self.study.tuning[tuning], [self.compression(model, method, ratio, seed)]
         named = {"model": model, "method": method, "ratio": ratio, "tuning": tuning, "seed": seed}
+        if isinstance(preset, FeatureDistillation):
+            after += [self.model(model), self.windows(model, preset.calibration)]
+            return self.job(Job.of("distil_features", **named), after)
+        after.append(self.job(Job.of("fetch_instructions", instructions=preset.instructions), []))
         return self.job(Job.of("post_train", **named), after)
 
     def evaluation(self, model: str, method: str, ratio: str, tuning: str, seed: str, suite: str) -> Job:

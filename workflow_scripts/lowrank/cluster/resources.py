@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from lowrank.cluster.checkpoint_needs import suite_need, tuning_need
+from lowrank.cluster.checkpoint_needs import distillation_need, suite_need, tuning_need
 from lowrank.cluster.compression_needs import compression_need, elimination_need
 from lowrank.cluster.needs import GIB, PROGRAM, Need, Work
 from lowrank.cluster.sizes import (
@@ -30,6 +30,7 @@ from lowrank.cluster.sizes import (
 from lowrank.config.outputs import PredictedLossFigure
 from lowrank.config.presets import ANY_MULTIPLE, Validation
 from lowrank.config.study import Study
+from lowrank.config.tuning import FeatureDistillation, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 
@@ -68,6 +69,7 @@ class Estimator:
             "search_allocation": self._search_allocation,
             "compress_model": self._compress_model,
             "post_train": self._post_train,
+            "distil_features": self._distil_features,
             "evaluate_perplexity": self._evaluate,
             "evaluate_zero_shot": self._evaluate,
             "evaluate_cost": self._evaluate,
@@ -305,8 +307,17 @@ class Estimator:
 
     def _post_train(self, wildcards: Wildcards) -> Need:
         tuning = self.study.tuning[wildcards["tuning"]]
+        if not isinstance(tuning, Tuning):
+            raise RankwiseError(f"tuning.{wildcards['tuning']}: it trains on no instructions")
         opened = self._sizes(wildcards["model"], int(wildcards["ratio"]), tuning.dtype)
         return tuning_need(opened, self._checkpoint(wildcards), tuning)
+
+    def _distil_features(self, wildcards: Wildcards) -> Need:
+        tuning = self.study.tuning[wildcards["tuning"]]
+        if not isinstance(tuning, FeatureDistillation):
+            raise RankwiseError(f"tuning.{wildcards['tuning']}: it distils nothing")
+        dense, calibration = self._sizes(wildcards["model"]), self.study.calibration[tuning.calibration]
+        return distillation_need(dense, self._checkpoint(wildcards), tuning, calibration)
 
     def _evaluate(self, wildcards: Wildcards) -> Need:
         suite, longest = self.study.suites[wildcards["suite"]], self.study.models[wildcards["model"]].max_length

@@ -29,8 +29,7 @@ def check_beside(study: Study, folder: str | Path, where: str, lines: Lines) -> 
     shapes = {name: model.shape for name, model in study.models.items() if model.shape is not None}
     problems += arithmetic_problems(study.tables, published, shapes)
     for name, tuning in study.tuning.items():
-        file = deepspeed_file(tuning, folder)
-        if not Path(file).is_file():
+        if isinstance(tuning, Tuning) and not Path(file := deepspeed_file(tuning, folder)).is_file():
             problems.append(f"tuning.{name}.deepspeed: there is no {file}")
     if problems:
         raise ConfigError(where, problems, lines)

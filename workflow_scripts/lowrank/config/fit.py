@@ -14,7 +14,7 @@ from lowrank.config.presets import Covariance, MethodSettings, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite
-from lowrank.config.tuning import ScaledSubspaceTuning
+from lowrank.config.tuning import FeatureDistillation, ScaledSubspaceTuning
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from lowrank.ranks import reach
@@ -227,25 +227,35 @@ def _tuning_problems(study: Study) -> Iterator[str]:
         if use.tuning not in study.tuning or use.model not in study.models or use.method not in study.methods:
             continue
         tuning, method = study.tuning[use.tuning], study.method(use.method)
-        rank, widest = tuning.rank, study.models[use.model].shape.hidden
+        rank, widest = getattr(tuning, "rank", 0), study.models[use.model].shape.hidden
         if rank > widest:
             yield (
                 f"tuning.{use.tuning}.rank: {rank}, but no matrix of model '{use.model}' has a rank of more than "
                 f"{widest}, its width"
             )
         place = f"{use.place.removesuffix('ratio')}tuning"
-        needs_pairs = isinstance(tuning, ScaledSubspaceTuning) or any(stage != "all" for stage in tuning.stages)
-        if needs_pairs and not method.has_pairs and method.kind != "dense":  # which is refused elsewhere
+        if tuning.needs_pairs and not method.has_pairs and method.kind != "dense":  # which is refused elsewhere
             yield (
                 f"{place}: '{use.tuning}' trains low-rank pairs, and '{use.method}' makes none; take a tuning of kind "
                 "`lora` with `stages: [all]`"
             )
+        if isinstance(tuning, FeatureDistillation):
+            yield from _held_out_problems(study, use.tuning, tuning)
         ordered = isinstance(tuning, ScaledSubspaceTuning) and tuning.subspace != "random"
         if ordered and not method.has_order:
             yield (
                 f"{place}: '{use.tuning}' takes a subspace by the order of dimensions, and those of pairs with "
                 f"identity blocks, as of '{use.method}', have none; write `subspace: random`"
             )
+
+
+def _held_out_problems(study: Study, name: str, tuning: FeatureDistillation) -> Iterator[str]:
+    calibration = study.calibration.get(tuning.calibration)
+    if calibration and calibration.windows <= tuning.validation_windows:
+        yield (
+            f"tuning.{name}.validation_windows: {tuning.validation_windows} of the {calibration.windows} windows of "
+            f"`calibration.{tuning.calibration}` leave none to train on; lower it, or take more windows"
+        )
 
 
 def _validation_problems(study: Study, use: Use) -> Iterator[str]:
@@ -312,7 +322,11 @@ def _lengths_used(study: Study) -> Iterator[tuple[str, str, int]]:
                 yield use.model, f"validation.{method.validation}.length", validation.length
                 yield from _calibration_length(study, use.model, validation.select.calibration)
         if use.tuning in study.tuning:
-            yield use.model, f"tuning.{use.tuning}.max_length", study.tuning[use.tuning].max_length
+            tuning = study.tuning[use.tuning]
+            if isinstance(tuning, FeatureDistillation):
+                yield from _calibration_length(study, use.model, tuning.calibration)
+            else:
+                yield use.model, f"tuning.{use.tuning}.max_length", tuning.max_length
         for name in use.suites:
             suite = study.suites.get(name)
             if isinstance(suite, PerplexitySuite):

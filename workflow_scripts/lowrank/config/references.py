@@ -17,6 +17,7 @@ from lowrank.config.outputs import (
 from lowrank.config.sources import RandomSource
 from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
+from lowrank.config.tuning import FeatureDistillation
 
 
 def references(study: Study) -> Iterator[tuple[str, str, str]]:
@@ -52,7 +53,10 @@ def references(study: Study) -> Iterator[tuple[str, str, str]]:
             yield f"methods.{name}.transfer.model", "models", method.transfer.model
             yield f"methods.{name}.transfer.method", "methods", method.transfer.method
     for name, tuning in study.tuning.items():
-        yield f"tuning.{name}.instructions", "instructions", tuning.instructions
+        if isinstance(tuning, FeatureDistillation):
+            yield f"tuning.{name}.calibration", "calibration", tuning.calibration
+        else:
+            yield f"tuning.{name}.instructions", "instructions", tuning.instructions
     for index, target in enumerate(study.keep_checkpoints.methods or ()):
         yield f"keep_checkpoints.methods[{index}]", "methods", target
     yield from _suite_references(study)

@@ -62,6 +62,11 @@ class ScaledSubspaceTuning(Tuning):
     rank: Positive = Field(default=256, description="r', how many rank dimensions get a trained scale")
     subspace: Literal["random", "top", "bottom"] = "random"
 
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it finds nothing to train where a method makes no low-rank pairs."""
+        return True
+
 
 class LoraTuning(Tuning):
     """LoRA on dense layers and on the factors of low-rank pairs, merged afterwards; the paper's baselines have it."""
@@ -81,11 +86,43 @@ class LoraTuning(Tuning):
         "factors of pairs (all), or one of the factors; SVD-LLM has [up, down]",
     )
 
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it finds nothing to train where a method makes no low-rank pairs."""
+        return any(stage != "all" for stage in self.stages)
 
-AnyTuning = Annotated[ScaledSubspaceTuning | LoraTuning, Field(discriminator="kind")]
+
+class FeatureDistillation(Section):
+    """The factors of low-rank pairs, trained block by block on hidden states of the dense model (Lillama)."""
+
+    kind: Literal["feature-distillation"]
+    calibration: Name
+    inputs: Distinct[Literal["dense", "compressed"]] = Field(
+        default=["dense", "compressed"],
+        min_length=1,
+        description="what a block reads in training: hidden states of the dense model, those that come through the "
+        "compressed blocks before it, or both, whose losses add up",
+    )
+    learning_rate: Annotated[Number, Field(gt=0)] = 8.6e-5
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    epochs: Positive = 1
+    batch_size: Positive = Field(default=8, description="windows a step")
+    validation_windows: Positive = Field(
+        default=8, description="the last ones of the calibration; they choose the step whose factors a block keeps"
+    )
+    evaluate_every: Positive = Field(default=50, description="steps between two looks at the validation windows")
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it finds nothing to train where a method makes no low-rank pairs."""
+        return True
 
 
-def parse_tuning(plain: dict[str, Any]) -> ScaledSubspaceTuning | LoraTuning:
-    """The preset that `plain()` gave to a rule, typed again."""
-    adapter: TypeAdapter[ScaledSubspaceTuning | LoraTuning] = TypeAdapter(AnyTuning)
+InstructionTuning = ScaledSubspaceTuning | LoraTuning
+AnyTuning = Annotated[InstructionTuning | FeatureDistillation, Field(discriminator="kind")]
+
+
+def parse_tuning(plain: dict[str, Any]) -> InstructionTuning:
+    """The preset of a training on instructions that `plain()` gave to a rule, typed again."""
+    adapter: TypeAdapter[InstructionTuning] = TypeAdapter(Annotated[InstructionTuning, Field(discriminator="kind")])
     return adapter.validate_python(plain)

@@ -126,7 +126,8 @@ def _tuning(subject: Mapping[str, Any], tuning: Mapping[str, Any] | None, traini
     if not tuning or not training:
         return ""
     preset = yaml.safe_dump({subject["tuning"]: dict(tuning)}, sort_keys=True, allow_unicode=True)
-    steps = f"{training['steps']} steps, of which step {training['best_step']} was the best"
+    steps = f"{training['steps']} steps"
+    steps += f", of which step {training['best_step']} was the best" if "best_step" in training else ", block by block"
     return f"Then post-training, {steps}:\n\n```yaml\n{preset}```"
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank.model.modeling_rankwise import IdentityColumnsLinear, LowRankLinear, SharedDownLinear
+from lowrank.model.modeling_rankwise import (
+    IdentityBlockLinear,
+    IdentityColumns,
+    IdentityColumnsLinear,
+    LowRankLinear,
+    SharedDownLinear,
+)
 
 
 @dataclass(frozen=True)
@@ -107,3 +113,12 @@ def _with_up(
         if factors.bias is not None:
             layer.up.bias.copy_(factors.bias)
     return layer.requires_grad_(False)
+
+
+def factor_paths(layer: LowRankLinear | IdentityBlockLinear) -> dict[str, str]:
+    """Factor of a pair -> path of its linear module; a shared first one belongs to the layer that stores it."""
+    if isinstance(layer, IdentityBlockLinear):
+        return {"down": "down", "up": "rest"}
+    if isinstance(layer, SharedDownLinear):
+        return {"up": "up"}
+    return {"down": "down.rest" if isinstance(layer.down, IdentityColumns) else "down", "up": "up"}

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from lowrank.config.tuning import LoraTuning
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
-from lowrank.model.modeling_rankwise import IdentityBlockLinear, IdentityColumns, LowRankLinear, SharedDownLinear
+from lowrank.model.factors import factor_paths
+from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
 
 Stage = Literal["all", "up", "down"]
 ADAPTER = "default"
@@ -69,7 +70,7 @@ def target_weights(model: PreTrainedModel, targets: list[str] | None, stage: Sta
             if targets is not None and linear.name not in targets:
                 continue
             if isinstance(module, LowRankLinear | IdentityBlockLinear):
-                parts = [f"{name}.{path}" for part, path in _factors(module).items() if stage in ("all", part)]
+                parts = [f"{name}.{path}" for part, path in factor_paths(module).items() if stage in ("all", part)]
                 yield from (part for part in parts if model.get_parameter(f"{part}.weight").numel())
             elif not isinstance(module, nn.Linear):
                 raise RankwiseError(
@@ -78,15 +79,6 @@ def target_weights(model: PreTrainedModel, targets: list[str] | None, stage: Sta
                 )
             elif stage == "all" and module.weight.numel():
                 yield name
-
-
-def _factors(layer: LowRankLinear | IdentityBlockLinear) -> dict[str, str]:
-    """Factor of a pair -> path of its linear module; a shared first one is trained in the layer that stores it."""
-    if isinstance(layer, IdentityBlockLinear):
-        return {"down": "down", "up": "rest"}
-    if isinstance(layer, SharedDownLinear):
-        return {"up": "up"}
-    return {"down": "down.rest" if isinstance(layer.down, IdentityColumns) else "down", "up": "up"}
 
 
 def attach_lora(model: PreTrainedModel, tuning: LoraTuning, stage: Stage, seed: int) -> dict[str, nn.Module]:
