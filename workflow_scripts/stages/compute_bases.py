@@ -11,30 +11,30 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.output_gradients import load_output_gradients
     from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
+    from lowrank.config.sources import ModelShape
     from lowrank.files import atomic_path, checksums_of, layer_files, save_tensors, write_json
     from lowrank.jobs.stage import log
-    from lowrank.model.checkpoint import family_of, load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.stored_blocks import StoredBlocks
 
     settings = job.params.settings
     limit_threads(job.threads)
     device = pick_device()
     covariance = Covariance.model_validate(settings["covariance"])
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
-    family = family_of(model)
-    blocks = model.get_submodule(family.blocks)
-    sources = layer_files(job.input.layers, len(blocks))
-    gradients = layer_files(job.input.gradients, len(blocks)) if job.input.get("gradients") else None
+    shape = ModelShape.model_validate(settings["shape"])
+    stored = StoredBlocks(job.input.model, shape, parse_dtype(settings["dtype"]))
+    family = stored.family
+    sources = layer_files(job.input.layers, shape.layers)
+    gradients = layer_files(job.input.gradients, shape.layers) if job.input.get("gradients") else None
     with atomic_path(job.output.layers) as folder:
         folder.mkdir()
         for layer, source in enumerate(sources):
-            modules = {linear: blocks[layer].get_submodule(linear.path) for linear in family.types}
-            linears = {linear.name: (linear.site, module.weight, module.bias) for linear, module in modules.items()}
+            linears = {linear.name: (linear.site, *weights) for linear, weights in stored.of(layer).items()}
             moments = load_moments(source, family.sites)
             loaded = load_output_gradients(gradients[layer], linears) if gradients else None
             bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}", loaded)
             save_tensors(folder / source.name, bases)
-            log.info("bases: block %d of %d", layer + 1, len(blocks))
+            log.info("bases: block %d of %d", layer + 1, shape.layers)
     write_json(
         job.output.manifest,
         {

@@ -282,6 +282,22 @@ def test_the_study_of_large_models_fits_nodes_of_eight_gpus() -> None:
     assert {entry.gpus for entry in plan.entries if entry.rule == "post_train"} == {8}
 
 
+def test_the_page_says_what_the_plan_says_of_large_models() -> None:
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    table = page.partition("| rule | GPUs | fullest, GiB | main memory, GiB |\n|---|---|---|---|\n")[2].partition(
+        "\n\n"
+    )[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    plan, seen = make_plan(load_study(ROOT / "config/large.yaml"), Dealing(None, 80 * GIB, 8)), set()
+    for name, *numbers in rows:
+        pattern = re.sub(r"\\\*$", ".*", re.escape(name.split("`")[1]))
+        mine = [entry for entry in plan.entries if re.fullmatch(pattern, entry.rule)]
+        found = (max(e.gpus for e in mine), max(e.gpu for e in mine) / GIB, max(e.host for e in mine) / GIB)
+        assert [float(number) for number in numbers] == pytest.approx(found, abs=1), name
+        seen |= {entry.rule for entry in mine}
+    assert seen == {entry.rule for entry in plan.entries if entry.gpus}
+
+
 def test_layers_per_pass_decide_whether_statistics_fit(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, layers=48, hidden=8192, intermediate=22016, heads=64, kv_heads=64, head_dim=128))
     of_statistics = [

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from lowrank.cluster.needs import GIB, PROGRAM, Need
 from lowrank.cluster.sizes import HEAD_TOKENS, LOSS_TOKENS, SINGLE, Sizes, batch_tokens, either, in_dtype
-from lowrank.config.beside import Zero
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
 from lowrank.config.tuning import Tuning
+from lowrank.config.zero import Zero
 
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB

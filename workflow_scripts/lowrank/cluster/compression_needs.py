@@ -28,8 +28,11 @@ ON_PROCESSORS = ("dense", "flap")
 TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 """Kinds of methods that take loss gradients of weights, if they read calibration windows."""
 
-STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
+STORE_AS_WRITTEN = ("asvd", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+MADE_IN_PLACE = ("flap", "llm-pruner", "svd", "svd-llm")
+"""Kinds of methods whose new layers are made one at a time, in the place of the old ones, unless they are updated."""
 
 TRAIN_MASKS = ("llrc",)
 """Kinds of methods that train masks over all directions of all matrices."""
@@ -58,7 +61,7 @@ def compression_need(
         return _decomposed(method, dense, compressed, calibration)
     all_bases = dense.shape.layers * bases
     need = Need(
-        host={"program": PROGRAM, "weights": compressed.weights, "bases": compressed.kept * all_bases},
+        host={"program": PROGRAM, "weights": dense.weights, "a block's bases": bases},
         disk=compressed.weights,
         work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
     )
@@ -148,8 +151,10 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
     if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
         device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
     host = {"program": PROGRAM, "weights": dense.weights}
-    as_written = method.kind in STORE_AS_WRITTEN
-    host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
+    in_place = method.kind in MADE_IN_PLACE and not getattr(method, "update", False)
+    if not in_place:
+        as_written = method.kind in STORE_AS_WRITTEN
+        host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
     work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
     work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
     if "statistics" in method.needs:
@@ -175,7 +180,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
             split = _split(method, dense, device)
         if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
             host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
-        else:
+        elif not in_place:
             del host["weights"]
         if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
             host["hidden states"] = 2 * dense.hidden(tokens)

@@ -27,11 +27,11 @@ from lowrank.cluster.sizes import (
     either,
     in_dtype,
 )
-from lowrank.config.beside import zero_of
 from lowrank.config.outputs import PredictedLossFigure
 from lowrank.config.presets import ANY_MULTIPLE, Validation
 from lowrank.config.study import Study
 from lowrank.config.use import SHIPPED
+from lowrank.config.zero import zero_of
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 
@@ -207,7 +207,7 @@ class Estimator:
             device={"a decomposition": decomposition(sizes.block), "a block's bases": stored},
             host={
                 "program": PROGRAM,
-                "weights": sizes.weights,
+                "a block's weights": sizes.block_weights / layers,
                 "a block's covariances": sizes.statistics(windows) + sizes.moments(DOUBLE) + gradients,
                 **either(**{"an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2, "bases to be stored": stored}),
             },

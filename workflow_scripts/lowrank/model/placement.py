@@ -9,6 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+MODEL_GPUS = "RANKWISE_MODEL_GPUS"
+"""The variable that tells a process over how many GPUs it may spread a model."""
+
 
 def placed_blocks(blocks: Sequence[float], around: float, devices: int) -> list[int]:
     """The device of each block, so that the fullest device holds as little as it can.
