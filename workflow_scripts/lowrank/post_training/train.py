@@ -81,13 +81,17 @@ class Trainer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.tuning.learning_rate, weight_decay=self.tuning.weight_decay)
         loss = InstructionLoss(model, family_of(model).decoder)
+        if self.device.type == "cpu":
+            # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.divided:
             _divide(loss, config, self.device)
         self.engine = _initialize(loss, optimizer, config, self.device, self.folder)
         # Neither in steps has the frozen model dropout, as in its own statistics; what is trained may have.
         self.engine.eval()
+        learnt = self.vectors()  # on all processes: they gather divided ones together
         if self.rank == 0:
-            count = trained_numbers(pack_vectors(self.vectors()))
+            count = trained_numbers(pack_vectors(learnt))
             log.info("training %d numbers in %d layers, %d process(es)", count, len(self.wrapped), self.world)
 
     def resume(self) -> None:
@@ -263,9 +267,6 @@ def _initialize(
     folder: Path,
 ) -> Any:
     """A DeepSpeed engine that compiles nothing and pickles nothing."""
-    if device.type == "cpu":
-        # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
