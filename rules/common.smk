@@ -149,24 +149,43 @@ SITE = checked(
     as_written(workflow.resource_settings._parsed_default_resources),
     as_written(workflow.resource_settings.resources).get("gpu"),
 )
-ESTIMATOR = Estimator(STUDY, **{rule: of_rule(rule, "layers_per_pass", 0) for rule in LAYERS_PER_PASS})
+ESTIMATOR = Estimator(
+    STUDY, SITE.dealing.memory, **{rule: of_rule(rule, "layers_per_pass", 0) for rule in LAYERS_PER_PASS}
+)
 
 
-def gpus(rule, wildcards):
-    """How many GPUs a job holds: none if it does not compute on one, or if the profile hands out none."""
+def given(rule, wildcards):
+    """The GPUs of a job: none if it does not compute on one, or if the profile hands out none."""
     if SITE.gpus_per_job is None and workflow.non_local_exec:
         raise WorkflowError(
             "the profile does not say whether jobs get GPUs. Add `gpus_per_job: 1` to its `default-resources`, or "
             "`gpus_per_job: 0` to compute on CPUs (options on the command line replace those of the profile)."
         )
     need = ESTIMATOR.need(rule, wildcards)
-    wanted = of_rule(rule, "gpu", need.gpus(SITE.gpus_per_job or 0)) if need.gpu else 0
-    return checked(SITE.check_gpus, rule, wanted)
+    said = of_rule(rule, "gpu", None)
+    if said is None or not need.gpu:
+        dealt = checked(SITE.dealing.given, rule, need)
+    else:
+        dealt = checked(SITE.dealing.on, rule, need, said)
+    checked(SITE.check_gpus, rule, dealt.gpus)
+    return dealt
 
 
-def gpus_of_node(rule, wildcards):
-    """How many of them are on one node, whose memory is asked for."""
-    return -(-gpus(rule, wildcards) // of_rule(rule, "nodes", 1))
+def gpus(rule, wildcards):
+    """How many GPUs a job holds."""
+    return given(rule, wildcards).gpus
+
+
+def of_node(rule, count):
+    """How many of a job's GPUs or processes are on one node, whose memory is asked for."""
+    return -(-count // of_rule(rule, "nodes", 1))
+
+
+def memory_of(rule, wildcards, attempt):
+    """What a job asks of a node's main memory, in MB."""
+    dealt, need = given(rule, wildcards), ESTIMATOR.need(rule, wildcards)
+    node = of_node(rule, dealt.gpus), of_node(rule, dealt.processes)
+    return memory_request(need, node[0], attempt, SITE.max_mem_mb, node[1])
 
 
 def asks(rule):
@@ -175,11 +194,14 @@ def asks(rule):
         "uses_gpu": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).gpu),
         "gpu": lambda wildcards: gpus(rule, wildcards) or None,
         "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
+        "processes": lambda wildcards: 1 if given(rule, wildcards).over > 1 else None,
         "gpu_model": lambda wildcards: SITE.gpu_type if gpus(rule, wildcards) else None,
-        "mem_mb": lambda wildcards, attempt: memory_request(
-            ESTIMATOR.need(rule, wildcards), gpus_of_node(rule, wildcards), attempt, SITE.max_mem_mb
-        ),
+        "mem_mb": lambda wildcards, attempt: memory_of(rule, wildcards, attempt),
         "runtime": lambda wildcards, attempt, threads: runtime_request(
-            ESTIMATOR.need(rule, wildcards), gpus(rule, wildcards), threads, attempt, SITE.max_runtime
+            ESTIMATOR.need(rule, wildcards),
+            gpus(rule, wildcards) and given(rule, wildcards).processes,
+            threads,
+            attempt,
+            SITE.max_runtime,
         ),
     }

@@ -7,34 +7,36 @@ from lowrank.jobs.stage import run_stage
 
 def work(job: Snakemake) -> None:
     """Block by block: estimate covariances, decompose, write."""
-    from lowrank.bases.block import bases_of_block, linears_of
+    from lowrank.bases.block import bases_of_block
     from lowrank.calibration.output_gradients import load_output_gradients
     from lowrank.calibration.routing import about_experts
     from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
+    from lowrank.config.sources import ModelShape
     from lowrank.files import atomic_path, checksums_of, layer_files, load_layer, save_tensors, write_json
     from lowrank.jobs.stage import log
-    from lowrank.model.checkpoint import family_of, load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.stored_blocks import StoredBlocks
 
     settings = job.params.settings
     limit_threads(job.threads)
     device = pick_device()
     covariance = Covariance.model_validate(settings["covariance"])
-    model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
-    family = family_of(model)
-    blocks = model.get_submodule(family.blocks)
-    sources = layer_files(job.input.layers, len(blocks))
-    gradients = layer_files(job.input.gradients, len(blocks)) if job.input.get("gradients") else None
+    shape = ModelShape.model_validate(settings["shape"])
+    stored = StoredBlocks(job.input.model, shape, parse_dtype(settings["dtype"]))
+    family = stored.family
+    sources = layer_files(job.input.layers, shape.layers)
+    gradients = layer_files(job.input.gradients, shape.layers) if job.input.get("gradients") else None
     with atomic_path(job.output.layers) as folder:
         folder.mkdir()
         for layer, source in enumerate(sources):
             moments = load_moments(source, family.sites)
-            linears = linears_of(blocks[layer], family, moments)
+            layers = stored.of(layer, moments)
+            linears = {linear.key: (linear.site, *weights) for linear, weights in layers.items()}
             loaded = load_output_gradients(gradients[layer], linears) if gradients else None
             bases = bases_of_block(linears, moments, covariance, device, f"{family.blocks}.{layer}", loaded)
             save_tensors(folder / source.name, bases | about_experts(load_layer(source)))
-            log.info("bases: block %d of %d", layer + 1, len(blocks))
+            log.info("bases: block %d of %d", layer + 1, shape.layers)
     write_json(
         job.output.manifest,
         {

@@ -14,16 +14,16 @@ def work(job: Snakemake) -> None:
     from lowrank.evaluation.cost import CONVENTION, count_bytes, count_macs, measure_speed
     from lowrank.files import write_json
     from lowrank.model.checkpoint import load_checkpoint
+    from lowrank.model.devices import pick_devices
     from lowrank.model.parameters import count_parameters
-    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype
 
     started = time.monotonic()
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
     suite = CostSuite.model_validate(settings["suite"])
     shape = ModelShape.model_validate(settings["shape"])
-    model = load_checkpoint(job.input.checkpoint, parse_dtype(settings["dtype"]), device)
+    model = load_checkpoint(job.input.checkpoint, parse_dtype(settings["dtype"]), pick_devices())
     write_json(
         job.output[0],
         {
@@ -34,7 +34,7 @@ def work(job: Snakemake) -> None:
             "macs": count_macs(model, shape, suite.mac_tokens),
             **count_bytes(model, job.input.checkpoint),
             "measured": measure_speed(model, suite),
-            "environment": describe_environment(device),
+            "environment": describe_environment(model.device),
             "seconds": time.monotonic() - started,
         },
     )

@@ -13,15 +13,15 @@ def work(job: Snakemake) -> None:
     from lowrank.evaluation.generation import continue_prompts
     from lowrank.files import write_json
     from lowrank.model.checkpoint import load_checkpoint
-    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.devices import pick_devices
+    from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype
     from lowrank.model.tokenizer import load_tokenizer
 
     started = time.monotonic()
     settings = job.params.settings
     limit_threads(job.threads)
-    device = pick_device()
     checkpoint = job.input.checkpoint
-    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), device)
+    model = load_checkpoint(checkpoint, parse_dtype(settings["dtype"]), pick_devices())
     suite = GenerationSuite.model_validate(settings["suite"])
     completions, protocol = continue_prompts(model, load_tokenizer(checkpoint), suite, settings["max_length"])
     write_json(
@@ -31,7 +31,7 @@ def work(job: Snakemake) -> None:
             "subject": settings["subject"],
             "protocol": suite.plain() | protocol | {"dtype": settings["dtype"]},
             "completions": completions,
-            "environment": describe_environment(device),
+            "environment": describe_environment(model.device),
             "seconds": time.monotonic() - started,
         },
     )

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lowrank.cluster import plan as plan_module
+from lowrank.cluster.dealing import Dealing
 from lowrank.cluster.needs import GIB
 from lowrank.cluster.plan import make_plan, remarks
 from lowrank.cluster.planned_jobs import Job, planned_jobs
@@ -177,7 +178,9 @@ def test_the_sums_are_those_of_the_jobs(paper: Study) -> None:
 
 
 def test_several_gpus_shorten_only_what_is_shared(paper: Study) -> None:
-    one, four = ({(entry.rule, entry.model): entry for entry in make_plan(paper, gpus).entries} for gpus in (1, 4))
+    one, four = (
+        {(entry.rule, entry.model): entry for entry in make_plan(paper, Dealing(gpus)).entries} for gpus in (1, 4)
+    )
     for key, entry in one.items():
         assert four[key].gpu == entry.gpu
         if key[0] in ("search_allocation", "compute_bases"):
@@ -188,7 +191,7 @@ def test_several_gpus_shorten_only_what_is_shared(paper: Study) -> None:
 
 
 def test_without_gpus_everything_lies_in_main_memory(paper: Study) -> None:
-    plan = make_plan(paper, gpus=0)
+    plan = make_plan(paper, Dealing(0))
     assert plan.gpu_hours == 0
     assert all(entry.gpu == 0 for entry in plan.entries)
     search = next(entry for entry in plan.entries if (entry.rule, entry.model) == ("search_allocation", "llama-2-13b"))
@@ -253,13 +256,61 @@ def write(folder: Path, **shape: Any) -> str:
     return str(path)
 
 
-def test_what_no_gpu_holds_is_marked(tmp_path: Path) -> None:
-    path = write(tmp_path, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128)
-    shown = run(path).stdout
+LARGE = {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}
+
+
+def test_what_no_gpu_holds_is_marked_and_says_what_helps(tmp_path: Path) -> None:
+    path = write(tmp_path, **LARGE)
+    shown = run(path, "--gpus-per-job", "1").stdout
     assert "GiB !" in shown
-    assert re.search(r"! More than a GPU of 80 GiB holds: .*collect_statistics.*search_allocation", shown, re.DOTALL)
-    assert "! More" not in run(path, "--gpu-memory", "400").stdout
-    assert "! More" not in run(path, "--gpus-per-job", "0").stdout
+    assert re.search(
+        r"! smollm2-135m: search_allocation needs 2\d\d GiB on a GPU.*`gpus_per_job: auto`", shown, re.DOTALL
+    )
+    assert not re.search("! smollm2-135m: (collect_statistics|compute_bases)", shown)
+    assert "! smollm2" not in run(path, "--gpus-per-job", "1", "--gpu-memory", "400").stdout
+    assert "! smollm2" not in run(path, "--gpus-per-job", "0").stdout
+
+
+def test_by_itself_it_gives_each_rule_the_gpus_that_hold_the_model(tmp_path: Path) -> None:
+    shown = run(write(tmp_path, **LARGE)).stdout
+    gpus = {
+        rule: int(count)
+        for rule, count in re.findall(r"^│ (\w+) +│ smollm2-135m │ +\d+ │ +(\d+) │", shown, re.MULTILINE)
+    }
+    assert gpus["collect_statistics"] == gpus["compute_bases"] == 1
+    assert gpus["search_allocation"] == gpus["select_validation"] == 4  # weights and bases: 128 GiB each
+    assert gpus["evaluate_perplexity"] == 2
+    assert re.search(
+        r"One process has its model on several GPUs in .*, search_allocation, select_validation:",
+        " ".join(shown.split()),
+    )
+
+
+def test_the_study_of_large_models_fits_nodes_of_eight_gpus() -> None:
+    """Planned without network or GPU, from the shapes that the config states."""
+    plan = make_plan(load_study(ROOT / "config/large.yaml"), Dealing(None, 80 * GIB, 8))
+    assert {entry.model for entry in plan.entries if entry.rule == "compress_model"} == {"llama-3.1-70b", "qwen2.5-72b"}
+    assert not [entry for entry in plan.entries if entry.unfit]
+    assert max(entry.gpu for entry in plan.entries) <= 80 * GIB
+    assert {entry.gpus for entry in plan.entries if entry.rule == "evaluate_zero_shot"} == {2}
+    assert {entry.over for entry in plan.entries if entry.rule == "post_train"} == {1}  # ZeRO: a part in each process
+    assert {entry.gpus for entry in plan.entries if entry.rule == "post_train"} == {8}
+
+
+def test_the_page_says_what_the_plan_says_of_large_models() -> None:
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    table = page.partition("| rule | GPUs | fullest, GiB | main memory, GiB |\n|---|---|---|---|\n")[2].partition(
+        "\n\n"
+    )[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    plan, seen = make_plan(load_study(ROOT / "config/large.yaml"), Dealing(None, 80 * GIB, 8)), set()
+    for name, *numbers in rows:
+        pattern = re.sub(r"\\\*$", ".*", re.escape(name.split("`")[1]))
+        mine = [entry for entry in plan.entries if re.fullmatch(pattern, entry.rule)]
+        found = (max(e.gpus for e in mine), max(e.gpu for e in mine) / GIB, max(e.host for e in mine) / GIB)
+        assert [float(number) for number in numbers] == pytest.approx(found, abs=1), name
+        seen |= {entry.rule for entry in mine}
+    assert seen == {entry.rule for entry in plan.entries if entry.gpus}
 
 
 def test_layers_per_pass_decide_whether_statistics_fit(tmp_path: Path) -> None:
@@ -289,7 +340,7 @@ def test_jobs_without_a_line_are_counted_in_words(small: Study) -> None:
     light = {"fetch_corpus", "fetch_task", "fetch_instructions", "make_table", "draw_figure"}
     light |= {"compare_texts", "write_provenance", "write_report"}
     count = sum(job.rule in light for job in planned_jobs(small))
-    assert next(iter(remarks(plan, 0))).startswith(f"{count} jobs fetch or compare texts, write tables and")
+    assert next(iter(remarks(plan))).startswith(f"{count} jobs fetch or compare texts, write tables and")
 
 
 def test_it_starts_fast_and_needs_neither_torch_nor_snakemake() -> None:

@@ -90,7 +90,7 @@ def test_the_papers_models_fit_one_gpu_of_80_gb(shape: dict[str, Any]) -> None:
 
 
 def test_statistics_and_bases_of_70b_fit_such_a_gpu_by_configuration() -> None:
-    """Four blocks a pass; and no other step does, as the documentation says."""
+    """Four blocks a pass; and no other step does."""
     estimator = Estimator(study_of(LLAMA_70B), collect_statistics=4, collect_gradients=1)
     jobs = JOBS | {"collect_gradients": CALIBRATION}
     fit = {rule for rule, wildcards in jobs.items() if estimator.need(rule, wildcards).gpu_bytes < 72 * GIB}
@@ -107,6 +107,15 @@ def test_small_models_need_one_pass(shape: dict[str, Any], statistics: int, grad
     assert estimator.layers_per_pass("collect_gradients", "one") == gradients
     assert Estimator(study_of(shape), collect_gradients=2).layers_per_pass("collect_gradients", "one") == 2
     assert Estimator(study_of(shape), collect_gradients=99).layers_per_pass("collect_gradients", "one") <= 80
+
+
+def test_a_pass_takes_a_quarter_of_a_gpu_of_known_size() -> None:
+    study = study_of(LLAMA_70B)
+    block = 8 * (3 * 8192**2 + 28672**2)
+    for memory in (16 * GIB, 80 * GIB, 1000 * GIB):
+        layers = Estimator(study, memory).layers_per_pass("collect_statistics", "one")
+        assert layers == min(8, max(1, int(memory / 4 // block)))
+    assert Estimator(study, 80 * GIB, collect_statistics=4).layers_per_pass("collect_statistics", "one") == 4
 
 
 def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:

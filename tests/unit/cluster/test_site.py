@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lowrank.cluster.dealing import Dealing
+from lowrank.cluster.needs import GIB
 from lowrank.cluster.site import Site, check_rules, site_of, whole_number
 from lowrank.errors import RankwiseError
 
@@ -35,6 +37,19 @@ def test_every_wrong_value_is_named() -> None:
         "default-resources.device: 'gpu'; it is cpu, or left out",
         "default-resources.gpu_type: 'a100-sxm4'; SLURM's plugin takes letters, digits, dots and underscores",
         "resources.gpu: 'many' is no whole number",
+    ]
+
+
+def test_as_many_gpus_as_hold_a_model_need_to_know_how_large_they_are() -> None:
+    site = site_of({"gpus_per_job": "auto", "gpu_memory": "80", "gpus_per_node": "8"}, "16")
+    assert site.dealing == Dealing(None, 80 * GIB, 8)
+    assert site_of({"gpus_per_job": "2"}, None).dealing == Dealing(2, None, 1)
+    assert site_of({}, None).dealing.each == 0
+    with pytest.raises(RankwiseError) as refused:
+        site_of({"gpus_per_job": "auto", "gpus_per_node": "0"}, None)
+    assert str(refused.value).splitlines()[1:] == [
+        "default-resources.gpu_memory: missing; `gpus_per_job: auto` needs it: GiB of one GPU",
+        "default-resources.gpus_per_node: 0; it is what one job can have at most",
     ]
 
 

@@ -52,6 +52,10 @@ def test_the_profile_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crew_of({"processes": 3}) == Crew(1)  # nobody deals out GPUs: other jobs may run beside this one
     assert crew_of({"gpu": 4, "launcher": "deepspeed"}) == Crew(4, 1, "deepspeed")
     assert crew_of({"gpu": 8, "nodes": 2}) == Crew(4, 2)
+    assert crew_of({"gpu": 4, "processes": 1}) == Crew(1)  # whose model lies on all of them
+    assert crew_of({"gpu": 4, "processes": 4}) == Crew(4)
+    with pytest.raises(RankwiseError, match=r"`processes: 2` on 4 GPUs of a machine: it is 1, .* or 4$"):
+        crew_of({"gpu": 4, "processes": 2})
     with pytest.raises(RankwiseError, match=r"`gpu: 3` on `nodes: 2`"):
         crew_of({"gpu": 3, "nodes": 2})
     with pytest.raises(RankwiseError, match=r"`launcher: mpi` in the profile: it is one of torchrun, deepspeed"):

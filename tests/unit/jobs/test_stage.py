@@ -222,6 +222,35 @@ def test_device_cpu_in_the_profile_hides_gpus(tmp_path: Path) -> None:
     assert "sees ''" in log
 
 
+@pytest.mark.parametrize(
+    ("raised", "resources", "told"),
+    [
+        ("torch.OutOfMemoryError('1 GiB wanted')", {}, "`set-resources: collect_gradients: {gpu: 2}` in the profile"),
+        (
+            "RankwiseError('a worker process failed: OutOfMemoryError: 1 GiB wanted')",
+            {"gpu": 4, "device": "cpu"},
+            "`set-resources: collect_gradients: {gpu: 4, processes: 1}` in the profile one process has all of them",
+        ),
+        ("torch.OutOfMemoryError('1 GiB wanted')", {"gpu": 3, "processes": 1, "device": "cpu"}, "{gpu: 4}` in"),
+    ],
+)
+def test_a_gpu_that_is_too_small_names_the_line_to_write(
+    tmp_path: Path, raised: str, resources: dict[str, Any], told: str
+) -> None:
+    work = f"import torch; from lowrank.errors import RankwiseError; raise {raised}"
+    code, log = run(tmp_path, work, rule="collect_gradients", resources=resources)
+    assert code == 1
+    assert "1 GiB wanted. The memory of a GPU is too small: with " in log
+    assert told in log
+    assert "Traceback" not in log
+
+
+def test_a_process_is_told_over_how_many_gpus_it_may_spread_a_model(tmp_path: Path) -> None:
+    work = "import os, logging; logging.info('may %r', os.environ['RANKWISE_MODEL_GPUS'])"
+    for resources, count in (({"gpu": 3, "device": "cpu"}, 0), ({"uses_gpu": 1}, 1), ({}, 0)):
+        assert f"may '{count}'" in run(tmp_path, work, resources=resources)[1]
+
+
 def job(**resources: Any) -> Any:
     return SimpleNamespace(rule="post_train", resources=resources)
 

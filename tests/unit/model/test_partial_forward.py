@@ -7,7 +7,7 @@ import torch
 
 from lowrank.model.checkpoint import family_of
 from lowrank.model.losses import last_hidden
-from lowrank.model.partial_forward import block_input, exchanged, input_of, last_hidden_from, on_device
+from lowrank.model.partial_forward import block_input, exchanged, input_of, last_hidden_from, on_devices
 from tests import tiny
 from tests.unit.model.factor_samples import CPU, TOKENS
 
@@ -62,8 +62,8 @@ def test_a_model_comes_back_from_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny.model("llama")
     moves: list[torch.device] = []
     monkeypatch.setattr(model, "to", moves.append)
-    with on_device(model, torch.device("cuda", 1)):
+    with on_devices(model, torch.device("cuda", 1)):
         assert moves == [torch.device("cuda", 1)]
-    with pytest.raises(ValueError, match="stop"), on_device(model, torch.device("cuda", 0)):
+    with pytest.raises(ValueError, match="stop"), on_devices(model, torch.device("cuda", 0)):
         raise ValueError("stop")
     assert moves[1::2] == [CPU, CPU]

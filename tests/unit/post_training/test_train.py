@@ -6,8 +6,10 @@ All in one module, since DeepSpeed cannot be given a second process group after 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,13 +229,13 @@ def best_vectors(job: TrainingJob) -> dict[str, torch.Tensor]:
     return load_tensors(vectors_file(folder, best))
 
 
-def stage_process(job: TrainingJob) -> subprocess.Popen[bytes]:
+def stage_process(job: TrainingJob, processes: int = 1) -> subprocess.Popen[bytes]:
     """A process that does what the stage does: launch the job and wait."""
     arguments = [job.checkpoint, job.folder, job.tuning, job.deepspeed, job.seed]
     code = (
         "import json, sys; from lowrank.post_training.launch import launch; "
         "from lowrank.post_training.job import TrainingJob; from lowrank.jobs.crew import Crew; "
-        "launch(TrainingJob(*json.loads(sys.argv[1])), Crew(), 1)"
+        f"launch(TrainingJob(*json.loads(sys.argv[1])), Crew({processes}), 1)"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "workflow_scripts")}
     return subprocess.Popen([sys.executable, "-c", code, json.dumps(arguments)], env=environment)
@@ -298,3 +301,38 @@ def test_two_processes_train_as_one_and_nothing_is_compiled(
     first, second = map(best_vectors, jobs)
     assert all(torch.allclose(first[name].double(), second[name].double(), atol=1e-5) for name in first)
     assert not list((tmp_path / "extensions").rglob("*.so"))
+
+
+DIVIDED: dict[str, Any] = {"micro_batch_size": 2, "steps": 8, "evaluate_every": 4}
+
+
+@ON_CPU
+def test_weights_divided_between_two_processes_train_as_in_one(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By ZeRO's third stage: neither process has the model."""
+    whole = a_job(checkpoint, tmp_path / "whole", **DIVIDED)
+    divided = a_job(checkpoint, tmp_path / "divided", "zero3", **DIVIDED)
+    train(whole)
+    with caplog.at_level(logging.INFO):
+        launch(divided, Crew(2), threads=2)
+    held, of = re.findall(r"each process holds (\d+) of (\d+) weights", caplog.text)[-1]
+    assert int(of) / 2 <= int(held) < 0.6 * int(of)
+    one, two = (Progress.load(Path(job.folder)) for job in (whole, divided))
+    for curve in ("loss", "validation"):
+        assert dict(getattr(two, curve)) == pytest.approx(dict(getattr(one, curve)), rel=1e-5)
+    first, second = map(best_vectors, (whole, divided))
+    assert all(torch.allclose(first[name].double(), second[name].double(), atol=1e-5) for name in first)
+
+
+@ON_CPU
+def test_divided_weights_go_on_after_a_kill(checkpoint: Path, tmp_path: Path) -> None:
+    whole, cut = (a_job(checkpoint, tmp_path / name, "zero3", **DIVIDED) for name in ("whole", "cut"))
+    launch(whole, Crew(2), threads=2)
+    stage = stage_process(cut, 2)
+    wait_for((Path(cut.folder) / PROGRESS_FILE).exists, seconds=240)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    wait_for(lambda: not processes_of(cut.folder), seconds=60)
+    launch(cut, Crew(2), threads=2)
+    assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(whole.folder)).loss

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import RankwiseError
 from lowrank.model import losses
+from lowrank.model.devices import Devices
 from lowrank.model.losses import Head, draw_tokens, head_of, last_hidden, token_nll
+from lowrank.model.partial_forward import on_devices
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def sum_gradients(
     model: PreTrainedModel,
     tokens: torch.Tensor,
     names: Iterable[str],
-    device: torch.device,
+    devices: Devices,
     squared: bool = False,
     batch_size: int = 1,
 ) -> dict[str, torch.Tensor]:
@@ -42,7 +44,7 @@ def sum_gradients(
         model: a dense model of a known family; it is left as it was (device, mode, hooks, what requires gradients).
         tokens: sequences x length, token ids without padding.
         names: module names of linear layers of its blocks (as in `Budget.modules`).
-        device: where to compute.
+        devices: where to compute; the model is there meanwhile.
         squared: sum the elementwise squares of each sequence's own gradient instead: sum_s (dL_s/dW)^2, which over
             the number of sequences is the diagonal of the empirical Fisher information.
         batch_size: sequences at a time; it does not change the result, beyond rounding.
@@ -60,14 +62,14 @@ def sum_gradients(
             f"gradients need at least one sequence of two tokens or more; there are {tuple(tokens.shape)}"
         )
     started = time.monotonic()
-    with _frozen(model, device):
+    with _frozen(model, devices):
         sums = {
             name: torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
             for name, layer in layers.items()
         }
         with _caught(model, layers, sums, squared), torch.enable_grad():
             for ids in torch.split(tokens, batch_size):
-                backpropagate(model, ids.to(device))
+                backpropagate(model, ids.to(model.device))
     # The losses were summed over a sequence's tokens, whose gradients float16 can hold; the mean is taken here.
     scale = 1 / (tokens.shape[1] - 1)
     sums = {name: total.mul_(scale**2 if squared else scale).cpu() for name, total in sums.items()}
@@ -78,10 +80,10 @@ def sum_gradients(
 
 
 def mean_gradients(
-    model: PreTrainedModel, tokens: torch.Tensor, names: Iterable[str], device: torch.device
+    model: PreTrainedModel, tokens: torch.Tensor, names: Iterable[str], devices: Devices
 ) -> dict[str, torch.Tensor]:
     """The gradient of the mean loss over all sequences, by layer; see `sum_gradients` for the rest."""
-    return {name: total.div_(len(tokens)) for name, total in sum_gradients(model, tokens, names, device).items()}
+    return {name: total.div_(len(tokens)) for name, total in sum_gradients(model, tokens, names, devices).items()}
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
@@ -95,19 +97,19 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """The model on a device, in evaluation mode, with no parameter that requires a gradient; afterwards as before."""
-    home, modes = model.device, {module: module.training for module in model.modules()}
+def _frozen(model: PreTrainedModel, devices: Devices) -> Iterator[None]:
+    """The model on devices, in evaluation mode, with no parameter that requires a gradient; afterwards as before."""
+    modes = {module: module.training for module in model.modules()}
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.to(device).eval().requires_grad_(False)
-        yield
+        model.eval().requires_grad_(False)
+        with on_devices(model, devices):
+            yield
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
-        model.to(home)
 
 
 @contextmanager

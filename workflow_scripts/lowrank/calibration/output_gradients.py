@@ -35,8 +35,9 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
+from lowrank.model.devices import pick_devices
 from lowrank.model.families import Family, family_for
-from lowrank.model.runtime import parse_dtype, pick_device
+from lowrank.model.runtime import parse_dtype
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,10 @@ def collect_share(arguments: dict[str, Any], share: Share) -> None:
             "draws": as of `collect_output_gradients`.
         share: this process among those of the job.
     """
-    device = pick_device()
-    model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]), device)
+    model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]), pick_devices())
     tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()[: arguments["windows"]]
     layers_per_pass, draws, state = arguments["layers_per_pass"], arguments["draws"], Path(arguments["state"])
-    collect_output_gradients(model, tokens, layers_per_pass, state, device, share, draws)
+    collect_output_gradients(model, tokens, layers_per_pass, state, model.device, share, draws)
 
 
 def collect_output_gradients(
@@ -71,11 +71,11 @@ def collect_output_gradients(
     """Collect G = E[g g'] for all linear layers of all blocks.
 
     Args:
-        model: the dense model, on `device`, with no parameter that requires a gradient.
+        model: the dense model, with no parameter that requires a gradient.
         tokens: windows x length token ids.
         layers_per_pass: blocks whose accumulators are held at once.
         state: folder of unfinished work; finished layer files live there.
-        device: where the model is.
+        device: where the model is, or its embeddings are.
         share: this process among those of the job, which all see `state`.
         draws: G is the mean over so many next tokens drawn at each position; None: for those of the text.
 
@@ -100,7 +100,7 @@ def collect_output_gradients(
             log.info("gradients: blocks %d-%d were finished before", layers[0], layers[-1])
             continue
         started = time.monotonic()
-        moments = _accumulators(family, blocks, layers, device)
+        moments = _accumulators(family, blocks, layers)
         with _caught(family, blocks, moments), torch.enable_grad():
             for index in share.of(len(batches)):
                 # The same tokens in each pass, in whatever process.
@@ -141,15 +141,13 @@ def load_output_gradients(path: Path, types: Iterable[str]) -> dict[str, torch.T
     return {name: unpacked(tensors[name]) for name in types}
 
 
-def _accumulators(
-    family: Family, blocks: nn.ModuleList, layers: range, device: torch.device
-) -> dict[tuple[int, str], torch.Tensor]:
+def _accumulators(family: Family, blocks: nn.ModuleList, layers: range) -> dict[tuple[int, str], torch.Tensor]:
     moments = {}
     for layer in layers:
         for linear in family.types:
             module: Any = blocks[layer].get_submodule(linear.path)
             size = module.out_features
-            moments[layer, linear.key] = torch.zeros(size, size, dtype=torch.float64, device=device)
+            moments[layer, linear.key] = torch.zeros(size, size, dtype=torch.float64, device=module.weight.device)
     return moments
 
 

@@ -18,10 +18,13 @@ from lowrank.cluster.sizes import (
 from lowrank.config.presets import Calibration
 from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, Suite, ZeroShotSuite
 from lowrank.config.tuning import FeatureDistillation, Tuning
+from lowrank.config.zero import Zero
 
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB
 TRAINING_HEAD_TOKENS = 512
+DIVIDED_STAGE = 3
+"""Of ZeRO, from which on a process holds a part of the weights."""
 
 # What a config does not tell, and is taken for granted.
 CORPUS_TOKENS = 1.0e6
@@ -36,13 +39,14 @@ DECODING_SECONDS = 0.1
 """A token at a time costs so much whatever the model, from launching its kernels."""
 
 
-def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
+def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning, zero: Zero) -> Need:
     """Post-training.
 
     Args:
         opened: the checkpoint in the dtype that it is trained in.
         stored: in its own.
         tuning: the preset.
+        zero: where it has the weights.
     """
     tokens = tuning.micro_batch_size * tuning.max_length
     steps = tuning.steps or (tuning.epochs or 0) * INSTRUCTION_ROWS / tuning.batch_size
@@ -50,16 +54,24 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning) -> Need:
     evaluations = steps / tuning.evaluate_every + 2
     rows = stages * (2 * steps * tuning.batch_size + evaluations * tuning.validation_examples)  # backward: as forward
     trained = _trained(opened, tuning)
+    divided = zero.stage == DIVIDED_STAGE
+    weights, away = (0.0, opened.weights) if zero.offloads else (opened.weights, 0.0)
     return Need(
         gpu=True,
         shared=True,
         device={
-            "weights": opened.weights,
+            "weights": weights,
+            "gathered layers": opened.number * max(min(zero.live, opened.linears), opened.head) if divided else 0,
             "trained numbers": trained,
             "activations": opened.training_activations(tokens) + _trained_activations(opened, tuning, tokens),
             "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 2),
         },
-        host={"program": 2 * PROGRAM, "merged weights": stored.weights},
+        blocks=opened.shape.layers,
+        split={"weights": weights} if divided else {},
+        evenly=divided,
+        divides=tuning.batch_size // tuning.micro_batch_size,
+        remedy=_remedy(divided, zero.offloads),
+        host={"program": 2 * PROGRAM, "merged weights": stored.weights, "offloaded weights": away},
         loading=opened.weights,
         disk=stored.weights,
         scratch=trained,
@@ -119,6 +131,16 @@ def _kept_for_factors(sizes: Sizes, tokens: float) -> float:
     ranks = [m.out_features * m.in_features / (m.out_features + m.in_features) for m in sizes.block]
     read = tokens * sizes.number * (sum(sizes.inputs) + sizes.kept * sum(ranks))
     return sizes.training_activations(tokens) / sizes.shape.layers + read
+
+
+def _remedy(divided: bool, offloads: bool) -> str:
+    """What helps training that does not fit."""
+    if offloads:
+        return "A smaller `micro_batch_size` in its `tuning` takes less, or larger GPUs."
+    away = "`deepspeed: zero3-offload` in its `tuning`, which keeps the weights in main memory"
+    if divided:
+        return f"A smaller `micro_batch_size` takes less, and so does {away}."
+    return f"Write `deepspeed: zero3` in its `tuning`, which divides the weights among the GPUs of a job, or {away}."
 
 
 def _trained(sizes: Sizes, tuning: Tuning) -> float:
@@ -192,6 +214,8 @@ def _evaluation(sizes: Sizes, tokens: float, length: int, device: dict[str, floa
     return Need(
         gpu=True,
         device={"weights": sizes.weights, **device},
+        blocks=sizes.shape.layers,
+        split={"weights": sizes.block_weights},
         loading=sizes.weights,
         work=in_dtype(sizes, sizes.forward(tokens, length), disk=sizes.weights, seconds=seconds),
     )

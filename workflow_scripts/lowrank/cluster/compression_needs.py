@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lowrank.cluster.needs import PROGRAM, Need, Work, plus
@@ -27,11 +28,17 @@ ON_PROCESSORS = ("dense", "flap")
 TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 """Kinds of methods that take loss gradients of weights, if they read calibration windows."""
 
-STORE_AS_WRITTEN = ("asvd", "flap", "llm-pruner", "modegpt", "slicegpt")
+STORE_AS_WRITTEN = ("asvd", "modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+
+MADE_IN_PLACE = ("flap", "llm-pruner", "svd", "svd-llm")
+"""Kinds of methods whose new layers are made one at a time, in the place of the old ones, unless they are updated."""
 
 TRAIN_MASKS = ("llrc",)
 """Kinds of methods that train masks over all directions of all matrices."""
+
+BLOCK_BY_BLOCK = ("slicegpt",)
+"""Kinds of methods that run the model with one block at a time on the device."""
 
 INVERT_NEURONS = ("modegpt",)
 """Kinds of methods that invert the second moment of all neurons of a block."""
@@ -54,7 +61,7 @@ def compression_need(
         return _decomposed(method, dense, compressed, calibration)
     all_bases = dense.shape.layers * bases
     need = Need(
-        host={"program": PROGRAM, "weights": compressed.weights, "bases": compressed.kept * all_bases},
+        host={"program": PROGRAM, "weights": dense.weights, "a block's bases": bases},
         disk=compressed.weights,
         work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
     )
@@ -123,20 +130,31 @@ def _with_influence(need: Need, method: MethodSettings, dense: Sizes, calibratio
     work = plus(need.work, in_dtype(dense, dense.forward(tokens, length, head=False)))
     if sum(running.values()) <= need.device_bytes:
         return replace(need, work=work)
-    return replace(need, gpu=True, device=running, work=work)  # afterwards the weights are in main memory again
+    # Afterwards the weights are in main memory again, and one GPU does the rest.
+    return replace(
+        need,
+        gpu=True,
+        device=running,
+        blocks=dense.shape.layers,
+        split={"weights": dense.block_weights},
+        alone=need.device_bytes,
+        work=work,
+    )
 
 
 def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration: Calibration | None) -> Need:
     """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
     windows. An upper estimate for all of them."""
-    on_device = computes_on_device(method)
+    on_device, split = computes_on_device(method), dict[str, float]()
     matrices = _stacked(method, dense)
     device = {"a decomposition": float(decomposition(matrices))} if on_device else {}
     if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
         device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
     host = {"program": PROGRAM, "weights": dense.weights}
-    as_written = method.kind in STORE_AS_WRITTEN
-    host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
+    in_place = method.kind in MADE_IN_PLACE and not getattr(method, "update", False)
+    if not in_place:
+        as_written = method.kind in STORE_AS_WRITTEN
+        host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
     work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
     work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
     if "statistics" in method.needs:
@@ -154,12 +172,15 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
             device = {"sums": SINGLE * dense.linears, "activations": dense.training_activations(length)}
         else:
             device["activations"] = dense.activations(batch_tokens(length, LOSS_TOKENS))
-        device["weights"] = dense.weights
+        block_by_block = method.kind in BLOCK_BY_BLOCK
+        device["weights"] = dense.block_weights / dense.shape.layers if block_by_block else dense.weights
         if method.kind in TRAIN_MASKS:
             device |= _masks(method, dense, length)
+        elif not block_by_block:
+            split = _split(method, dense, device)
         if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
             host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
-        else:
+        elif not in_place:
             del host["weights"]
         if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
             host["hidden states"] = 2 * dense.hidden(tokens)
@@ -172,7 +193,23 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
         if method.kind in TRAIN_MASKS:  # forward in both models, backward in one of about twice the size
             tokens, passes = getattr(method, "steps", 0) * getattr(method, "batch_size", 1) * length, 7
         work = plus(work, in_dtype(dense, passes * dense.forward(tokens, length)))
-    return Need(gpu=on_device, device=device, host=host, loading=dense.weights, disk=sizes.weights, work=work)
+    return Need(
+        gpu=on_device,
+        device=device,
+        host=host,
+        blocks=dense.shape.layers,
+        split=split,
+        remedy="Nothing of it can be divided among GPUs: take larger ones, or another method.",
+        loading=dense.weights,
+        disk=sizes.weights,
+        work=work,
+    )
+
+
+def _split(method: MethodSettings, dense: Sizes, device: Mapping[str, float]) -> dict[str, float]:
+    """What lies with the blocks where they lie on several GPUs; who takes gradients keeps their sums there."""
+    with_blocks = ("sums", "activations") if method.kind in TAKE_GRADIENTS else ()
+    return {"weights": dense.block_weights} | {part: device[part] for part in with_blocks}
 
 
 def _stacked(method: MethodSettings, dense: Sizes) -> list[LinearModule]:

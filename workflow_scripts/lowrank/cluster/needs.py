@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lowrank.model.placement import fullest
+
 GIB = 2**30
 
 PROGRAM = 0.41 * GIB
@@ -63,6 +65,12 @@ class Need:
         shared: whether it can use several of them, a process each.
         device: part -> bytes where the model runs.
         host: part -> bytes in main memory, wherever the model runs.
+        blocks: of the model, among which `split` is divided where its blocks lie on several GPUs; 0: they cannot.
+        split: part of `device` -> bytes of it that lie with the blocks.
+        alone: bytes on the first GPU in another part of its work, of which nothing is divided.
+        evenly: `split` is divided evenly among the processes of a job instead, and each computes (ZeRO).
+        divides: a number that the processes must divide, if not 0.
+        remedy: what helps, but larger GPUs, where it does not fit.
         loading: bytes in main memory on the way to a GPU; over before the parts of `host` are there.
         disk: bytes that it leaves behind.
         scratch: bytes on disk while it runs.
@@ -73,6 +81,12 @@ class Need:
     shared: bool = False
     device: Mapping[str, float] = field(default_factory=dict)
     host: Mapping[str, float] = field(default_factory=lambda: {"program": PROGRAM})
+    blocks: int = 0
+    split: Mapping[str, float] = field(default_factory=dict)
+    alone: float = 0
+    evenly: bool = False
+    divides: int = 0
+    remedy: str = ""
     loading: float = 0
     disk: float = 0
     scratch: float = 0
@@ -86,18 +100,38 @@ class Need:
     @property
     def gpu_bytes(self) -> float:
         """On each GPU; none for a job that does not compute there."""
-        return self.device_bytes + CUDA_DEVICE if self.gpu else 0
+        return max(self.device_bytes, self.alone) + CUDA_DEVICE if self.gpu else 0
+
+    def gpu_bytes_of(self, gpus: int) -> float:
+        """On the fullest of so many GPUs that hold one model together."""
+        inside = sum(self.split.values())
+        if not self.gpu or gpus == 1 or not inside:
+            return self.gpu_bytes
+        around = sum(self.device[part] for part in self.split) - inside
+        largest = inside / gpus if self.evenly else fullest([inside / self.blocks] * self.blocks, around, gpus) - around
+        return max(self.device_bytes - inside + largest, self.alone) + CUDA_DEVICE
+
+    def fewest_gpus(self, memory: float, most: int) -> int | None:
+        """How many GPUs of so many bytes hold its model, or None if so many at most do not."""
+        numbers = range(1, most + 1) if self.split else range(1, 2)
+        fit = (gpus for gpus in numbers if self.gpu_bytes_of(gpus) <= memory)
+        return next((gpus for gpus in fit if not (self.evenly and self.divides % gpus)), None)
 
     def gpus(self, each: int) -> int:
         """How many GPUs it is given where jobs get so many each: no more than it has a use for."""
         return (each if self.shared else min(each, 1)) if self.gpu else 0
 
-    def host_bytes(self, gpus: int) -> float:
-        """In main memory of a machine that gives it so many GPUs; without one the device's share is there too."""
+    def host_bytes(self, gpus: int, processes: int | None = None) -> float:
+        """In main memory of a machine that gives it so many GPUs; without one the device's share is there too.
+
+        Args:
+            gpus: of the machine.
+            processes: that share them, each of which loads the model; None: one a GPU.
+        """
         program = self.host.get("program", 0)
         rest = sum(self.host.values()) - program
         if gpus:
-            return program + CUDA_HOST * gpus + max(self.loading * gpus, rest)
+            return program + CUDA_HOST * gpus + max(self.loading * (processes or gpus), rest)
         return program + rest + self.device_bytes
 
     def largest(self, gpus: int) -> tuple[str, float]:
@@ -106,7 +140,7 @@ class Need:
         return max(parts.items(), key=lambda part: part[1])
 
     def seconds(self, gpus: int, threads: int) -> float:
-        """Expected time."""
+        """Expected time on so many GPUs that compute at the same time."""
         return GPU.seconds(self.work, gpus) if gpus else THREAD.seconds(self.work, threads)
 
 
@@ -119,12 +153,16 @@ def plus(work: Work, more: Work | None = None, **values: float) -> Work:
 # --- what a job asks its cluster for ---
 
 
-def memory_request(need: Need, gpus: int, attempt: int = 1, most: int | None = None) -> int:
+def memory_request(
+    need: Need, gpus: int, attempt: int = 1, most: int | None = None, processes: int | None = None
+) -> int:
     """MB to ask for: a quarter and 1 GiB (Snakemake's own processes) on top, half as much again at each further try.
 
-    Further tries ask for no more than `most`, the first one for what it needs whatever the site has.
+    Further tries ask for no more than `most`, the first one for what it needs whatever the site has. GPUs and
+    processes are those of one machine.
     """
-    wanted = [500 * math.ceil((1.25 * need.host_bytes(gpus) + GIB) * grown / 1e6 / 500) for grown in _growth(attempt)]
+    needed = 1.25 * need.host_bytes(gpus, processes) + GIB
+    wanted = [500 * math.ceil(needed * grown / 1e6 / 500) for grown in _growth(attempt)]
     return wanted[-1] if most is None else max(wanted[0], min(wanted[-1], most))
 
 

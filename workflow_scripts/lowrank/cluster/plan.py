@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from lowrank.cluster.dealing import AUTO, Dealing, Given
 from lowrank.cluster.needs import GIB, Need
 from lowrank.cluster.planned_jobs import Job, Jobs, planned_jobs
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
@@ -26,6 +27,8 @@ THREADS = 8
 """Of a job without a GPU, for its expected time."""
 AT_ONCE = 8
 """Checkpoints on disk at the same time, of those that are deleted after their last use."""
+ONE = Dealing()
+"""A GPU a job, of whatever size."""
 ELSEWHERE = "others"
 """What jobs that are about no single model are listed under."""
 
@@ -39,24 +42,30 @@ class Entry:
         model: of the config, or `ELSEWHERE`.
         jobs: how many.
         gpu: bytes on a GPU, of the job that takes most; 0 if none computes on one.
+        gpus: of the job that gets most.
+        over: GPUs that one model lies on, at most.
         host: bytes of main memory, likewise.
         disk: bytes that all of them leave behind.
         scratch: bytes on disk while one of them runs, at most.
         gpu_hours: expected, of all jobs together that compute on GPUs.
         cpu_hours: of those that do not.
         largest: what takes most of the memory of the largest job (of the GPU's, if it has one).
+        unfit: why a job of them cannot run on the site's GPUs; empty if all can.
     """
 
     rule: str
     model: str
     jobs: int
     gpu: float
+    gpus: int
+    over: int
     host: float
     disk: float
     scratch: float
     gpu_hours: float
     cpu_hours: float
     largest: str
+    unfit: str
 
 
 @dataclass(frozen=True)
@@ -89,26 +98,52 @@ class Plan:
         return sum(entry.jobs for entry in self.entries)
 
 
-def make_plan(study: Study, gpus: int = 1, **held: int) -> Plan:
+@dataclass(frozen=True)
+class Dealt:
+    """A job's need and what it gets; `unfit` says why it cannot have what it needs."""
+
+    need: Need
+    given: Given
+    unfit: str = ""
+
+    @property
+    def hours(self) -> float:
+        """Expected; GPUs that hold one model compute one after the other."""
+        return self.need.seconds(self.given.processes if self.given.gpus else 0, THREADS) / 3600
+
+    @property
+    def gpu(self) -> float:
+        """Bytes on its fullest GPU."""
+        holding = self.given.gpus if self.need.evenly else self.given.over
+        return self.need.gpu_bytes_of(max(1, holding)) if self.given.gpus else 0
+
+    @property
+    def host(self) -> float:
+        """Bytes of main memory."""
+        return self.need.host_bytes(self.given.gpus, self.given.processes)
+
+
+def make_plan(study: Study, dealing: Dealing = ONE, **held: int) -> Plan:
     """Estimate all jobs of a study.
 
     Args:
         study: the config.
-        gpus: of a job that computes on them, if it can use so many; 0: everything on processors.
+        dealing: the GPUs that the site hands out.
         held: blocks a pass of the rules that work layer by layer, as in `Estimator`.
     """
-    estimator, jobs, layout = Estimator(study, **held), planned_jobs(study), Layout(study)
+    estimator, jobs, layout = Estimator(study, dealing.memory, **held), planned_jobs(study), Layout(study)
     needs = {job: estimator.need(job.rule, job.wildcards) for job in jobs}
     folders = {job: _folder(layout, job) for job in jobs}
     passing = [job for job in jobs if folders[job] in layout.given_up]
     given_up = sorted((needs[job].disk for job in passing), reverse=True)
     needs |= {job: replace(needs[job], disk=0) for job in passing}
-    hours = {job: need.seconds(need.gpus(gpus), THREADS) / 3600 for job, need in needs.items()}
+    dealt = {job: _dealt(dealing, job.rule, need) for job, need in needs.items()}
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.rule, _model_of(study, job)), []).append(job)
-    entries = [_entry(key, group, needs, hours, gpus) for key, group in groups.items()]
+    entries = [_entry(key, [dealt[job] for job in group]) for key, group in groups.items()]
     order = {rule: index for index, rule in enumerate(estimator.rules)}
+    hours = {job: one.hours for job, one in dealt.items()}
     chain = _longest_chain(jobs, hours)
     return Plan(
         sorted(entries, key=lambda entry: order.get(entry.rule, len(order))),
@@ -133,23 +168,30 @@ def _model_of(study: Study, job: Job) -> str:
     return wildcards.get("model", ELSEWHERE)
 
 
-def _entry(
-    key: tuple[str, str], jobs: list[Job], needs: Mapping[Job, Need], hours: Mapping[Job, float], gpus: int
-) -> Entry:
-    mine = [needs[job] for job in jobs]
-    given = {id(need): need.gpus(gpus) for need in mine}
-    worst = max(mine, key=lambda need: (need.gpu_bytes if gpus else 0, need.host_bytes(given[id(need)])))
-    part, size = worst.largest(given[id(worst)])
+def _dealt(dealing: Dealing, rule: str, need: Need) -> Dealt:
+    """What a job gets, or why it cannot."""
+    try:
+        return Dealt(need, dealing.given(rule, need))
+    except RankwiseError as error:
+        return Dealt(need, Given(1), str(error))
+
+
+def _entry(key: tuple[str, str], mine: list[Dealt]) -> Entry:
+    worst = max(mine, key=lambda one: (one.gpu, one.host))
+    part, size = worst.need.largest(worst.given.gpus)
     return Entry(
         *key,
-        jobs=len(jobs),
-        gpu=max(need.gpu_bytes if gpus else 0 for need in mine),
-        host=max(need.host_bytes(given[id(need)]) for need in mine),
-        disk=sum(need.disk for need in mine),
-        scratch=max(need.scratch for need in mine),
-        gpu_hours=sum(hours[job] * needs[job].gpus(gpus) for job in jobs),
-        cpu_hours=sum(hours[job] for job in jobs if not needs[job].gpus(gpus)),
+        jobs=len(mine),
+        gpu=max(one.gpu for one in mine),
+        gpus=max(one.given.gpus for one in mine),
+        over=max(one.given.over for one in mine),
+        host=max(one.host for one in mine),
+        disk=sum(one.need.disk for one in mine),
+        scratch=max(one.need.scratch for one in mine),
+        gpu_hours=sum(one.hours * one.given.gpus for one in mine),
+        cpu_hours=sum(one.hours for one in mine if not one.given.gpus),
         largest=f"{part} {_gib(size)}",
+        unfit=next((one.unfit for one in mine if one.unfit), ""),
     )
 
 
@@ -182,7 +224,7 @@ def _hours(hours: float) -> str:
     return "-" if hours == 0 else f"{hours:.1f}" if hours < 100 else f"{hours:,.0f}"
 
 
-def as_table(plan: Plan, title: str, gpu_memory: float) -> Table:
+def as_table(plan: Plan, title: str) -> Table:
     """The plan, one line a rule and model; jobs that write texts and tables only are one line."""
     table = Table(title=title, title_justify="left", show_footer=True)
     disk = f"{_gib(plan.disk)}"
@@ -190,6 +232,7 @@ def as_table(plan: Plan, title: str, gpu_memory: float) -> Table:
         ("rule", "all", "left"),
         ("model", "", "left"),
         ("jobs", f"{plan.jobs:,}", "right"),
+        ("GPUs", str(max(entry.gpus for entry in plan.entries)), "right"),
         ("GPU memory", _gib(max(entry.gpu for entry in plan.entries)), "right"),
         ("main memory", _gib(max(entry.host for entry in plan.entries)), "right"),
         ("disk", disk, "right"),
@@ -201,12 +244,12 @@ def as_table(plan: Plan, title: str, gpu_memory: float) -> Table:
     for entry in plan.entries:
         if not any((entry.gpu, entry.disk, entry.scratch)) and entry.model == ELSEWHERE:
             continue
-        too_large = entry.gpu > gpu_memory > 0
         table.add_row(
             entry.rule,
             entry.model,
             str(entry.jobs),
-            f"[bold red]{_gib(entry.gpu)} ![/]" if too_large else _gib(entry.gpu),
+            str(entry.gpus or "-"),
+            f"[bold red]{_gib(entry.gpu)} ![/]" if entry.unfit else _gib(entry.gpu),
             _gib(entry.host),
             _gib(entry.disk) + (f" (+{_gib(entry.scratch)})" if entry.scratch >= 0.05 * GIB else ""),
             _hours(entry.gpu_hours),
@@ -215,7 +258,7 @@ def as_table(plan: Plan, title: str, gpu_memory: float) -> Table:
     return table
 
 
-def remarks(plan: Plan, gpu_memory: float) -> Iterable[str]:
+def remarks(plan: Plan) -> Iterable[str]:
     """What the table does not show."""
     light = [entry for entry in plan.entries if not any((entry.gpu, entry.disk, entry.scratch))]
     small = sum(entry.jobs for entry in light if entry.model == ELSEWHERE)
@@ -240,17 +283,19 @@ def remarks(plan: Plan, gpu_memory: float) -> Iterable[str]:
             + ", ".join(f"{name} {100 * by_rule[name] / plan.gpu_hours:.0f} %" for name in most)
             + "."
         )
-    too_large = sorted({entry.rule for entry in plan.entries if entry.gpu > gpu_memory > 0})
-    if too_large:
-        yield (
-            f"! More than a GPU of {gpu_memory / GIB:.0f} GiB holds: {', '.join(too_large)}. Fewer `layers_per_pass` "
-            "help the collect_* rules (set-resources in the profile); nothing helps the others, since a model must fit "
-            "one GPU."
-        )
+    spread = sorted({entry.rule for entry in plan.entries if entry.over > 1})
+    if spread:
+        yield f"One process has its model on several GPUs in {', '.join(spread)}: one of them computes at a time."
+    for unfit in dict.fromkeys(f"{entry.model}: {entry.unfit}" for entry in plan.entries if entry.unfit):
+        yield f"! {unfit}"
     yield (
-        "Estimates from shapes, for an A100. Memory is that of the largest job, disk that of all (in brackets: more "
-        "while one runs). Formulas, and what was checked: docs/cluster.md."
+        "Estimates from shapes, for an A100. Memory is that of the largest job (of GPUs, that of the fullest), disk "
+        "that of all (in brackets: more while one runs). Formulas, and what was checked: docs/cluster.md."
     )
+
+
+def _gpus_per_job(text: str) -> int | None:
+    return None if text == AUTO else int(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -261,9 +306,15 @@ def main(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m lowrank.cluster.plan", description="What a study will need.")
     parser.add_argument("config", help="a config file, as config/paper.yaml")
-    parser.add_argument("--gpus-per-job", type=int, default=1, metavar="N", help="as in the profile; 0: no GPUs")
     parser.add_argument(
-        "--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU; what is larger is marked"
+        "--gpus-per-job",
+        type=_gpus_per_job,
+        metavar="N",
+        help=f"as in the profile; 0: no GPUs; {AUTO}, which is the default: as many as hold the model",
+    )
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU; 80 if left out")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="what one job can have at most; 8 if left out"
     )
     parser.add_argument(
         "--layers-per-pass", type=int, metavar="N", help="of the collect_* rules; without it, those of the rules"
@@ -275,10 +326,10 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     held = dict.fromkeys(LAYERS_PER_PASS, options.layers_per_pass) if options.layers_per_pass else {}
-    plan = make_plan(study, options.gpus_per_job, **held)
+    plan = make_plan(study, Dealing(options.gpus_per_job, options.gpu_memory * GIB, options.gpus_per_node), **held)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(as_table(plan, f"Plan of {options.config}, run '{study.run}'", options.gpu_memory * GIB))
-    for line in remarks(plan, options.gpu_memory * GIB):
+    console.print(as_table(plan, f"Plan of {options.config}, run '{study.run}'"))
+    for line in remarks(plan):
         console.print(line)
     return 0
 

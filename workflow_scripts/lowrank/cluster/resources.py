@@ -31,6 +31,8 @@ from lowrank.config.outputs import PredictedLossFigure
 from lowrank.config.presets import ANY_MULTIPLE, Validation
 from lowrank.config.study import Study
 from lowrank.config.tuning import FeatureDistillation, Tuning
+from lowrank.config.use import SHIPPED
+from lowrank.config.zero import zero_of
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 
@@ -42,6 +44,8 @@ LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
 """Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
 ACCUMULATORS = 2 * GIB
 """What the accumulators of small models may take: each pass for gradients begins anew at the loss."""
+ACCUMULATORS_SHARE = 0.25
+"""Of a GPU whose memory is known, which they may take of any model: more of them would need more GPUs."""
 Wildcards = Mapping[str, str]
 
 
@@ -50,11 +54,12 @@ class Estimator:
 
     Attributes:
         study: the config.
+        gpu_memory: bytes of one GPU, where the profile says so.
         held: rule -> blocks whose accumulators it holds at once, where the profile says so.
     """
 
-    def __init__(self, study: Study, **held: int) -> None:
-        self.study, self.held = study, held
+    def __init__(self, study: Study, gpu_memory: float | None = None, **held: int) -> None:
+        self.study, self.gpu_memory, self.held = study, gpu_memory, held
         self._sizes = cache(self._sizes_of)
         self._rules: dict[str, Callable[[Wildcards], Need]] = {
             "fetch_model": self._fetch_model,
@@ -90,8 +95,10 @@ class Estimator:
         """How many blocks of a model have their accumulators in memory at once."""
         sizes = self._sizes(model)
         moments = {"collect_statistics": sizes.moments, "collect_gradients": sizes.output_moments}[rule]
-        held = self.held.get(rule) or max(LAYERS_PER_PASS[rule], int(ACCUMULATORS // moments(DOUBLE)))
-        return min(held, sizes.shape.layers)
+        held = max(LAYERS_PER_PASS[rule], int(ACCUMULATORS // moments(DOUBLE)))
+        if self.gpu_memory is not None:
+            held = min(held, max(1, int(ACCUMULATORS_SHARE * self.gpu_memory // moments(DOUBLE))))
+        return min(self.held.get(rule) or held, sizes.shape.layers)
 
     def _sizes_of(self, model: str, ratio: int = 0, dtype: str | None = None) -> Sizes:
         section = self.study.models[model]
@@ -134,6 +141,7 @@ class Estimator:
                 "update": max(update, storing),
                 "activations": sizes.activations(batch),
             },
+            remedy="Fewer `layers_per_pass` (`set-resources` of the profile) take less, or larger GPUs.",
             host={
                 "program": PROGRAM,
                 "other weights": sizes.weights - weights,
@@ -161,6 +169,7 @@ class Estimator:
         passes, tokens = math.ceil(layers / held), windows * calibration.length
         draws = calibration.gradient_draws or 1
         through = 1 + draws * (passes + 1) / 2 / passes
+        saved = sizes.training_activations(batch)
         return Need(
             gpu=True,
             shared=True,
@@ -168,9 +177,11 @@ class Estimator:
                 "weights": sizes.weights,
                 "accumulators": held * sizes.output_moments(DOUBLE),
                 "storing": 2 * DOUBLE * widest**2,
-                "activations": sizes.training_activations(batch),
+                "activations": saved,
                 "logits": sizes.logits(min(batch, HEAD_TOKENS), 2),
             },
+            blocks=layers,
+            split={"weights": sizes.block_weights, "activations": saved},
             host={"program": PROGRAM, "a block's gradients": sizes.output_moments(SINGLE)},
             loading=sizes.weights,
             disk=layers * sizes.gradients_file,
@@ -198,7 +209,7 @@ class Estimator:
             device={"a decomposition": decomposition(sizes.block), "a block's bases": stored},
             host={
                 "program": PROGRAM,
-                "weights": sizes.weights,
+                "a block's weights": sizes.block_weights / layers,
                 "a block's covariances": sizes.statistics(windows) + sizes.moments(DOUBLE) + gradients,
                 **either(**{"an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2, "bases to be stored": stored}),
             },
@@ -246,6 +257,8 @@ class Estimator:
                 "bases": bases,
                 **either(activations=sizes.activations(batch), logits=sizes.logits(HEAD_TOKENS, copies)),
             },
+            blocks=sizes.shape.layers,
+            split={"weights": sizes.block_weights, "bases": bases},
             host={"program": PROGRAM, **host},
             loading=sizes.weights + sizes.bases(SINGLE, full),
             work=in_dtype(
@@ -310,7 +323,7 @@ class Estimator:
         if not isinstance(tuning, Tuning):
             raise RankwiseError(f"tuning.{wildcards['tuning']}: it trains on no instructions")
         opened = self._sizes(wildcards["model"], int(wildcards["ratio"]), tuning.dtype)
-        return tuning_need(opened, self._checkpoint(wildcards), tuning)
+        return tuning_need(opened, self._checkpoint(wildcards), tuning, zero_of(tuning, SHIPPED))
 
     def _distil_features(self, wildcards: Wildcards) -> Need:
         tuning = self.study.tuning[wildcards["tuning"]]

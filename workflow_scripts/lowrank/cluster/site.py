@@ -8,13 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from lowrank.cluster.dealing import AUTO, Dealing
+from lowrank.cluster.needs import GIB
 from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 from lowrank.jobs.crew import LAUNCHERS
 
 DEFAULTS, RULES = "default-resources", "set-resources"
-_NUMBERS = ("gpus_per_job", "jobs_per_gpu", "max_mem_mb", "max_runtime")
+_NUMBERS = ("gpus_per_job", "gpu_memory", "gpus_per_node", "jobs_per_gpu", "max_mem_mb", "max_runtime")
+_NEEDED_BY_AUTO = {"gpu_memory": "GiB of one GPU", "gpus_per_node": "what one job can have at most"}
 _GPU_TYPE = r"[A-Za-z0-9_.]+"
 """What the plugin takes for a type of GPU."""
 
@@ -24,19 +28,29 @@ class Site:
     """The values that rules look up; None where the profile says nothing.
 
     Attributes:
-        gpus_per_job: of a job that computes on GPUs; 0: all compute on processors.
+        gpus_per_job: of a job that computes on GPUs; 0: all compute on processors; `AUTO`: as many as hold its model.
+        gpu_memory: of one GPU, GiB.
+        gpus_per_node: what one job can have at most, by `AUTO`.
         gpu_type: as the cluster calls it.
         max_mem_mb, max_runtime: what no further try asks more than: MB, minutes.
         in_flight: GPUs that all jobs together may hold.
         jobs_per_gpu: jobs that may hold one GPU of the head's own machine at the same time.
     """
 
-    gpus_per_job: int | None = None
+    gpus_per_job: int | Literal["auto"] | None = None
     gpu_type: str | None = None
     max_mem_mb: int | None = None
     max_runtime: int | None = None
     in_flight: int | None = None
     jobs_per_gpu: int | None = None
+    gpu_memory: int | None = None
+    gpus_per_node: int | None = None
+
+    @property
+    def dealing(self) -> Dealing:
+        """How many GPUs each job gets; none where the profile says nothing."""
+        each = None if self.gpus_per_job == "auto" else self.gpus_per_job or 0
+        return Dealing(each, None if self.gpu_memory is None else self.gpu_memory * GIB, self.gpus_per_node or 1)
 
     def check_gpus(self, rule: str, gpus: int) -> int:
         """The GPUs of a job of a rule, if all in flight are as many: Snakemake would cut them without a word.
@@ -65,7 +79,18 @@ def site_of(defaults: Mapping[str, str], in_flight: str | None) -> Site:
     problems = [
         f"{DEFAULTS}.{name}: '{defaults[name]}' is no whole number"
         for name in _NUMBERS
-        if name in defaults and not defaults[name].isdigit()
+        if name in defaults and not defaults[name].isdigit() and (name, defaults[name]) != ("gpus_per_job", AUTO)
+    ]
+    if defaults.get("gpus_per_job") == AUTO:
+        problems += [
+            f"{DEFAULTS}.{name}: missing; `gpus_per_job: {AUTO}` needs it: {what}"
+            for name, what in _NEEDED_BY_AUTO.items()
+            if name not in defaults
+        ]
+    problems += [
+        f"{DEFAULTS}.{name}: 0; it is {what}"
+        for name, what in _NEEDED_BY_AUTO.items()
+        if re.fullmatch("0+", defaults.get(name, ""))
     ]
     if re.fullmatch("0+", defaults.get("jobs_per_gpu", "")):
         problems.append(f"{DEFAULTS}.jobs_per_gpu: 0; a GPU serves at least one job")
@@ -80,7 +105,9 @@ def site_of(defaults: Mapping[str, str], in_flight: str | None) -> Site:
     if in_flight is not None and not in_flight.isdigit():
         problems.append(f"resources.gpu: '{in_flight}' is no whole number")
     _refuse(problems)
-    numbers = {name: int(defaults[name]) for name in _NUMBERS if name in defaults}
+    numbers: dict[str, Any] = {
+        name: AUTO if defaults[name] == AUTO else int(defaults[name]) for name in _NUMBERS if name in defaults
+    }
     return Site(gpu_type=defaults.get("gpu_type"), in_flight=int(in_flight) if in_flight else None, **numbers)
 
 

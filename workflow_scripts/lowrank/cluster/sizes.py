@@ -108,6 +108,11 @@ class Sizes:
         """The model as it is opened."""
         return self.parameters * self.number
 
+    @property
+    def block_weights(self) -> float:
+        """The linear layers of all blocks: what is divided where they lie on several GPUs."""
+        return self.linears * self.number
+
     def moments(self, width: int) -> int:
         """The covariances of a block's inputs, sum n^2, at `width` bytes a number."""
         return width * sum(n * n for n in self.inputs)

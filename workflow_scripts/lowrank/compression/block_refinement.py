@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
+from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.partial_forward import exchanged, output_of
 
@@ -59,7 +60,8 @@ class BlockRefinement:
         """
         name = f"{family_of(self.model).blocks}.{layer}"
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        running = {pair: factors.as_module(dtype, self.device) for pair, factors in pairs.items()}
+        place = device_of(self.model.get_submodule(name))
+        running = {pair: factors.as_module(dtype, place) for pair, factors in pairs.items()}
         block = {name: copy.deepcopy(self.model.get_submodule(name)).to(dtype)}
         with exchanged(self.model, block), exchanged(self.model, running):
             data = [torch.cat(parts) for parts in (batches, entering, leaving)]
@@ -97,7 +99,8 @@ class BlockRefinement:
         """Mean square error over windows, tokens and channels."""
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         read, right = (states.to(self.device, dtype) for states in (entering, leaving))
-        return nn.functional.mse_loss(output_of(self.model, ids.to(self.device), layer, read), right)
+        out = output_of(self.model, ids.to(self.device), layer, read)
+        return nn.functional.mse_loss(out, right.to(out.device))
 
     def _error(self, layer: int, ids: torch.Tensor, entering: torch.Tensor, leaving: torch.Tensor) -> float:
         """The same over all windows, without gradients."""

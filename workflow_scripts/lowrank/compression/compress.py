@@ -22,7 +22,7 @@ from lowrank.files import layer_files
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.replacements import IdentityBlockFactors, Pair, Replacements
+from lowrank.model.replacements import Deferred, IdentityBlockFactors, Replacement, Replacements
 from lowrank.model.runtime import pick_device
 from lowrank.ranks.budget import Budget, Ranks
 
@@ -126,11 +126,8 @@ def compress_model(kind: str, settings: dict[str, Any], task_without_settings: d
     replacements: Replacements = module.compress(task)
     if identity_block:
         replacements = with_identity_blocks(replacements)
-    replace_modules(task.model, replacements)
-    factors = {name: changed for name, changed in replacements.items() if isinstance(changed, Pair)}
-    return {
-        linear.name: factors[linear.name].rank if linear.name in factors else None for linear in task.budget.modules
-    }
+    ranks = replace_modules(task.model, replacements)
+    return {linear.name: ranks.get(linear.name) for linear in task.budget.modules}
 
 
 def _with_dense_experts(task: CompressionTask) -> CompressionTask:
@@ -153,8 +150,10 @@ def with_identity_blocks(replacements: Replacements) -> Replacements:
     Raises:
         RankwiseError: a pair has not its full rank; the layer is named.
     """
-    changed, device = dict(replacements), pick_device()
-    for name, pair in replacements.items():
-        if isinstance(pair, LowRankFactors):
-            changed[name] = IdentityBlockFactors.of(pair, name, device)
-    return changed
+    device = pick_device()
+
+    def changed(name: str) -> Replacement:
+        found = replacements[name]
+        return IdentityBlockFactors.of(found, name, device) if isinstance(found, LowRankFactors) else found
+
+    return Deferred(replacements, changed)

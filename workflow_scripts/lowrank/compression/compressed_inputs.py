@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank.calibration.gram import add_gram
 from lowrank.jobs.state import Parts
+from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.partial_forward import block_input, exchanged, input_of, output_of
@@ -86,12 +87,12 @@ def factors_in_order(
     """Make the pairs of some layers.
 
     Args:
-        model: the dense model, on `device`; changed, and changed back.
+        model: the dense model; changed, and changed back.
         tokens: windows x length token ids.
         budget: of the model.
         names: the layers that become pairs; the others stay dense.
         make: the pair of a layer.
-        device: where the model is.
+        device: where the model is, or its embeddings are.
         target: whose inputs X are. dense: the dense model's; inputs: those at hand, so that X = X'.
         refine: what is done to the pairs of a block.
         parts: where the pairs of finished blocks are kept, and found again; they must be of the same call.
@@ -112,7 +113,7 @@ def factors_in_order(
                 changed = [module for module in modules if module.name in names]
                 if not changed:
                     continue
-                before = _running(model, pairs, device)
+                before = _running(model, pairs)
                 products = _products(model, modules[0], batches, (dense, compressed), before, device, target)
                 for module in changed:
                     pairs[module.name] = make(module, model.get_submodule(module.name).weight, products)
@@ -124,16 +125,21 @@ def factors_in_order(
                 if parts is not None:
                     parts.save(f"block_{layer}", _packed(pairs))
             if layer < last:
-                with exchanged(model, _running(model, pairs, device)):
+                with exchanged(model, _running(model, pairs)):
                     compressed = _outputs(model, layer, batches, compressed, device)
             made |= pairs
             log.info("made block %d of %d on the inputs of the compressed model", layer + 1, last + 1)
     return made
 
 
-def _running(model: PreTrainedModel, pairs: Mapping[str, LowRankFactors], device: torch.device) -> dict[str, nn.Module]:
+def _running(model: PreTrainedModel, pairs: Mapping[str, LowRankFactors]) -> dict[str, nn.Module]:
     """The layers that pairs become."""
-    return {name: pair.as_module(model.dtype, device) for name, pair in pairs.items()}
+    return {name: pair.as_module(model.dtype, _place(model, name)) for name, pair in pairs.items()}
+
+
+def _place(model: PreTrainedModel, name: str) -> torch.device:
+    """Where a dense layer is."""
+    return device_of(model.get_submodule(name))
 
 
 def _packed(pairs: Mapping[str, LowRankFactors]) -> dict[str, torch.Tensor]:
@@ -167,7 +173,7 @@ def _products(
     target: Literal["dense", "inputs"],
 ) -> Products:
     """Products of what a layer reads where its outputs are right (the dense model, or the compressed) and where not."""
-    products = Products(module.in_features, device)
+    products = Products(module.in_features, _place(model, module.name))
     for ids, *hidden in zip(batches, *entering, strict=True):
         on_device = ids.to(device)
         with exchanged(model, pairs):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lowrank.bases.principal import PrincipalBasis
 from lowrank.bases.weighted_svd import balanced
 from lowrank.calibration.gradients import mean_gradients
+from lowrank.model.devices import pick_devices
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.partial_forward import exchanged
@@ -51,7 +52,7 @@ def correct(
     """
     truncated = {module.name: _dense(model, module.name, factors[module.name], device) for module, _ in layers}
     with exchanged(model, truncated):
-        gradients = mean_gradients(model, tokens, list(truncated), device)
+        gradients = mean_gradients(model, tokens, list(truncated), pick_devices())
     corrected: dict[str, LowRankFactors] = {}
     for module, rank in layers:
         name, layer = module.name, model.get_submodule(module.name)

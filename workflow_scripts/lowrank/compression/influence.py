@@ -14,18 +14,19 @@ from transformers import PreTrainedModel
 from lowrank.calibration.moments import check_finite
 from lowrank.calibration.statistics import TOKENS_PER_BATCH
 from lowrank.model.checkpoint import family_of
+from lowrank.model.devices import Devices
 from lowrank.model.losses import last_hidden
-from lowrank.model.partial_forward import on_device
+from lowrank.model.partial_forward import on_devices
 
 
 @torch.inference_mode()
-def block_influence(model: PreTrainedModel, tokens: torch.Tensor, device: torch.device) -> list[float]:
+def block_influence(model: PreTrainedModel, tokens: torch.Tensor, devices: Devices) -> list[float]:
     """BI of every block, in one pass.
 
     Args:
-        model: dense; it is on `device` meanwhile.
+        model: dense; it is on `devices` meanwhile.
         tokens: windows x length token ids.
-        device: where to run it.
+        devices: where to run it.
 
     Raises:
         RankwiseError: hidden states that are not finite; the block is named.
@@ -39,16 +40,16 @@ def block_influence(model: PreTrainedModel, tokens: torch.Tensor, device: torch.
             entered = args[0] if args else kwargs["hidden_states"]
             left = output[0] if isinstance(output, tuple) else output
             check_finite(left, f"{family.blocks}.{layer}: outputs")
-            cosines = nn.functional.cosine_similarity(entered.double(), left.double(), dim=-1)
+            cosines = nn.functional.cosine_similarity(entered.double(), left.to(entered.device).double(), dim=-1)
             sums[layer] += float(cosines.sum())
 
         return add
 
     handles = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in enumerate(blocks)]
     try:
-        with on_device(model, device):
+        with on_devices(model, devices):
             for batch in torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])):
-                last_hidden(model, batch.to(device))
+                last_hidden(model, batch.to(model.device))
     finally:
         for handle in handles:
             handle.remove()

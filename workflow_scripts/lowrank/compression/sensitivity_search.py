@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lowrank.calibration.gradients import first_not_finite
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
+from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.model.losses import head_of, token_nll
@@ -138,7 +139,8 @@ def _trials(
 ) -> list[Trial]:
     trials = []
     for rank in ranks:
-        pair = factors(rank).as_module(running.model.dtype, running.device)
+        place = device_of(running.model.get_submodule(module.name))
+        pair = factors(rank).as_module(running.model.dtype, place)
         with exchanged(running.model, {module.name: pair}):
             loss = running.loss()
         if not math.isfinite(loss):

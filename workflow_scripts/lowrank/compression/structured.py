@@ -5,7 +5,8 @@ The units are those of `branches`. The norms of single heads (Qwen3) are shared 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank.compression.branches import Counts, Place, Structure
 from lowrank.errors import RankwiseError
-from lowrank.model.replacements import KeptHeads, Replacement, SmallerLinear
+from lowrank.model.replacements import Deferred, KeptHeads, Replacement, SmallerLinear
 
 Scores = Mapping[Place, torch.Tensor]
 """One score a unit; the lowest go first, and among equals the one that comes first."""
@@ -105,8 +106,8 @@ def cut(
     structure: Structure,
     kept: Mapping[Place, torch.Tensor],
     means: Mapping[Place, torch.Tensor] | None = None,
-) -> dict[str, Replacement]:
-    """The layers of the pruned branches, and the heads that attention modules have left.
+) -> Deferred[Replacement]:
+    """The layers of the pruned branches, and the heads that attention modules have left; made when they are asked for.
 
     Args:
         model: the dense model.
@@ -118,21 +119,24 @@ def cut(
     Returns:
         Module name -> what becomes of it.
     """
-    replacements: dict[str, Replacement] = {}
+    makers: dict[str, Callable[[], Replacement]] = {}
     for place, units in kept.items():
         branch = structure.branch(place)
         for linear in branch.writers:
             name = structure.layer_name(place[0], linear)
             rows = channels(units, branch.widths[linear.output])
-            replacements[name] = SmallerLinear.of_rows(model.get_submodule(name), rows)
+            makers[name] = partial(_shorter, model, name, rows)
         name = structure.layer_name(place[0], branch.reader)
         columns = channels(units, branch.reader_width)
-        mean = None if means is None else means[place]
-        replacements[name] = _narrower(model.get_submodule(name), columns, mean)
+        makers[name] = partial(_narrower, model, name, columns, None if means is None else means[place])
         if branch.name == structure.attention.name:
             heads = KeptHeads(len(units) * structure.heads_per_group, len(units))
-            replacements[name.rpartition(".")[0]] = heads
-    return replacements
+            makers[name.rpartition(".")[0]] = partial(_same, heads)
+    return Deferred(makers, lambda name: makers[name]())
+
+
+def _same(heads: KeptHeads) -> KeptHeads:
+    return heads
 
 
 def channels(units: torch.Tensor, width: int) -> torch.Tensor:
@@ -140,8 +144,14 @@ def channels(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def _narrower(layer: Any, columns: torch.Tensor, mean: torch.Tensor | None) -> SmallerLinear:
+def _shorter(model: PreTrainedModel, name: str, rows: torch.Tensor) -> SmallerLinear:
+    """A layer with some of its rows."""
+    return SmallerLinear.of_rows(model.get_submodule(name), rows)
+
+
+def _narrower(model: PreTrainedModel, name: str, columns: torch.Tensor, mean: torch.Tensor | None) -> SmallerLinear:
     """A layer with some of its columns, and a bias for the mean of the others if it is given."""
+    layer: Any = model.get_submodule(name)
     weight, bias = layer.weight.detach(), layer.bias
     if mean is not None:
         lost = torch.ones(weight.shape[1], dtype=torch.bool)

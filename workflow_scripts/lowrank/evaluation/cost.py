@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
+from lowrank.model.devices import devices_of
 from lowrank.model.families import LinearModule, expert_share, linear_modules, router_parameters
 from lowrank.model.losses import head_of
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear
@@ -68,11 +69,12 @@ def measure_speed(model: PreTrainedModel, suite: CostSuite) -> dict[str, Any]:
 
     Returns:
         "prefill_tokens_per_second", "decode_tokens_per_second", "repeats" (their raw values), "peak_mib": of this
-        process from its start, loading included ("host"), and of the device during these runs ("cuda").
+        process from its start, loading included ("host"), and of its GPUs together during these runs ("cuda").
     """
-    device = model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    device, places = model.device, devices_of(model)
+    for place in places:
+        if place.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(place)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(vocabulary, (suite.batch_size, suite.prompt_tokens), generator=generator).to(device)
@@ -80,7 +82,7 @@ def measure_speed(model: PreTrainedModel, suite: CostSuite) -> dict[str, Any]:
     prefill, decode = (list(values) for values in zip(*runs, strict=True))
     log.info("prefill %.0f tokens/s, decode %.1f tokens/s", statistics.median(prefill), statistics.median(decode))
     return {
-        "peak_mib": peak_memory_mib(device),
+        "peak_mib": peak_memory_mib(places),
         "prefill_tokens_per_second": statistics.median(prefill),
         "decode_tokens_per_second": statistics.median(decode),
         "repeats": {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode},
@@ -99,23 +101,25 @@ def _timed_run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) ->
         for _ in range(new_tokens):
             state = step(state.logits[:, -1:].argmax(dim=-1), state.past_key_values)
 
-    prefill_seconds, prefilled = _seconds(lambda: step(prompt, None), prompt.device)
-    decode_seconds, _ = _seconds(decode, prompt.device)
+    places = devices_of(model)
+    prefill_seconds, prefilled = _seconds(lambda: step(prompt, None), places)
+    decode_seconds, _ = _seconds(decode, places)
     return prompt.numel() / prefill_seconds, len(prompt) * new_tokens / decode_seconds
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall time of a call, its device work included, and what it returned."""
-    _wait(device)
+def _seconds(work: Callable[[], Any], devices: Sequence[torch.device]) -> tuple[float, Any]:
+    """Wall time of a call, the work of its devices included, and what it returned."""
+    _wait(devices)
     started = time.perf_counter()
     result = work()
-    _wait(device)
+    _wait(devices)
     return time.perf_counter() - started, result
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _module(model: PreTrainedModel, linear: LinearModule) -> CountedLayer:

@@ -87,7 +87,7 @@ def continue_greedily(
     Raises:
         RankwiseError: logits that are not finite.
     """
-    ids, cache = torch.tensor([prompt], device=model.device), None
+    ids, cache = torch.tensor([prompt]).to(model.device), None
     new: list[int] = []
     while len(new) < new_tokens:
         state = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -101,7 +101,7 @@ def continue_greedily(
         if token in ends:
             return new, True
         new.append(token)
-        ids = torch.tensor([[token]], device=model.device)
+        ids = torch.tensor([[token]]).to(model.device)
     return new, False
 
 

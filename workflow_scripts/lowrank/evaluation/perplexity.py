@@ -24,8 +24,9 @@ from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.devices import pick_devices
 from lowrank.model.losses import head_of, last_hidden, token_nll
-from lowrank.model.runtime import parse_dtype, pick_device
+from lowrank.model.runtime import parse_dtype
 from lowrank.model.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
         "corpora" and "protocol", see `evaluate_corpora`.
     """
     checkpoint = arguments["checkpoint"]
-    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_device())
+    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_devices())
     suite = PerplexitySuite.model_validate(arguments["suite"])
     tokenizer = load_tokenizer(checkpoint)
     corpora, protocol = evaluate_corpora(model, checkpoint, tokenizer, suite, arguments["corpora"], share)

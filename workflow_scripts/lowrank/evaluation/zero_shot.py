@@ -32,7 +32,8 @@ from lowrank.evaluation.answers import count_answers
 from lowrank.evaluation.task_files import ScoredRows, find_rows, write_tasks
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import load_checkpoint
-from lowrank.model.runtime import parse_dtype, pick_device, seed_everything
+from lowrank.model.devices import pick_devices
+from lowrank.model.runtime import parse_dtype, seed_everything
 from lowrank.model.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
         See `evaluate_zero_shot`.
     """
     checkpoint = arguments["checkpoint"]
-    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_device())
+    model = load_checkpoint(checkpoint, parse_dtype(arguments["dtype"]), pick_devices())
     suite = ZeroShotSuite.model_validate(arguments["suite"])
     tokenizer = load_tokenizer(checkpoint)
     return evaluate_zero_shot(model, tokenizer, suite, arguments["rows"], arguments["longest"], share)

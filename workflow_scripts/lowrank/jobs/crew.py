@@ -39,13 +39,15 @@ class Crew:
 
 
 def crew_of(resources: Mapping[str, Any]) -> Crew:
-    """The processes of a job by what its profile says: one a GPU; without GPUs one, or `processes`.
+    """The processes of a job by what its profile says: one a GPU, or `processes`; without GPUs one, or as many.
 
     Args:
-        resources: of the job: `gpu` (of all machines together), `nodes`, `processes`, `launcher`; all may be missing.
+        resources: of the job: `gpu` (of all machines together), `nodes`, `processes` (of each machine), `launcher`; all
+            may be missing.
 
     Raises:
-        RankwiseError: a number of GPUs that the machines cannot share evenly.
+        RankwiseError: a number of GPUs that the machines cannot share evenly; or several processes that would have
+            several GPUs each, or more of them than GPUs.
     """
     import torch
 
@@ -56,7 +58,13 @@ def crew_of(resources: Mapping[str, Any]) -> Crew:
         return Crew(int(resources.get("processes") or 1), nodes, launcher)
     if asked % nodes:
         raise RankwiseError(f"`gpu: {asked}` on `nodes: {nodes}`: each node must get as many; change one of them.")
-    return Crew(asked // nodes or 1, nodes, launcher)
+    each = asked // nodes or 1
+    processes = int(resources.get("processes") or each) if asked else 1
+    if processes not in (1, each):
+        raise RankwiseError(
+            f"`processes: {processes}` on {each} GPUs of a machine: it is 1, whose model lies on all of them, or {each}"
+        )
+    return Crew(processes, nodes, launcher)
 
 
 @dataclass(frozen=True)

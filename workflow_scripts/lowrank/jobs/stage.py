@@ -21,6 +21,7 @@ from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
 from lowrank.jobs.log_file import FINISHED
 from lowrank.jobs.record import write_job_record
+from lowrank.model.placement import MODEL_GPUS
 from lowrank.redact import SafeFormatter
 from lowrank.versions import package_version
 
@@ -99,12 +100,12 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
                 work(job)
             write_job_record(job, PROJECT, usage_since(started))
     except RankwiseError as error:
-        log.error("%s: %s%s", job.rule, error, fetching_hint(error))
+        log.error("%s: %s%s", job.rule, error, fetching_hint(error) or memory_hint(job, error))
         sys.exit(1)
     except Exception as error:
         if problem := disk_problem(job, error):
             log.error("%s: %s", job.rule, problem)
-        elif hint := fetching_hint(error) or missing_package(error):
+        elif hint := fetching_hint(error) or missing_package(error) or memory_hint(job, error):
             log.error("%s: %s: %s%s", job.rule, type(error).__name__, error, hint)
         else:
             log.exception("%s: unexpected failure; please report it with this log", job.rule)
@@ -120,6 +121,7 @@ def set_up_environment(job: Job) -> None:
         os.environ.setdefault(variable, "1")
     if not job.rule.startswith(FETCHING):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
+    os.environ[MODEL_GPUS] = str(wanted_gpus(job))
     if computes_on_cpu(job) or got_no_gpu(job):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if computes_on_cpu(job) or got_no_gpu(job) or not os.path.exists("/dev/nvidiactl"):
@@ -211,6 +213,21 @@ def disk_problem(job: Job, error: BaseException) -> str:
     return str(write_error(Path(found.filename or next(iter(job.output), "results")), found)) if found else ""
 
 
+def memory_hint(job: Job, error: BaseException) -> str:
+    """What to do if the memory of a GPU was too small, here or in a worker; nothing if that was not it."""
+    if "OutOfMemoryError" not in f"{type(error).__name__} {error}":  # torch's, which is not imported for it
+        return ""
+    asked = asked_gpus(job) or 1
+    if asked > 1 and str(job.resources.get("processes", "")) != "1":
+        more = f"{{gpu: {asked}, processes: 1}}` in the profile one process has all of them"
+    else:
+        more = f"{{gpu: {asked + 1}}}` in the profile it has one more"
+    return (
+        f". The memory of a GPU is too small: with `set-resources: {job.rule}: {more}; which rules have their model on "
+        "several GPUs, and that `gpus_per_job: auto` counts them, is in docs/cluster.md."
+    )
+
+
 def missing_package(error: BaseException) -> str:
     """What to do if a package is not installed; nothing for other errors, nor for a module of this library."""
     if not isinstance(error, ModuleNotFoundError) or (error.name or "").startswith("lowrank"):
@@ -234,7 +251,8 @@ def usage_since(started: float) -> dict[str, float]:
         usage["child_peak_mib"] = children
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        usage["gpu_peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        gpus = range(torch.cuda.device_count())
+        usage["gpu_peak_mib"] = max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus) / 2**20
     return usage
 
 

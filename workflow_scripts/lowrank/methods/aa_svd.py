@@ -74,11 +74,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.calibration.corpora import first_windows
     from lowrank.compression.block_refinement import BlockRefinement
     from lowrank.compression.compressed_inputs import factors_in_order
-    from lowrank.model.partial_forward import on_device
-    from lowrank.model.runtime import pick_device
+    from lowrank.model.devices import pick_devices
+    from lowrank.model.partial_forward import on_devices
     from lowrank.search.uniform import uniform_layers
 
-    settings, device = task.settings, pick_device()
+    settings, devices = task.settings, pick_devices()
     layers = uniform_layers(task.budget, task.ratio, settings.uncompressed, settings.rounding)
     if not layers:
         return {}
@@ -91,11 +91,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     refine = None
     if settings.refine:
         training = (settings.refine, settings.learning_rate, settings.batch_size, task.seed)
-        refine = BlockRefinement(task.model, device, *training)
+        refine = BlockRefinement(task.model, devices[0], *training)
     windows = first_windows(task.required_tokens(), settings.windows, "windows")
-    with on_device(task.model, device):
+    with on_devices(task.model, devices):
         return factors_in_order(
-            task.model, windows, task.budget, ranks, make, device, settings.target, refine, task.parts
+            task.model, windows, task.budget, ranks, make, devices[0], settings.target, refine, task.parts
         )
 
 

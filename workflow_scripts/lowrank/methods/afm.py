@@ -7,6 +7,7 @@ uncentred` there are none).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from lowrank.config.base import Name
@@ -30,7 +31,7 @@ class Settings(UniformSettings):
         return True
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     """Slice the bases at the ranks that the uniform ratio buys."""
     from lowrank.search.allocation import sliced_factors
     from lowrank.search.uniform import uniform_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -35,7 +36,7 @@ class Settings(LowRankSettings):
         return True
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     """Slice the bases at the ranks of the allocation."""
     from lowrank.errors import RankwiseError
     from lowrank.search.allocation import sliced_factors

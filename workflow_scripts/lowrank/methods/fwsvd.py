@@ -41,6 +41,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.bases.weighted_svd import weigh_rows
     from lowrank.calibration.corpora import first_windows
     from lowrank.calibration.gradients import sum_gradients
+    from lowrank.model.devices import pick_devices
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
@@ -50,7 +51,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     device = pick_device()
     tokens = first_windows(task.required_tokens(), task.settings.sequences, "sequences")
     names = [module.name for module, _ in layers]
-    squares = sum_gradients(task.model, tokens, names, device, squared=True)
+    squares = sum_gradients(task.model, tokens, names, pick_devices(), squared=True)
     factors: dict[str, LowRankFactors] = {}
     for module, rank in layers:
         layer = task.model.get_submodule(module.name)

@@ -202,13 +202,13 @@ def _gradients(task: CompressionTask, names: list[str], squared: bool = False) -
     """
     from lowrank.calibration.gradients import sum_gradients
     from lowrank.errors import RankwiseError
-    from lowrank.model.runtime import pick_device
+    from lowrank.model.devices import pick_devices
 
     tokens, settings = task.required_tokens(), task.settings
     if why := settings.too_few(*tokens.shape):
         raise RankwiseError(f"llm-pruner: {why}")
     tokens = tokens[: settings.sequences, : settings.length]
-    sums = sum_gradients(task.model, tokens, names, pick_device(), squared=squared)
+    sums = sum_gradients(task.model, tokens, names, pick_devices(), squared=squared)
     return {name: total.div_(len(tokens)) for name, total in sums.items()}
 
 

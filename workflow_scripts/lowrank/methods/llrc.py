@@ -70,7 +70,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """
     from lowrank.compression.masks import MaskTraining, trained_masks
     from lowrank.model.factors import LowRankFactors
-    from lowrank.model.partial_forward import on_device
+    from lowrank.model.partial_forward import on_devices
     from lowrank.model.runtime import pick_device
     from lowrank.ranks.rounding import pair_or_dense, rounded_ranks
 
@@ -89,7 +89,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         settings.steps, settings.batch_size, settings.learning_rate, settings.temperature, settings.pressure,
         settings.growth, task.seed,
     )  # fmt: skip
-    with on_device(task.model, device):
+    with on_devices(task.model, device):
         logits = trained_masks(task.model, task.required_tokens(), layers, enough, training, device, task.parts)
     ranks = rounded_ranks(budget, task.ratio, {name: int((each > 0).sum()) for name, each in logits.items()})
     factors, first = {}, 0

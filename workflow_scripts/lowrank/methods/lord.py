@@ -6,7 +6,7 @@ as many key/value as query heads that is 30 % on q and k for a budget of 20 %, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -59,7 +59,7 @@ class Settings(RoundedSettings):
         return True
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""
     from lowrank.search.allocation import sliced_factors
 

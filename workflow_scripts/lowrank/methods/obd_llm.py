@@ -111,13 +111,13 @@ def _first_order_ranks(task: CompressionTask, decompose: Decompose) -> Ranks:
     from lowrank.bases.first_order import loss_changes
     from lowrank.calibration.corpora import first_windows
     from lowrank.calibration.gradients import mean_gradients
-    from lowrank.model.runtime import pick_device
+    from lowrank.model.devices import pick_devices
     from lowrank.ranks.zero_sum import MEANING, greedy_ranks
 
     uncompressed = task.settings.uncompressed
     free = task.budget.free(uncompressed)
     tokens = first_windows(task.required_tokens(), task.settings.sequences, "sequences")
-    gradients = mean_gradients(task.model, tokens, [module.name for module in free], pick_device())
+    gradients = mean_gradients(task.model, tokens, [module.name for module in free], pick_devices())
     changes = {m.name: loss_changes(decompose(m), gradients.pop(m.name)).cpu().numpy() for m in free}
     allocation = greedy_ranks(task.budget, task.ratio, changes, uncompressed, balanced=False)
     task.account["predicted_loss_change"] = {"nats_per_token": allocation.change, "meaning": MEANING}

@@ -152,6 +152,7 @@ def compress(task: CompressionTask) -> Replacements:
             named.
     """
     from lowrank.compression.narrower import Mlps
+    from lowrank.model.replacements import Deferred
     from lowrank.ranks.predicted_loss import MEANING, allocate
     from lowrank.search.allocation import sliced_factors
     from lowrank.search.loss_scales import predicted_losses
@@ -171,15 +172,16 @@ def compress(task: CompressionTask) -> Replacements:
     if mlps is None:
         return factors
     _tell(task, mlps.chosen(allocation.picked))
-    return {**factors, **mlps.replacements(allocation.picked)}
+    narrower = mlps.replacements(allocation.picked)
+    return Deferred([*factors, *narrower], lambda name: narrower[name] if name in narrower else factors[name])
 
 
 def _influence(task: CompressionTask) -> list[float]:
     """Of every block, on the first windows; the manifest has it."""
     from lowrank.compression.influence import block_influence
-    from lowrank.model.runtime import pick_device
+    from lowrank.model.devices import pick_devices
 
-    influence = block_influence(task.model, task.required_tokens()[:INFLUENCE_WINDOWS], pick_device())
+    influence = block_influence(task.model, task.required_tokens()[:INFLUENCE_WINDOWS], pick_devices())
     task.account["influence"] = influence
     log.info("influence of the blocks: %s", ", ".join(f"{value:.3f}" for value in influence))
     return influence

@@ -13,6 +13,7 @@ from lowrank.config.low_rank import UniformSettings
 if TYPE_CHECKING:
     from lowrank.compression.compress import CompressionTask
     from lowrank.model.factors import LowRankFactors
+    from lowrank.model.replacements import Deferred
 
 
 class Settings(UniformSettings):
@@ -26,7 +27,7 @@ class Settings(UniformSettings):
         return True
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+def compress(task: CompressionTask) -> Deferred[LowRankFactors]:
     """Truncate every matrix at the rank that the uniform ratio buys: U_r U_r' W, U_r the left singular vectors of W.
 
     Raises:
@@ -35,19 +36,22 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.bases.principal import left_singular_vectors
     from lowrank.errors import RankwiseError
     from lowrank.model.factors import LowRankFactors
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
     device = pick_device()
-    factors: dict[str, LowRankFactors] = {}
-    for module, rank in uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding):
-        name = module.name
+    layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
+    ranks = {module.name: rank for module, rank in layers}
+
+    def truncated(name: str) -> LowRankFactors:
         layer = task.model.get_submodule(name)
         weight = layer.weight.to(device).double()
         try:
             vectors, _ = left_singular_vectors(weight)
         except RuntimeError as error:
             raise RankwiseError(f"{name}: the singular value decomposition failed: {error}") from error
-        up = vectors[:, :rank]
-        factors[name] = LowRankFactors((up.T @ weight).cpu(), up.cpu(), layer.bias)
-    return factors
+        up = vectors[:, : ranks[name]]
+        return LowRankFactors((up.T @ weight).cpu(), up.cpu(), layer.bias)
+
+    return Deferred(ranks, truncated)

@@ -56,8 +56,8 @@ class Settings(UniformSettings):
         return not self.update
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Whiten and truncate every matrix at the rank that the uniform ratio buys.
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
+    """Whiten and truncate every matrix at the rank that the uniform ratio buys; without an update, as it is asked for.
 
     Raises:
         RankwiseError: a layer's inputs are all zero, or a decomposition fails; the layer is named.
@@ -65,7 +65,9 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.bases.whitening import whitened_factors
     from lowrank.calibration.corpora import first_windows
     from lowrank.compression.least_squares_update import refit_up_factors
-    from lowrank.model.partial_forward import on_device
+    from lowrank.model.devices import pick_devices
+    from lowrank.model.partial_forward import on_devices
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
@@ -74,16 +76,19 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         return {}
     device = pick_device()
     roots = _Roots(task, device)
-    factors: dict[str, LowRankFactors] = {}
-    for module, rank in layers:
-        layer = task.model.get_submodule(module.name)
+    chosen = {module.name: (module, rank) for module, rank in layers}
+
+    def truncated(name: str) -> LowRankFactors:
+        (module, rank), layer = chosen[name], task.model.get_submodule(name)
         root = roots.of(module.layer, module.type.site)
-        factors[module.name] = whitened_factors(layer.weight.to(device), root, module.name).factors(rank, layer.bias)
+        return whitened_factors(layer.weight.to(device), root, name).factors(rank, layer.bias)
+
     if not task.settings.update:
-        return factors
+        return Deferred(chosen, truncated)
+    factors = {name: truncated(name) for name in chosen}
     windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
-    with on_device(task.model, device):
-        return refit_up_factors(task.model, windows, task.budget, factors, device, task.settings.target)
+    with on_devices(task.model, pick_devices()):
+        return refit_up_factors(task.model, windows, task.budget, factors, task.model.device, task.settings.target)
 
 
 class _Roots:

@@ -125,10 +125,11 @@ def _by_first_order(
     """Ranks by the changes that gradients predict, and the directions of every matrix that may get one."""
     from lowrank.bases.first_order import loss_changes
     from lowrank.calibration.gradients import mean_gradients
+    from lowrank.model.devices import pick_devices
     from lowrank.ranks.zero_sum import MEANING, greedy_ranks
 
     free, changes, directions = task.budget.free(task.settings.uncompressed), {}, {}
-    gradients = mean_gradients(task.model, _windows(task), [module.name for module in free], device)
+    gradients = mean_gradients(task.model, _windows(task), [module.name for module in free], pick_devices())
     for module in free:
         basis = decompose(module, task.model.get_submodule(module.name).weight)
         changes[module.name] = loss_changes(basis, gradients.pop(module.name)).cpu().numpy()

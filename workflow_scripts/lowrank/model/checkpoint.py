@@ -16,15 +16,18 @@ from transformers.utils import logging as transformers_logging
 from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, check_manifest, checksums_of, link_or_copy
 from lowrank.model import modeling_rankwise
+from lowrank.model.devices import Devices, spread
 from lowrank.model.factors import SharedDownFactors
 from lowrank.model.families import FAMILIES, Family, family_with, unknown_family
-from lowrank.model.replacements import ChangedModule, Replacements
+from lowrank.model.replacements import ChangedModule, Pair, Replacements
 
 log = logging.getLogger(__name__)
 
 MODELING_FILE = Path(modeling_rankwise.__file__)
 MODEL_TYPE_PREFIX = "rankwise_"
 CARD = "README.md"
+LARGEST_FILE = "5GB"
+"""Of weights; what is more goes into several files, with an index."""
 
 for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -33,8 +36,16 @@ for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
 transformers_logging.disable_progress_bar()
 
 
-def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_checkpoint(
+    folder: str | Path, dtype: torch.dtype, devices: Devices = "cpu", beside: float = 0
+) -> PreTrainedModel:
     """Open a dense or compressed checkpoint for inference; fused projections and experts' matrices become a layer each.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: to open it in.
+        devices: where it goes; over several, block by block.
+        beside: bytes that will lie beside each block, on its device.
 
     Checkpoints of this project need no remote code here: their classes are registered from this repository. No code
     that lies in the folder is ever run.
@@ -76,8 +87,7 @@ def load_checkpoint(folder: str | Path, dtype: torch.dtype, device: torch.device
             raise RankwiseError(f"{folder}: {named}. Delete the folder and run the workflow again.")
     modeling_rankwise.separate_projections(model)
     model.eval().requires_grad_(False)
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    return spread(model, family_of(model).blocks, devices, beside)
 
 
 def drop_remote_code(config: Any) -> None:
@@ -103,29 +113,48 @@ def recipe_of(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     return {name: module.recipe_entry() for name, module in model.named_modules() if hasattr(module, "recipe_entry")}
 
 
-def replace_modules(model: PreTrainedModel, replacements: Replacements) -> None:
-    """Change modules of a model, in place, in its dtype and on its device.
+def replace_modules(model: PreTrainedModel, replacements: Replacements) -> dict[str, int]:
+    """Change modules of a model, in place, in its dtype and on its device, one after the other.
+
+    Returns:
+        Name -> rank of what is a low-rank pair now.
 
     Raises:
         RankwiseError: a new weight is not finite; the module is named.
     """
-    owners_first = sorted(replacements.items(), key=lambda item: isinstance(item[1], SharedDownFactors))
-    for name, replacement in owners_first:
-        parent, _, child = name.rpartition(".")
-        if isinstance(replacement, ChangedModule):
-            replacement.change(model.get_submodule(name), model.dtype, model.device)
-        elif isinstance(replacement, SharedDownFactors):
-            owner: Any = model.get_submodule(replacement.shares)
-            setattr(model.get_submodule(parent), child, replacement.as_module(owner, model.dtype, model.device))
-        else:
-            setattr(model.get_submodule(parent), child, replacement.as_module(model.dtype, model.device))
+    ranks: dict[str, int] = {}
+    sharing: list[tuple[str, SharedDownFactors]] = []
     for name in replacements:
-        for parameter in model.get_submodule(name).parameters():
-            if not bool(parameter.isfinite().all()):
-                raise RankwiseError(
-                    f"{name}: its new weights are not finite in {parameter.dtype}. "
-                    "Set `dtype: float32` for this model in the config, or look for outliers in its statistics."
-                )
+        replacement = replacements[name]
+        if isinstance(replacement, Pair):
+            ranks[name] = replacement.rank
+        if isinstance(replacement, SharedDownFactors):
+            sharing.append((name, replacement))  # until the layer whose factor it shares is there
+        elif isinstance(replacement, ChangedModule):
+            replacement.change(model.get_submodule(name), model.dtype, model.device)
+            _require_finite(model, name)
+        else:
+            _put(model, name, replacement.as_module(model.dtype, model.device))
+    for name, shared in sharing:
+        owner: Any = model.get_submodule(shared.shares)
+        _put(model, name, shared.as_module(owner, model.dtype, model.device))
+    return ranks
+
+
+def _put(model: PreTrainedModel, name: str, module: torch.nn.Module) -> None:
+    """Have another module in the place of one."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    _require_finite(model, name)
+
+
+def _require_finite(model: PreTrainedModel, name: str) -> None:
+    for parameter in model.get_submodule(name).parameters():
+        if not bool(parameter.isfinite().all()):
+            raise RankwiseError(
+                f"{name}: its new weights are not finite in {parameter.dtype}. "
+                "Set `dtype: float32` for this model in the config, or look for outliers in its statistics."
+            )
 
 
 def save_checkpoint(
@@ -134,7 +163,8 @@ def save_checkpoint(
     target: str | Path,
     card: Callable[[Path], str] | None = None,
 ) -> dict[str, str]:
-    """Write a checkpoint folder, atomically: safetensors, config with recipe, model code, tokenizer, model card.
+    """Write a checkpoint folder, atomically: safetensors (in files of 5 GB, with an
+    index, if there are more than one), config with recipe, model code, tokenizer, model card.
 
     A model in which nothing changed is written as a plain checkpoint of its base architecture.
 
@@ -156,7 +186,7 @@ def save_checkpoint(
         state = state if recipe else as_stored(state, family)
         # transformers would rename what it thinks to be stacked; here experts are stored one by one already.
         in_its_format = not family.experts
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_original_format=in_its_format)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=LARGEST_FILE, save_original_format=in_its_format)
         _write_config(folder, model, recipe)
         if recipe:
             shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.model.checkpoint import family_of
+from lowrank.model.devices import Devices, spread
 from lowrank.model.losses import last_hidden
 
 
@@ -23,14 +24,14 @@ class _Reached(Exception):
 
 
 @contextmanager
-def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Have a model on a device for a while."""
-    before = model.device
-    model.to(device)
+def on_devices(model: PreTrainedModel, devices: Devices) -> Iterator[None]:
+    """Have a model, which is on one device, on one or several for a while."""
+    before, path = model.device, family_of(model).blocks
+    spread(model, path, devices)
     try:
         yield
     finally:
-        model.to(before)
+        spread(model, path, before)
 
 
 @contextmanager

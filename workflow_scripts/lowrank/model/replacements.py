@@ -7,9 +7,9 @@ checkpoint's recipe says is read off the changed model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -208,6 +208,27 @@ Pair = LowRankFactors | IdentityBlockFactors | IdentityColumnsFactors | SharedDo
 """What has a rank."""
 Replacement = Pair | SmallerLinear | NormWithoutGain | ChangedModule
 Replacements = Mapping[str, Replacement]
+Kind = TypeVar("Kind", bound=Replacement)
+
+
+class Deferred(Mapping[str, Kind]):
+    """Replacements that are made when they are asked for, each time anew.
+
+    So that a large model's new layers are never all there beside its old ones: what is put into the model takes the
+    place of what it was made of.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Kind]) -> None:
+        self._make = dict.fromkeys(names, make)
+
+    def __getitem__(self, name: str) -> Kind:
+        return self._make[name](name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 def _linear(

@@ -6,6 +6,7 @@ import logging
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def peak_memory_mib(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far: resident set on the host, and allocated memory on a CUDA device."""
+def peak_memory_mib(devices: Sequence[torch.device]) -> dict[str, float]:
+    """Peak memory of this process so far: resident set on the host, and allocated memory on its CUDA devices."""
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device) / 2**20
+    if gpus := [device for device in devices if device.type == "cuda"]:
+        peak["cuda"] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     return peak

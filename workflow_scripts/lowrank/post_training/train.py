@@ -34,6 +34,9 @@ from lowrank.post_training.subspace import pack_vectors
 
 log = logging.getLogger(__name__)
 
+DIVIDED_STAGE = 3
+"""Of ZeRO, from which on a process holds a part of the weights."""
+
 
 def train(job: TrainingJob) -> Progress:
     """Train to the end, from the last checkpoint in the job's folder if there is one.
@@ -68,18 +71,27 @@ class Trainer:
         self.progress = Progress()
         self.device = pick_device()
         config = engine_config(job.deepspeed, self.tuning, self.world)
-        model = load_checkpoint(job.checkpoint, parse_dtype(self.tuning.dtype), self.device)
+        self.divided = config.get("zero_optimization", {}).get("stage") == DIVIDED_STAGE
+        # Weights that are divided never lie on one device as a whole.
+        place = torch.device("cpu") if self.divided else self.device
+        model = load_checkpoint(job.checkpoint, parse_dtype(self.tuning.dtype), place)
         for learnt in job.earlier:
             merge(model, self.tuning, load_tensors(Path(learnt)))
         self.wrapped = attach(model, self.tuning, self.stage, self.seed)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.tuning.learning_rate, weight_decay=self.tuning.weight_decay)
         loss = InstructionLoss(model, family_of(model).decoder)
+        if self.device.type == "cpu":
+            # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if self.divided:
+            _divide(loss, config, self.device)
         self.engine = _initialize(loss, optimizer, config, self.device, self.folder)
         # Neither in steps has the frozen model dropout, as in its own statistics; what is trained may have.
         self.engine.eval()
+        vectors = self.vectors()  # on all processes: they gather divided ones together
         if self.rank == 0:
-            count = trained_numbers(pack_vectors(self.vectors()))
+            count = trained_numbers(pack_vectors(vectors))
             log.info("training %d numbers in %d layers, %d process(es)", count, len(self.wrapped), self.world)
 
     def resume(self) -> None:
@@ -114,7 +126,8 @@ class Trainer:
                 self.validate()
                 self.save()
         if self.rank == 0:
-            log.info("peak memory: %s", {name: f"{mib:.0f} MiB" for name, mib in peak_memory_mib(self.device).items()})
+            peaks = {name: f"{mib:.0f} MiB" for name, mib in peak_memory_mib([self.device]).items()}
+            log.info("peak memory: %s", peaks)
 
     def train_step(self, step: int) -> tuple[float, int]:
         """One optimiser step. Returns the mean loss of a scored token before it, and the tokens of the batch.
@@ -232,6 +245,20 @@ class Trainer:
                 path.unlink()
 
 
+def _divide(module: torch.nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Give every process its part of each parameter, one parameter after the other, before the engine sees any.
+
+    It would move a whole model to its device first. Buffers are small, and every process has all of them there.
+    """
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    deepspeed.zero.Init(module=module, config_dict_or_path=config)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    parts: list[Any] = list(module.parameters())
+    held = sum(parameter.ds_tensor.numel() for parameter in parts)
+    log.info("each process holds %d of %d weights", held, whole)
+
+
 def _initialize(
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -240,9 +267,6 @@ def _initialize(
     folder: Path,
 ) -> Any:
     """A DeepSpeed engine that compiles nothing and pickles nothing."""
-    if device.type == "cpu":
-        # DeepSpeed would compile its shared-memory collectives on first use; gloo does the same without a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

@@ -7,6 +7,7 @@ import numpy as np
 from lowrank.bases.principal import Bases
 from lowrank.errors import RankwiseError
 from lowrank.model.factors import LowRankFactors
+from lowrank.model.replacements import Deferred
 from lowrank.ranks.budget import Budget, Ranks, lord_kept
 from lowrank.search.kept_ratios import SearchSpace
 
@@ -24,11 +25,13 @@ def lord_point(space: SearchSpace) -> np.ndarray:
     return np.array([by_variable[name.split("/")[0]] for name in space.names])
 
 
-def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> dict[str, LowRankFactors]:
-    """The factors of every layer that an allocation does not leave dense."""
-    factors: dict[str, LowRankFactors] = {}
-    for module in budget.modules:
-        rank = ranks.get(module.name)
-        if rank is not None:
-            factors[module.name] = bases.of(module.layer, module.type.key).factors(rank)
-    return factors
+def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> Deferred[LowRankFactors]:
+    """The factors of every layer that an allocation does not leave dense, sliced when they are asked for."""
+    modules = {module.name: module for module in budget.modules if ranks.get(module.name) is not None}
+
+    def sliced(name: str) -> LowRankFactors:
+        rank = ranks[name]
+        assert rank is not None
+        return bases.of(modules[name].layer, modules[name].type.key).factors(rank)
+
+    return Deferred(modules, sliced)

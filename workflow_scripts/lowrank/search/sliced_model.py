@@ -15,8 +15,10 @@ from lowrank.bases.principal import Bases, PrincipalBasis, bias_of
 from lowrank.calibration.routing import experts_left_dense, with_dense
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
+from lowrank.files import layer_files
 from lowrank.model.checkpoint import load_checkpoint
-from lowrank.model.runtime import limit_threads, parse_dtype, pick_device
+from lowrank.model.devices import pick_devices
+from lowrank.model.runtime import limit_threads, parse_dtype
 from lowrank.model.tokenizer import load_tokenizer
 from lowrank.ranks.budget import Budget
 
@@ -115,7 +117,7 @@ class OpenedModel:
 
 
 def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads: int) -> OpenedModel:
-    """Open a dense checkpoint with its bases on this job's device.
+    """Open a dense checkpoint on this job's device or devices, each basis beside its layer.
 
     Args:
         folder: the dense checkpoint.
@@ -124,15 +126,15 @@ def open_sliced_model(folder: str, bases: str, settings: dict[str, Any], threads
         threads: of the rule.
     """
     limit_threads(threads)
-    device = pick_device()
-    model = load_checkpoint(folder, parse_dtype(settings["dtype"]), device)
-    shape = ModelShape.model_validate(settings["shape"])
+    dtype, shape = parse_dtype(settings["dtype"]), ModelShape.model_validate(settings["shape"])
     opened = Bases(bases, shape.layers)
+    beside = layer_files(bases, shape.layers)[0].stat().st_size * dtype.itemsize / torch.float32.itemsize
+    model = load_checkpoint(folder, dtype, pick_devices(), beside)
     few = experts_left_dense(opened.files, Budget.of(shape))
     budget = replace(with_dense(Budget.of(shape), few), adds_bias=opened.centred)
     return OpenedModel(
         SlicedModel(model, budget, opened),
         load_tokenizer(folder),
         budget,
-        device,
+        model.device,
     )
