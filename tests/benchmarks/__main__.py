@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank.files import write_json
 from lowrank.model.runtime import describe_environment
-from tests.benchmarks.measuring import SIZES, Row, Setting
+from tests.benchmarks.measuring import SIZES, Row, Setting, slowness
 
 PARTS = {  # in the order in which they run: part -> module of this folder
     "start": "starting",
@@ -56,6 +56,8 @@ DTYPES = {
 """Of weights and activations, by size."""
 
 
+SLOW = 4.0
+"""Products in a dtype that take more than so many times as long as in float32 have no place in the time limit."""
 FAILED = "failed"
 
 
@@ -105,6 +107,16 @@ def run(parts: Sequence[str], setting: Setting, minutes: float) -> tuple[list[tu
             torch.cuda.empty_cache()
         print(f"{part}: {missing.get(part, f'{time.monotonic() - started:.0f} s')}", file=sys.stderr, flush=True)
     return found, missing
+
+
+def too_slow(dtypes: Sequence[str], device: str) -> dict[str, str]:
+    """Of some dtypes those that a device has no fast products of: dtype -> by how much."""
+    found = {dtype: slowness(dtype, device) for dtype in dtypes if dtype != "float32"}
+    return {
+        dtype: f"products take {times:.0f} times as long as in float32"
+        for dtype, times in found.items()
+        if times > SLOW
+    }
 
 
 def record(size: str, setting: Setting, found: Sequence[tuple[str, Row]], missing: Mapping[str, str]) -> dict[str, Any]:
@@ -167,9 +179,12 @@ def main(arguments: Sequence[str]) -> int:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(asked.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = Setting(SIZES[asked.size], device, DTYPES[asked.size], asked.model)
+    slow = too_slow(DTYPES[asked.size], device)
+    dtypes = tuple(dtype for dtype in DTYPES[asked.size] if dtype not in slow)
+    setting = Setting(SIZES[asked.size], device, dtypes, asked.model)
     parts = [part for part in asked.only if part != "memory" or asked.model]
     found, missing = run(parts, setting, asked.minutes or MINUTES[asked.size] + MEMORY_MINUTES * bool(asked.model))
+    missing |= slow
     missing |= {part: "needs --model FOLDER" for part in asked.only if part not in parts}
     whole = record(asked.size, setting, found, missing)
     write_json(asked.file, whole)

@@ -70,7 +70,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 160, 4, 2, 400, 2, 32, 2, 2, 2, (1, 1), (32, (48,))),
-    "small": Size(768, 2048, 12, 3, 512, 4, 512, 5, 8, 6, (2, 5), (512, (576, 1536))),
+    "small": Size(768, 2048, 12, 3, 512, 4, 512, 3, 8, 6, (2, 5), (512, (576, 1536))),
     "7b": Size(4096, 11008, 32, 32, 32000, 8, 4096, 5, 32, 60, (8, 10), (4096, (4096, 11008))),
 }
 
@@ -169,6 +169,14 @@ def in_turns(ways: Mapping[str, Callable[[], Any]], turns: int, device: str) -> 
 def ratios(times: Mapping[str, Sequence[float]], one: str, other: str) -> list[float]:
     """Of two ways, turn by turn."""
     return [a / b for a, b in zip(times[one], times[other], strict=True)]
+
+
+def slowness(dtype: str, device: str) -> float:
+    """How many times as long as in float32 a product takes, 256 x 512 by 512 x 512."""
+    left, right = torch.randn(256, 512, device=device), torch.randn(512, 512, device=device)
+    small = (left.to(getattr(torch, dtype)), right.to(getattr(torch, dtype)))
+    times = in_turns({dtype: lambda: small[0] @ small[1], "float32": lambda: left @ right}, 5, device)
+    return statistics.median(ratios(times, dtype, "float32"))
 
 
 def random_model(size: Size, dtype: str, device: str, blocks: int | None = None) -> LlamaForCausalLM:

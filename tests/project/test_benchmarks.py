@@ -21,8 +21,17 @@ from tests.benchmarks.measuring import SIZES, Row, Setting, in_turns, row_of, wh
 TINY = Setting(SIZES["tiny"], "cpu", ("float32",))
 
 
+def test_a_dtype_without_fast_products_is_left_out_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "slowness", lambda dtype, device: {"bfloat16": 20.0, "float16": 1.1}[dtype])
+    found = bench.too_slow(("float32", "bfloat16", "float16"), "cpu")
+    assert found == {"bfloat16": "products take 20 times as long as in float32"}
+
+
 @pytest.mark.slow  # lm-eval takes long to load
-def test_a_run_writes_every_part_with_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_every_part_with_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "slowness", lambda dtype, device: 1.0)
     file = tmp_path / "bench.json"
     parts = [part for part in bench.PARTS if part not in ("start", "memory")]
     assert bench.main(["--size", "tiny", "--only", *parts, "--", str(file)]) == 0
