@@ -33,6 +33,7 @@ from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
+from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.devices import pick_devices
@@ -102,7 +103,7 @@ def collect_output_gradients(
         started = time.monotonic()
         moments = _accumulators(family, blocks, layers)
         with _caught(family, blocks, moments), torch.enable_grad():
-            for index in share.of(len(batches)):
+            for index in told(share.of(len(batches)), f"gradients: blocks {layers[0]}-{layers[-1]}"):
                 # The same tokens in each pass, in whatever process.
                 draw = None if draws is None else torch.Generator(device).manual_seed(index)
                 backpropagate(model, batches[index].to(device), draw, draws or 1)

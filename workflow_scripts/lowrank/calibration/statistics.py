@@ -38,6 +38,7 @@ from lowrank.files import (
     save_tensors,
     write_json,
 )
+from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.families import Family, LinearType, family_for
@@ -162,7 +163,7 @@ def _pass(
     accumulators = _accumulators(family, blocks, layers, device)
     batches = torch.split(tokens, size)
     mine = share.of(len(batches))
-    for index in mine:
+    for index in told(mine, f"statistics: blocks {layers[0]}-{layers[-1]}"):
         inputs = block_inputs(model, family, batches[index].to(device))
         states = _load_hidden(state, layers.start, index, inputs.hidden) if layers.start else inputs.hidden
         for layer in layers:
