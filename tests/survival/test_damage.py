@@ -19,7 +19,7 @@ from lowrank.calibration.output_gradients import load_output_gradients
 from lowrank.calibration.statistics import Statistics, collect_statistics
 from lowrank.compression.eliminate_neurons import Eliminations
 from lowrank.errors import RankwiseError
-from lowrank.files import load_tensors, read_record, write_json
+from lowrank.files import layer_name, load_tensors, read_record, write_json
 from lowrank.jobs.state import Clock
 from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.families import FAMILIES
@@ -130,15 +130,15 @@ def test_hidden_states_of_unfinished_work(damage: Damage, run: Path, monkeypatch
 def interrupted(model: Any, tokens: torch.Tensor, state: Path) -> None:
     """Run the pass over the first block only, and leave its state as a kill would."""
     shutil.rmtree(state)
-    store = statistics._store
+    save = statistics.save_tensors
 
-    def stop(files: list[Path], accumulators: Any, layers: range) -> None:
-        if layers.start:
+    def stop(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if path.name == layer_name(1):
             raise KeyboardInterrupt
-        store(files, accumulators, layers)
+        save(path, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_store", stop)
+        patch.setattr(statistics, "save_tensors", stop)
         with pytest.raises(KeyboardInterrupt):
             collect_statistics(model, tokens, 1, state, CPU)
 
