@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import torch
 
-from lowrank.bases.damping import damped_cholesky
 from lowrank.bases.weighted_svd import OrderedFactors, balanced, singular_directions
 from lowrank.errors import RankwiseError
 
 RIDGE = 1e-6
-"""What is added to the diagonal of a singular matrix, as a share of each feature's own value there."""
+"""What is added to the diagonal of a singular matrix, as a share of the diagonal's mean: equally in all directions, so
+that what inputs say nothing about is left as it was. Shares of each feature's own value (`bases.damping`) would turn
+directions without inputs towards small features."""
 
 
 def cholesky_factor(matrix: torch.Tensor, where: str) -> torch.Tensor:
     """S with S S' = C, lower triangular, in float64.
 
     A matrix that is not positive definite in floating point (fewer tokens than features, a feature that is always
-    zero) is taken as C + 1e-6 diag(C), or somewhat more (`bases.damping`).
+    zero) is taken as C + (1e-6 mean(diag C) - min(lambda_min, 0)) I, lambda_min being its smallest eigenvalue.
 
     Args:
         matrix: C, n x n, symmetric and positive semidefinite but for rounding.
@@ -39,14 +40,16 @@ def cholesky_factor(matrix: torch.Tensor, where: str) -> torch.Tensor:
     c = (matrix.double() + matrix.double().T) / 2
     if not bool(c.isfinite().all()):
         raise RankwiseError(f"{where}: the second moment of its inputs is not finite; its statistics are damaged")
-    if not bool((c.diagonal() > 0).any()):
+    mean = float(c.diagonal().mean())
+    if mean <= 0:
         raise RankwiseError(f"{where}: all its inputs are zero, so that any weights are as good as its own")
     root: torch.Tensor
     root, info = torch.linalg.cholesky_ex(c)
     if int(info) == 0:
         return root
     try:
-        root = damped_cholesky(c, RIDGE)
+        below = min(float(torch.linalg.eigvalsh(c)[0]), 0.0)
+        root = torch.linalg.cholesky(c + (RIDGE * mean - below) * torch.eye(len(c), dtype=c.dtype, device=c.device))
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the second moment of its inputs cannot be decomposed: {error}") from error
     return root
