@@ -105,8 +105,11 @@ def test_the_gpus_of_a_study_of_70b() -> None:
     estimator = Estimator(study_of(LLAMA_70B), AUTO.memory)
     jobs = JOBS | {"collect_gradients": CALIBRATION}
     jobs.pop("post_train")
+    with pytest.raises(RankwiseError, match="The dense model and the checkpoint lie whole on one GPU there"):
+        AUTO.given("distil_features", estimator.need("distil_features", jobs.pop("distil_features")))
     given = {rule: AUTO.given(rule, estimator.need(rule, wildcards)) for rule, wildcards in jobs.items()}
-    assert {rule for rule, dealt in given.items() if dealt == Given(1)} == {"collect_statistics", "compute_bases"}
+    block_by_block = {"collect_statistics", "compute_bases", "eliminate_neurons"}
+    assert {rule for rule, dealt in given.items() if dealt == Given(1)} == block_by_block
     for rule, dealt in given.items():
         need = estimator.need(rule, jobs[rule])
         assert need.gpu_bytes_of(dealt.over) <= AUTO.memory < need.gpu_bytes_of(dealt.over - 1) or dealt.over == 1
