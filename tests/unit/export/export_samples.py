@@ -80,7 +80,7 @@ def pruned(kind: str, groups: tuple[int, int], neurons: tuple[int, int], bias: b
     for layer in range(tiny.LAYERS):
         kept[layer, "attention"] = torch.arange(parts.attention.units)[-groups[layer] :]
         kept[layer, "mlp"] = torch.arange(tiny.INTERMEDIATE)[-neurons[layer] :]
-    changes = cut(model, parts, kept)
+    changes = dict(cut(model, parts, kept))
     if bias:
         for layer in range(tiny.LAYERS):
             name, random = parts.layer_name(layer, parts.mlp.reader), draw()
