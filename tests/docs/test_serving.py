@@ -69,9 +69,9 @@ def test_the_commands_make_what_they_name(there: Path) -> None:
     assert torch.allclose(found["model"](IDS).logits, expected, atol=1e-5)  # type: ignore[operator]
 
 
-def test_make_hands_on_nothing_of_the_environment(there: Path) -> None:
-    with pytest.raises(SystemExit):
-        export.main(arguments("make export TO=dense", there))
+def test_make_hands_on_nothing_of_the_environment(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main(arguments("make export TO=dense", there)) == 1
+    assert "CHECKPOINT: missing" in capsys.readouterr().err
 
 
 def test_a_checkpoint_compiles_into_one_graph(there: Path) -> None:
