@@ -38,7 +38,7 @@ option = $(if $(filter command,$(firstword $(origin $(1)))),'$(2)$(subst ','\'',
 
 # The command knows by make's flags whether an option is misspelt.
 compress: setup
-	@OF_MAKE="$$MAKEFLAGS" python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
+	@MAKE_WAS_GIVEN="$$MAKEFLAGS" python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
 		$(call option,CALIBRATION,--calibration=) $(call option,TEST,--test=) $(call option,DTYPE,--dtype=) \
 		-- '$(subst ','\'',$(MODEL))' '$(RATIO)'
 

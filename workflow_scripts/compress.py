@@ -29,7 +29,7 @@ from lowrank.sources.own import DTYPES, FORMATS, Own, Wish, again, own_study, wr
 REPOSITORY = Path(__file__).resolve().parents[1]
 VARIABLES = ("MODEL", "RATIO", "METHOD", "OUT", "CALIBRATION", "TEST", "DTYPE")
 """Of `make compress`."""
-OF_MAKE = ("PYTHON", "VENV")
+EVERYWHERE = ("PYTHON", "VENV")
 """Variables of the Makefile that every target reads."""
 RUNNING = ".running"
 """A file in OUT that is locked while a run goes on there, and says since when."""
@@ -78,7 +78,7 @@ def check_make(flags: str) -> None:
     _, _, given = f" {flags}".partition(" -- ")
     for word in shlex.split(given):
         name, assigns, _ = word.partition("=")
-        if assigns and name not in (*VARIABLES, *OF_MAKE):
+        if assigns and name not in (*VARIABLES, *EVERYWHERE):
             raise RankwiseError(
                 f"{name}: no option of `make compress`; there are {', '.join(VARIABLES)}{did_you_mean(name, VARIABLES)}"
             )
@@ -120,12 +120,12 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
     """
     console = Console(highlight=False)
     try:
-        check_make(os.environ.get("OF_MAKE", ""))
+        check_make(os.environ.get("MAKE_WAS_GIVEN", ""))
         wish = Wish(**vars(parser().parse_args(given)))
         own = own_study(wish, REPOSITORY / "cache")
         write_config(own)
-        print(f"compressing {wish.model} by {wish.method}, {wish.ratio} %, in {own.out}", file=sys.stderr)
         with alone(own):
+            print(f"compressing {wish.model} by {wish.method}, {wish.ratio} %, in {own.out}", file=sys.stderr)
             code = run(arguments_of(own))
         if code:
             print(

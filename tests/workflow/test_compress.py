@@ -111,7 +111,7 @@ def test_beside_a_run_that_goes_on_no_other_starts_and_nothing_is_unlocked(
 def test_a_variable_that_make_compress_does_not_know_is_refused(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OF_MAKE", "s --no-print-directory -- TEST=a\\ b=c.txt METHODS=svd")
+    monkeypatch.setenv("MAKE_WAS_GIVEN", "s --no-print-directory -- TEST=a\\ b=c.txt METHODS=svd")
     assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: pytest.fail("a run")) == 1
     said = capsys.readouterr().err
     assert said.startswith("METHODS: no option of `make compress`; there are MODEL,")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -81,6 +83,23 @@ def test_of_little_that_was_measured_the_time_left_is_told_as_a_guess(course: Co
         clock.now += course.plan[rule]
         course.ends(number)
         assert said in str(course)
+
+
+def test_where_nobody_watches_a_line_is_printed_now_and_then(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none before the steps are known, nor after the end."""
+    monkeypatch.setattr(command, "SILENT", 0.01)
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    watch = command.Watch(console)
+    with command.live(watch, console):
+        time.sleep(0.1)
+        assert said.getvalue() == ""
+        watch.course = course
+        while said.getvalue().count("0 of 7 steps") < 2:
+            time.sleep(0.01)
+    printed = said.getvalue()
+    time.sleep(0.1)
+    assert said.getvalue() == printed
 
 
 def test_a_job_that_failed_still_waits(course: Course) -> None:

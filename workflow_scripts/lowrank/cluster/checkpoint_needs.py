@@ -23,8 +23,6 @@ from lowrank.config.zero import Zero
 HARNESS_LIBRARIES = 0.1 * GIB
 TEXTS = 0.05 * GIB
 TRAINING_HEAD_TOKENS = 512
-DIVIDED_STAGE = 3
-"""Of ZeRO, from which on a process holds a part of the weights."""
 
 # What a config does not tell, and is taken for granted.
 CORPUS_TOKENS = 1.0e6
@@ -54,23 +52,22 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning, zero: Zero) -> Nee
     evaluations = steps / tuning.evaluate_every + 2
     rows = stages * (2 * steps * tuning.batch_size + evaluations * tuning.validation_examples)  # backward: as forward
     trained = _trained(opened, tuning)
-    divided = zero.stage == DIVIDED_STAGE
     weights, away = (0.0, opened.weights) if zero.offloads else (opened.weights, 0.0)
     return Need(
         gpu=True,
         shared=True,
         device={
             "weights": weights,
-            "gathered layers": opened.number * max(min(zero.live, opened.linears), opened.head) if divided else 0,
+            "gathered layers": opened.number * max(min(zero.live, opened.linears), opened.head) if zero.divided else 0,
             "trained numbers": trained,
             "activations": opened.training_activations(tokens) + _trained_activations(opened, tuning, tokens),
             "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 2),
         },
         blocks=opened.shape.layers,
-        split={"weights": weights} if divided else {},
-        evenly=divided,
+        split={"weights": weights} if zero.divided else {},
+        evenly=zero.divided,
         divides=tuning.batch_size // tuning.micro_batch_size,
-        remedy=_remedy(divided, zero.offloads),
+        remedy=_remedy(zero),
         host={"program": 2 * PROGRAM, "merged weights": stored.weights, "offloaded weights": away},
         loading=opened.weights,
         disk=stored.weights,
@@ -134,12 +131,12 @@ def _kept_for_factors(sizes: Sizes, tokens: float) -> float:
     return sizes.training_activations(tokens) / sizes.shape.layers + read
 
 
-def _remedy(divided: bool, offloads: bool) -> str:
+def _remedy(zero: Zero) -> str:
     """What helps training that does not fit."""
-    if offloads:
+    if zero.offloads:
         return "A smaller `micro_batch_size` in its `tuning` takes less, or larger GPUs."
     away = "`deepspeed: zero3-offload` in its `tuning`, which keeps the weights in main memory"
-    if divided:
+    if zero.divided:
         return f"A smaller `micro_batch_size` takes less, and so does {away}."
     return f"Write `deepspeed: zero3` in its `tuning`, which divides the weights among the GPUs of a job, or {away}."
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from lowrank.config.tuning import Tuning
 from lowrank.files import read_json
 
+DIVIDED_STAGE = 3
+"""From which on a process holds a part of the weights."""
 LIVE_NUMBERS = 1_000_000_000
 """Numbers of gathered layers that ZeRO's third stage holds at once unless its file says otherwise: DeepSpeed's own."""
 
@@ -25,6 +27,11 @@ class Zero:
     stage: int
     offloads: bool
     live: int
+
+    @property
+    def divided(self) -> bool:
+        """Whether a process holds a part of the weights."""
+        return self.stage == DIVIDED_STAGE
 
 
 def zero_of(tuning: Tuning, folder: str | Path) -> Zero:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lowrank.config.tuning import parse_tuning
+from lowrank.config.zero import DIVIDED_STAGE
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors, save_tensors
 from lowrank.model.checkpoint import family_of, load_checkpoint
@@ -33,9 +34,6 @@ from lowrank.post_training.schedule import engine_config, learning_rate, rows_of
 from lowrank.post_training.subspace import pack_vectors
 
 log = logging.getLogger(__name__)
-
-DIVIDED_STAGE = 3
-"""Of ZeRO, from which on a process holds a part of the weights."""
 
 
 def train(job: TrainingJob) -> Progress:
