@@ -200,10 +200,11 @@ def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> 
     shown = dry_run(tmp_path, *arguments)
     assert planned(shown) == counted("mini-paper")
     assert "Provided resources" not in shown  # no limit on memory or GPUs that a job could wait for
+    estimator = Estimator(load_study(REPOSITORY / "config/mini-paper.yaml"))
     for job, _ in jobs_of(plan(tmp_path, *arguments, partitions="none")):
         assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
         if job["resources"].keys() & {"uses_gpu"}:  # a job that may take a GPU of its own, if there are any
-            uses = Estimator(load_study(REPOSITORY / "config/mini-paper.yaml")).need(job["rule"], job["wildcards"]).gpu
+            uses = estimator.need(job["rule"], job["wildcards"]).gpu
             assert job["resources"]["uses_gpu"] == int(uses), job
 
 

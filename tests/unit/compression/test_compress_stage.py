@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from lowrank.compression.given_up import KEPT, give_up
@@ -22,15 +19,6 @@ from tests.unit.search.test_search_stage import Named
 
 STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/compress_model.py"
 KIND = "llama-gqa"
-
-
-@pytest.fixture(autouse=True)
-def environment_of_the_tests() -> Iterator[None]:
-    """The stage sets variables for a process of its own."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(folder: Path, method: dict[str, Any], licence: str = "Apache-2.0", **inputs: str) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,12 +225,8 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    """The stage sets variables for a process of its own."""
-    before = dict(os.environ)
-    yield Job(tmp_path)
-    os.environ.clear()
-    os.environ.update(before)
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
 
 
 def test_the_stage_says_what_it_has_made(job: Job) -> None:

@@ -146,6 +146,17 @@ def test_one_gpu_has_one_lock_whatever_it_is_called(pretend: Path) -> None:
 def test_the_numbers_are_those_of_nvidia_smi(pretend: Path) -> None:
     with gpus.own_gpus(1, folder=pretend):
         assert os.environ[gpus.ORDER] == "PCI_BUS_ID"
+        assert os.environ[gpus.VISIBLE] == "0"
+
+
+@pytest.mark.parametrize("chosen", [None, "1,2"])
+def test_what_was_visible_is_so_again(pretend: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
+    if chosen:
+        monkeypatch.setenv(gpus.VISIBLE, chosen)
+    before = dict(os.environ)
+    with pytest.raises(ZeroDivisionError), gpus.own_gpus(1, folder=pretend):
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

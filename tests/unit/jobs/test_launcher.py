@@ -239,7 +239,7 @@ def test_statistics_and_gradients_of_two_processes_are_those_of_one(tmp_path: Pa
     tiny.model("llama-gqa").save_pretrained(tmp_path / "model")
     save_tensors(tmp_path / "tokens.safetensors", {"tokens": some_tokens().int()})
     shared = {"dtype": "float32", "model": str(tmp_path / "model"), "tokens": str(tmp_path / "tokens.safetensors")}
-    shared |= {"layers_per_pass": 1, "windows": 6, "draws": 2}
+    shared |= {"layers_per_pass": 1, "windows": 6, "draws": 2, "expert_tokens": None}
     for work in (collect_share, collect_gradients_share):
         name = work.__module__.rpartition(".")[2]
         folders = [tmp_path / f"{name}{count}" for count in (1, 2)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,15 +24,6 @@ from tests.unit.search.test_search import tiny_bases
 
 STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/search_allocation.py"
 METHOD = {"kind": "bolaco", "groups": 2, "uncompressed": ["v"], "identity_block": False}
-
-
-@pytest.fixture(autouse=True)
-def environment_of_the_tests() -> Iterator[None]:
-    """The stage sets variables for a process of its own."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 class Named(SimpleNamespace):

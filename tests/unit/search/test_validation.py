@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,6 @@ from tests.unit.search.test_search_stage import Named
 STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/select_validation.py"
 WINDOWS, LENGTH = 6, 20
 SCORED = {"allocations": 3, "groups": 2, "calibration": "c", "covariance": "c", "keep": 2}
-
-
-@pytest.fixture(autouse=True)
-def environment_of_the_tests() -> Iterator[None]:
-    """The stage sets variables for a process of its own."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -90,12 +90,17 @@ def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None) -> I
     if not gpus or len(gpus) < count:
         yield
         return
+    before = {name: os.environ.get(name) for name in (ORDER, VISIBLE)}
     with ExitStack() as held:
         taken = _take(gpus, count, jobs_per_gpu, folder or _folder(), held)
         os.environ.setdefault(ORDER, "PCI_BUS_ID")  # in which nvidia-smi counts
         os.environ[VISIBLE] = ",".join(taken)
         log.info("GPU%s %s of this machine", "s" if count > 1 else "", ", ".join(taken))
-        yield
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _take(gpus: Mapping[str, str], count: int, jobs_per_gpu: int, folder: Path, held: ExitStack) -> list[str]:

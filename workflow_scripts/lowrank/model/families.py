@@ -268,6 +268,12 @@ def family_for(dimensions: Dimensions) -> Family:
 
 def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
     """All linear layers of a model's blocks, those of all experts, block by block, from its dimensions alone."""
+    for layer in range(dimensions.layers):
+        yield from linear_modules_of_block(dimensions, layer)
+
+
+def linear_modules_of_block(dimensions: Dimensions, layer: int) -> Iterator[LinearModule]:
+    """The linear layers of one block; those of the others have the same sizes."""
     family = family_for(dimensions)
     sizes = {
         "hidden": dimensions.hidden,
@@ -275,10 +281,9 @@ def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
         "query": dimensions.heads * dimensions.head_dim,
         "key_value": dimensions.kv_heads * dimensions.head_dim,
     }
-    for layer in range(dimensions.layers):
-        for linear in family.types:
-            name = f"{family.blocks}.{layer}.{linear.path}"
-            yield LinearModule(name, layer, linear, sizes[linear.output], sizes[linear.input])
+    for linear in family.types:
+        name = f"{family.blocks}.{layer}.{linear.path}"
+        yield LinearModule(name, layer, linear, sizes[linear.output], sizes[linear.input])
 
 
 def unknown_family(config: Mapping[str, Any]) -> str:
@@ -334,4 +339,5 @@ def expert_share(weights: int, dimensions: Dimensions) -> int:
 
 def bias_parameters(dimensions: Dimensions) -> int:
     """Biases of all linear layers of a dense model's blocks."""
-    return sum(m.out_features for m in linear_modules(dimensions) if has_native_bias(dimensions, m))
+    block = linear_modules_of_block(dimensions, 0)
+    return dimensions.layers * sum(module.out_features for module in block if has_native_bias(dimensions, module))
