@@ -247,6 +247,20 @@ def test_the_command_prints_every_rule_and_the_total(paper: Study) -> None:
     assert "docs/cluster.md" in shown.stdout
 
 
+def test_without_gpus_the_hours_are_those_of_processors() -> None:
+    config = str(ROOT / "config/quickstart.yaml")
+    shown = run(config, "--gpus-per-job", "0")
+    assert shown.returncode == 0, shown.stderr
+    header, total = (
+        next(line for line in shown.stdout.splitlines() if line[1:].startswith(f" {word} ")) for word in ("rule", "all")
+    )
+    hours = make_plan(load_study(config), Dealing(0)).cpu_hours
+    assert [cell.strip() for cell in re.split("[┃│]", header)][8] == "hours"
+    assert [cell.strip() for cell in re.split("[┃│]", total)][8] == f"{hours:.1f}"
+    assert "for 8 threads of a processor" in " ".join(shown.stdout.split())
+    assert "GPU hours" not in shown.stdout
+
+
 def write(folder: Path, **shape: Any) -> str:
     raw = read_config(ROOT / "config/quickstart.yaml")
     raw["models"]["smollm2-135m"]["shape"] |= shape

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank.config.sources import ModelShape
 from lowrank.export.wish import Export
 from lowrank.files import write_json
+from lowrank.methods import method_modules
 from lowrank.model.card import base_of, model_card
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.parameters import count_parameters
@@ -177,6 +178,17 @@ def test_the_hub_reads_the_base_and_the_licence(tmp_path: Path) -> None:
     assert "base_model" not in front_matter(card)
     assert "/data/secret" not in card
     assert "not stated in the config" in model_card(described("pairs", None), tmp_path)
+
+
+def test_the_preset_on_a_card_makes_the_same_method(tmp_path: Path) -> None:
+    """Keys that have no value need not be read; without them the preset is the same one."""
+    settings = method_modules()["lord"].Settings
+    method = settings(kind="lord", calibration="c4", covariance="naive").plain()
+    assert None in method.values()
+    card = model_card(described("pairs") | {"method": method}, tmp_path)
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])[SUBJECT["method"]]
+    assert None not in shown.values()
+    assert settings(**shown).plain() == method
 
 
 def test_json_of_the_configuration_is_that_of_the_base(checkpoint: Path, tmp_path: Path) -> None:

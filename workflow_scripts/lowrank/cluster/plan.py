@@ -87,6 +87,11 @@ class Plan:
         return sum(entry.gpu_hours for entry in self.entries)
 
     @property
+    def cpu_hours(self) -> float:
+        """Of all jobs that compute on no GPU."""
+        return sum(entry.cpu_hours for entry in self.entries)
+
+    @property
     def disk(self) -> float:
         """Bytes that stay, of the job that needs most on the way, and of checkpoints that are there for a while."""
         stays = sum(entry.disk for entry in self.entries)
@@ -227,7 +232,7 @@ def _hours(hours: float) -> str:
 def as_table(plan: Plan, title: str) -> Table:
     """The plan, one line a rule and model; jobs that write texts and tables only are one line."""
     table = Table(title=title, title_justify="left", show_footer=True)
-    disk = f"{_gib(plan.disk)}"
+    disk, on_gpus = f"{_gib(plan.disk)}", plan.gpu_hours > 0
     columns = [
         ("rule", "all", "left"),
         ("model", "", "left"),
@@ -236,7 +241,7 @@ def as_table(plan: Plan, title: str) -> Table:
         ("GPU memory", _gib(max(entry.gpu for entry in plan.entries)), "right"),
         ("main memory", _gib(max(entry.host for entry in plan.entries)), "right"),
         ("disk", disk, "right"),
-        ("GPU hours", _hours(plan.gpu_hours), "right"),
+        ("GPU hours", _hours(plan.gpu_hours), "right") if on_gpus else ("hours", _hours(plan.cpu_hours), "right"),
         ("largest part", "", "left"),
     ]
     for header, footer, justify in columns:
@@ -252,7 +257,7 @@ def as_table(plan: Plan, title: str) -> Table:
             f"[bold red]{_gib(entry.gpu)} ![/]" if entry.unfit else _gib(entry.gpu),
             _gib(entry.host),
             _gib(entry.disk) + (f" (+{_gib(entry.scratch)})" if entry.scratch >= 0.05 * GIB else ""),
-            _hours(entry.gpu_hours),
+            _hours(entry.gpu_hours if on_gpus else entry.cpu_hours),
             entry.largest,
         )
     return table
@@ -288,8 +293,12 @@ def remarks(plan: Plan) -> Iterable[str]:
         yield f"One process has its model on several GPUs in {', '.join(spread)}: one of them computes at a time."
     for unfit in dict.fromkeys(f"{entry.model}: {entry.unfit}" for entry in plan.entries if entry.unfit):
         yield f"! {unfit}"
+    if plan.gpu_hours:
+        speed = "for an A100; for a machine without GPUs: --gpus-per-job 0"
+    else:
+        speed = f"for {THREADS} threads of a processor"
     yield (
-        "Estimates from shapes, for an A100. Memory is that of the largest job (of GPUs, that of the fullest), disk "
+        f"Estimates from shapes, {speed}. Memory is that of the largest job (of GPUs, that of the fullest), disk "
         "that of all (in brackets: more while one runs). Formulas, and what was checked: docs/cluster.md."
     )
 

@@ -42,7 +42,7 @@ def model_card(manifest: Mapping[str, Any], folder: Path) -> str:
     tuned = manifest.get("tuning")
     if tuned:
         made += f", post-trained ({subject['tuning']})"
-    preset = yaml.safe_dump({subject["method"]: dict(method)}, sort_keys=True, allow_unicode=True)
+    preset = _preset(subject["method"], method)
     sections = [
         _front_matter(manifest["base"]),
         f"# {made}",
@@ -122,10 +122,16 @@ def _predicted(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _preset(name: str, values: Mapping[str, Any]) -> str:
+    """As it stands in a config. Keys without a value are left out: none of the presets means anything else by that."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return yaml.safe_dump({name: given}, sort_keys=True, allow_unicode=True)
+
+
 def _tuning(subject: Mapping[str, Any], tuning: Mapping[str, Any] | None, training: Mapping[str, Any] | None) -> str:
     if not tuning or not training:
         return ""
-    preset = yaml.safe_dump({subject["tuning"]: dict(tuning)}, sort_keys=True, allow_unicode=True)
+    preset = _preset(subject["tuning"], tuning)
     steps = f"{training['steps']} steps"
     steps += f", of which step {training['best_step']} was the best" if "best_step" in training else ", block by block"
     return f"Then post-training, {steps}:\n\n```yaml\n{preset}```"
