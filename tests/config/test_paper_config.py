@@ -42,6 +42,7 @@ def test_every_table_and_figure_of_the_paper_is_there(study: Study) -> None:
     others = {"table_7": "statistics", "table_8": "allocations", "table_9": "generations"}
     ours = {"searches": "accuracy", "bases": "accuracy", "field": "accuracy", "times": "times"}
     ours |= {"differences": "differences", "differences_trained": "differences"}
+    ours |= {f"transfer_{text}": "differences" for text in ("c4", "wikipedia", "arxiv")}
     checks = {"agreement": "agreement", "arithmetic": "arithmetic"}
     assert kinds == accuracy | others | ours | checks
     assert {name: figure.kind for name, figure in study.figures.items()} == {
@@ -50,6 +51,7 @@ def test_every_table_and_figure_of_the_paper_is_there(study: Study) -> None:
         "figure_4": "comparison",
         "figure_5": "comparison",
         "figure_6": "search",
+        **{f"transfer_{text}": "heat-map" for text in ("c4", "wikipedia", "arxiv")},
     }
     assert not study.smoke
 
@@ -168,10 +170,11 @@ def test_the_search_is_the_paper_s_and_never_sees_a_test_corpus(study: Study) ->
     released = study.search["released-20"]
     # One objective in two spellings: 1e-3 of the sum over 4096 positions is 4.096 of the mean over them.
     assert released.kl_weight * top.length == pytest.approx(ours.kl_weight)
-    tested = {"wikitext", "ptb", "c4"}
+    tested = {"wikitext", "ptb", "c4", "arxiv"}
     seen = {corpus for validation in study.validation.values() for corpus in validation.corpora}
     seen |= {corpus for calibration in study.calibration.values() for corpus in calibration.corpora}
     assert study.suites["perplexity"].plain()["corpora"] == ["wikitext", "ptb", "c4"]
+    assert set(study.suites["four-texts"].plain()["corpora"]) == tested
     assert not tested & seen
     assert seen | tested == set(study.corpora)
 
