@@ -17,22 +17,40 @@ from lowrank.progress.words import duration, named
 SHOWN = 2
 """Jobs that the line names, of those that run."""
 ENOUGH = 0.1
-"""Share of the planned work that must be measured for the time left to be more than a guess."""
+"""Share of the planned computing that must be measured for the time left to be more than a guess."""
+STARTING = 10
+"""Seconds at most that a job takes beside what it computes: to start, to open a small model."""
+BELIEVED = 20
+"""Seconds of computing for which the plan is believed until more has been measured."""
 
 
-def planned_seconds(study: Study) -> dict[str, float]:
-    """Rule -> what the plan expects of one of its jobs without a GPU, on average.
+@dataclass(frozen=True)
+class Planned:
+    """What the plan expects of a job of a rule on average, in seconds: to start, and to compute."""
 
-    Right to an order of magnitude: it counts operations of a study whose models are large. Empty if the config leaves
+    starting: float
+    computing: float
+
+
+def planned_seconds(study: Study) -> dict[str, Planned]:
+    """What the plan expects of each rule's jobs without a GPU, to an order of magnitude.
+
+    What it allows a job of a cluster for its start is ten times what a small model takes. Empty if the config leaves
     out the shape of a model.
     """
     if models_without_shape(study):
         return {}
     estimator = Estimator(study)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Planned]] = {}
     for job in planned_jobs(study):
-        found.setdefault(job.rule, []).append(estimator.need(job.rule, job.wildcards).seconds(0, THREADS))
-    return {rule: sum(each) / len(each) for rule, each in found.items()}
+        need = estimator.need(job.rule, job.wildcards)
+        allowed = need.work.seconds
+        planned = Planned(min(allowed / 10, STARTING), need.seconds(0, THREADS) - allowed)
+        found.setdefault(job.rule, []).append(planned)
+    return {
+        rule: Planned(sum(one.starting for one in each) / len(each), sum(one.computing for one in each) / len(each))
+        for rule, each in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ class Course:
 
     Attributes:
         waiting: rule -> jobs that have not ended yet.
-        plan: rule -> seconds that a job is expected to take, before any has been measured.
+        plan: rule -> what a job is expected to take, before any has been measured.
         running: number of a job -> the job.
     """
 
@@ -57,7 +75,7 @@ class Course:
         self.clock = clock
         self.began = clock()
         self.waiting: dict[str, int] = {}
-        self.plan: Mapping[str, float] = {}
+        self.plan: Mapping[str, Planned] = {}
         self.running: dict[int, Running] = {}
         self.measured: dict[str, list[float]] = {}
         self._lock = threading.RLock()
@@ -95,32 +113,54 @@ class Course:
     def left(self) -> float | None:
         """Seconds until the end, about; None before a job has been measured that the plan knows.
 
-        A rule's jobs take as long as those of it that were measured; of other rules, as long as the plan says, times
-        what measured ones took longer than planned. As many run side by side as did so far.
+        A rule's jobs take as long as those of it that were measured; those of other rules as long as the plan says,
+        with all computing as much slower than planned as it has been so far. Of those that ran beside another so far
+        half will do so, since the last ones wait for each other.
         """
         with self._lock:
             return self._left()
 
     def _left(self) -> float | None:
-        known = [rule for rule in self.measured if rule in self.plan]
-        if not known:
+        if not any(rule in self.plan for rule in self.measured):
             return None
-        spent = {rule: sum(self.measured[rule]) for rule in known}
-        slower = sum(spent.values()) / sum(self.plan[rule] * len(self.measured[rule]) for rule in known)
-        now = self.clock()
-        each = {
-            rule: spent[rule] / len(self.measured[rule]) if rule in known else slower * self.plan.get(rule, 0)
-            for rule in self.waiting
-        }
+        now, slower = self.clock(), self._slower()
+        each = {rule: self._expected(rule, slower) for rule in self.waiting}
         work = sum(count * each[rule] for rule, count in self.waiting.items())
         so_far = {number: now - job.since for number, job in self.running.items()}
         work -= sum(min(so_far[number], each[job.rule]) for number, job in self.running.items())
-        busy = sum(spent.values()) + sum(so_far.values())
-        return work / max(1.0, busy / max(now - self.began, 1e-9))
+        busy = sum(map(sum, self.measured.values())) + sum(so_far.values())
+        return work / (1 + max(0.0, busy / max(now - self.began, 1e-9) - 1) / 2)
+
+    def _expected(self, rule: str, slower: float) -> float:
+        """Seconds of a job."""
+        if rule in self.measured:
+            return sum(self.measured[rule]) / len(self.measured[rule])
+        planned = self.plan.get(rule, Planned(0, 0))
+        return planned.starting + slower * planned.computing
+
+    def _slower(self) -> float:
+        """How many times as long as planned computing takes here: of jobs that ended, and of those that are late."""
+        taken = expected = float(BELIEVED)
+        for rule, seconds in self.measured.items():
+            planned = self.plan.get(rule, Planned(0, 0))
+            if planned.computing:
+                taken += sum(max(0.0, one - planned.starting) for one in seconds)
+                expected += len(seconds) * planned.computing
+        slower = taken / expected
+        for job in self.running.values():
+            planned = self.plan.get(job.rule, Planned(0, 0))
+            late = self.clock() - job.since - planned.starting
+            if planned.computing and late > slower * planned.computing:
+                taken += late
+                expected += planned.computing
+        return taken / expected
 
     def _measured_share(self) -> float:
-        done = sum(self.plan.get(rule, 0) * len(each) for rule, each in self.measured.items())
-        return done / max(done + sum(self.plan.get(rule, 0) * count for rule, count in self.waiting.items()), 1e-9)
+        done, still = (
+            sum(planned.computing * count for rule, count in jobs.items() if (planned := self.plan.get(rule)))
+            for jobs in ({rule: len(each) for rule, each in self.measured.items()}, self.waiting)
+        )
+        return done / (done + still) if done else 0.0
 
     def __str__(self) -> str:
         with self._lock:
