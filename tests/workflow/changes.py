@@ -17,6 +17,8 @@ from tests.workflow.clones import change_code, read_config, replace, write_confi
 Config = dict[str, Any]
 Concerns = Callable[[Job, Study], bool]
 CONFIGS = ("quickstart", "mini-paper", "paper")
+REMOVES_NEURONS = (("rankwise-neurons", "quickstart"), ("rankwise", "paper"))
+"""A preset, and the config that has it."""
 PARAMS, INPUT, MISSING = "Params have changed", "Updated input files", "Missing output files"
 INPUTS = "Set of input files has changed"
 
@@ -353,18 +355,24 @@ CHANGES = [
         study(value(16, "covariance", "pooled-8", "groups")),
         either(having("compute_bases", covariance="pooled-8"), RECORDS),
     ),
-    Change(
-        "other ratios of a method that removes neurons",
-        study(partial(other_ratio, method="rankwise", table="table_1")),
-        either(having("make_table", table="table_1"), RECORDS),
-        configs=("quickstart", "paper"),
+    *(
+        Change(
+            f"other ratios of {method}",
+            study(partial(other_ratio, method=method, table="table_1")),
+            either(having("make_table", table="table_1"), RECORDS),
+            configs=(config,),
+        )
+        for method, config in REMOVES_NEURONS
     ),
-    Change(
-        "the influence of blocks",
-        study(value(False, "methods", "rankwise", "influence")),
-        either(compressing("rankwise"), RECORDS),
-        reason=INPUTS,  # it reads no windows then
-        configs=("quickstart", "paper"),
+    *(
+        Change(
+            f"the influence of blocks of {method}",
+            study(value(False, "methods", method, "influence")),
+            either(compressing(method), RECORDS),
+            reason=INPUTS,  # it reads no windows then
+            configs=(config,),
+        )
+        for method, config in REMOVES_NEURONS
     ),
     Change(
         "the multiple of neurons, where pairs are made of what is left",
@@ -374,8 +382,8 @@ CHANGES = [
     ),
     Change(
         "the multiple of neurons, where no pairs are",
-        study(value(16, "methods", "rankwise", "multiple")),
-        either(compressing("rankwise"), RECORDS),
+        study(value(16, "methods", "rankwise-neurons", "multiple")),
+        either(compressing("rankwise-neurons"), RECORDS),
     ),
     Change(
         "the windows of one calibration",

@@ -212,6 +212,6 @@ def test_the_quickstart_has_what_it_leads_to_and_no_other_presets() -> None:
     assert {name: sorted(plain[name]) for name in ("covariance", "search", "methods", "corpora")} == {
         "covariance": ["fisher", "pooled-8"],
         "search": ["bo-10"],
-        "methods": ["bolaco-5x1", "dense", "rankwise", "svd"],
+        "methods": ["bolaco-5x1", "dense", "rankwise-neurons", "svd"],
         "corpora": ["c4-calibration", "c4-test", "wikipedia-test", "wikipedia-validation"],
     }
