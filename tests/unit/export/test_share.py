@@ -195,8 +195,8 @@ def test_the_preset_on_a_card_makes_the_same_method(tmp_path: Path) -> None:
 def test_a_card_says_what_a_config_needs_to_make_it_again(tmp_path: Path) -> None:
     named = {"kind": "lord", "calibration": "c4", "covariance": "naive"}
     card = model_card(described("pairs") | {"method": named}, tmp_path)
-    assert "this preset, with those that it names (calibration `c4`, covariance `naive`) makes it again" in card
-    assert "(`use: presets/default.yaml` brings those that rankwise ships)" in card
+    shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+    assert f"this preset and those that it names (calibration `c4`, covariance `naive`; {shipped}) makes it" in card
     alone = model_card(described("pairs"), tmp_path)
     assert "A config with the model and this preset makes it again. Where" in alone
     assert "presets/default.yaml" not in alone
@@ -207,7 +207,7 @@ def test_a_card_says_what_a_config_needs_to_make_it_again(tmp_path: Path) -> Non
         "training": training,
     }
     card = model_card(described("pairs") | {"method": named} | tuned, tmp_path)
-    assert "these presets, with those that they name (calibration `c4`, covariance `naive`, instructions `i`)" in card
+    assert "these presets and those that they name (calibration `c4`, covariance `naive`, instructions `i`;" in card
 
 
 def test_a_prediction_is_called_an_estimate_and_unknown_bytes_are_left_out(tmp_path: Path) -> None:

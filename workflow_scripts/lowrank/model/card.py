@@ -114,10 +114,12 @@ def _config(method: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> str:
     """What a config must have to make the checkpoint again; presets name others, which a card does not show."""
     entries = (method, tuning or {})
     named = dict.fromkeys(f"{key} `{entry[key]}`" for entry in entries for key in NAMING if entry.get(key))
-    shown = "the model and these presets" if tuning else "the model and this preset"
-    needs = f"{shown}, with those that {'they name' if tuning else 'it names'} ({', '.join(named)})" if named else shown
-    shipped = " (`use: presets/default.yaml` brings those that rankwise ships)" if named else ""
-    return f"A config with {needs} makes it again{shipped}. Where the config is `my.yaml`, and its `run:` is RUN:"
+    shown, name = ("these presets", "they name") if tuning else ("this preset", "it names")
+    needs = f"the model and {shown}"
+    if named:
+        shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+        needs = f"the model, {shown} and those that {name} ({', '.join(named)}; {shipped})"
+    return f"A config with {needs} makes it again. Where it is `my.yaml`, and its `run:` is RUN:"
 
 
 def _sizes(manifest: Mapping[str, Any], folder: Path) -> str:
