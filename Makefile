@@ -5,7 +5,7 @@
 # make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
 # make bench        how fast parts are against plain forward passes, within 8 minutes: make bench (SIZE=7b on a GPU; FILE=bench.json)
-# make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml
+# make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml (GPUS=0 without GPUs)
 # make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
 # make docs         the pages as a site in site/, to be opened at site/index.html
 # make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
@@ -74,7 +74,7 @@ lint: setup
 CONFIG ?= config/paper.yaml
 
 plan: setup
-	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(CONFIG)
+	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(call option,GPUS,--gpus-per-job=) $(CONFIG)
 
 RUN ?= results/quickstart
 

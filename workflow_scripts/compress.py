@@ -16,15 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.config.messages import did_you_mean
 from lowrank.errors import RankwiseError
+from lowrank.jobs.log_file import ending
 from lowrank.layout import Layout
-from lowrank.paper.outcome import checkpoint, outcome
-from lowrank.sources.own import DTYPES, FORMATS, Own, Wish, again, own_study, write_config
+from lowrank.paper.outcome import checkpoint, outcome, tested_texts
+from lowrank.sources.own import DTYPES, Own, Wish, again, own_study, write_config
+from lowrank.sources.own_texts import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VARIABLES = ("MODEL", "RATIO", "METHOD", "OUT", "CALIBRATION", "TEST", "DTYPE")
@@ -91,21 +94,75 @@ def alone(own: Own) -> Iterator[None]:
     Raises:
         RankwiseError: a run goes on there.
     """
-    with (own.out / RUNNING).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RankwiseError(
-                f"OUT: a run goes on in {own.out}, {file.read().strip()}. Follow it: make status RUN={own.out}"
-            ) from error
-        except OSError:  # a file system without locks: Snakemake's own stands
-            pass
+    path = own.out / RUNNING
+    with _held(path, own) as file:
         os.set_inheritable(file.fileno(), True)
         file.truncate(0)
         file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.close()
+            _remove(path)
+
+
+def _held(path: Path, own: Own) -> TextIO:
+    """The file, locked. One that another run has removed in the meantime is no lock: then once more, from the start."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip()
+            raise RankwiseError(
+                f"OUT: a run goes on in {own.out}, {holder}. Follow it: make status RUN={own.out}"
+            ) from error
+        except OSError:  # a file system without locks: Snakemake's own stands
+            return file
+        if _is_at(file, path):
+            return file
+        file.close()
+
+
+def _remove(path: Path) -> None:
+    """Take the file away, unless a process of this run, or another run, still holds it: who holds the lock may."""
+    with contextlib.suppress(OSError), path.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(file, path):
+            path.unlink()
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def how_to_go_on(own: Own, wish: Wish, began: float) -> str:
+    """What to do after a run that has stopped.
+
+    Args:
+        own: the study.
+        wish: what it grants.
+        began: when the run was started; a log that is older says nothing of it.
+    """
+    log = own.out / Layout(own.study).log("compare_texts", {})
+    found = ending(log)
+    if found and found.error and log.stat().st_mtime >= began:
+        given = " or ".join(key.upper() for key in ("test", "calibration") if getattr(wish, key))
+        return (
+            "It stopped, and the same command would stop again: what is tested holds text that calibration or "
+            f"validation reads, see above. Give another file as {given}, with another OUT, or after deleting {own.out}."
+        )
+    return (
+        "It stopped, see above. The same command goes on from here. If a kill has left a lock, first:\n"
+        f"{again(own)} --unlock"
+    )
 
 
 def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) -> int:
@@ -126,19 +183,18 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
         write_config(own)
         with alone(own):
             print(f"compressing {wish.model} by {wish.method}, {wish.ratio} %, in {own.out}", file=sys.stderr)
+            print(*own.remarks, sep="\n", end="\n" * len(own.remarks), file=sys.stderr)
+            began = time.time()
             code = run(arguments_of(own))
         if code:
-            print(
-                "\nIt stopped, see above. The same command goes on from here. If a kill has left a lock, first:\n"
-                f"{again(own)} --unlock",
-                file=sys.stderr,
-            )
+            print(f"\n{how_to_go_on(own, wish, began)}", file=sys.stderr)
             return code
         console.print(outcome(own.study, own.out))
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1
     for name, what in {
+        **tested_texts(own.study),
         "checkpoint": checkpoint(own.study, own.out),
         "report": own.out / Layout(own.study).run / "report.html",
         "config": own.config,

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import snakemake.cli
 from snakemake.logging import logger
@@ -76,15 +77,36 @@ def planned(arguments: list[str]) -> list[Planned]:
     logger.addFilter(jobs)
     try:
         with _where_it_was():
-            snakemake.cli.main([*arguments, "--dry-run"])
-    except SystemExit as ended:
-        if jobs.unknown or jobs.is_pattern:
-            raise RankwiseError(_no_target(arguments, jobs.unknown)) from None
-        if ended.code:
-            raise
+            ended = _dry_run(arguments)
     finally:
         logger.removeFilter(jobs)
+    if jobs.unknown or jobs.is_pattern:
+        raise RankwiseError(_no_target(arguments, jobs.unknown))
+    if not ended:
+        sys.exit(1)
     return jobs.found
+
+
+def _dry_run(arguments: list[str]) -> bool:
+    """Snakemake's `main`, without what it says of profiles; returns whether it ended well."""
+    try:
+        parser, options = _parsed([*arguments, "--dry-run"])
+        return bool(snakemake.cli.args_to_api(options, parser))
+    except Exception as error:
+        snakemake.cli.print_exception(error)
+        return False
+
+
+def _parsed(arguments: list[str]) -> tuple[Any, Any]:
+    """Snakemake's parser and options. It names the profile that it takes, which is shown only before a mistake."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parser, options = snakemake.cli.parse_args(arguments)
+    except SystemExit:
+        sys.stderr.write(said.getvalue())
+        raise
+    return parser, options
 
 
 def _no_target(arguments: list[str], unknown: str) -> str:
@@ -94,8 +116,7 @@ def _no_target(arguments: list[str], unknown: str) -> str:
         arguments: of Snakemake.
         unknown: the file that no rule makes; empty if a rule was named that makes many.
     """
-    with contextlib.redirect_stderr(io.StringIO()):  # it names the profile once more
-        _, options = snakemake.cli.parse_args(arguments)
+    _, options = _parsed(arguments)
     if not unknown:
         rules = [target for target in options.targets if "/" not in target and target not in TARGETS]
         return f"{', '.join(rules)}: a rule for many results; name one of them, or `all` or `data`"

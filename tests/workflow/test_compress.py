@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -66,6 +67,8 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
         values = [value.strip() for value in lines["perplexity (test)"] if value.strip()]
         assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.06)
         assert f"{cost['measured']['decode_tokens_per_second']:,.1f}" in "".join(lines["generation, tokens/s"])
+    assert f"test:       {inputs / 'test.jsonl'}\n" in said
+    assert not (out / compress.RUNNING).exists()
     assert (out / "results/model/report.html").is_file()
     assert compress.main(command(inputs, out), run) == 0
     assert "Nothing to be done" in runs[1]
@@ -106,6 +109,52 @@ def test_beside_a_run_that_goes_on_no_other_starts_and_nothing_is_unlocked(
     orphan[0].kill()
     orphan[0].wait()
     assert compress.main(command(inputs, out), lambda arguments: 4) == 4
+    assert not (out / compress.RUNNING).exists()
+
+
+def test_a_lock_that_another_run_has_taken_away_is_not_held(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening of the file and its lock, the run that held it ends, and a new one may make it anew."""
+    out, lock, taken = tmp_path / "out", fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not taken:
+            taken.append((out / compress.RUNNING).unlink())
+        lock(descriptor, operation)
+
+    def run(arguments: Sequence[str]) -> int:
+        with (out / compress.RUNNING).open() as file, pytest.raises(BlockingIOError):
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return 5
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert compress.main(command(inputs, out), run) == 5
+
+
+def test_a_text_that_was_seen_is_not_gone_on_with(
+    inputs: Path, warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy under another name is found when the texts are compared; then it is said what to change."""
+    copy, out = tmp_path / "copy.txt", tmp_path / "out"
+    copy.write_bytes((inputs / "calibration.txt").read_bytes())
+    given = command(inputs, out)
+    given[given.index("--test") + 1] = str(copy)
+    compared = "results/model/compared_texts.json"
+    assert compress.main(given, lambda arguments: warm.run([*arguments, compared], os.environ | ENVIRONMENT).returncode)
+    said = capsys.readouterr().err
+    assert "the same command would stop again" in said
+    assert f"Give another file as TEST or CALIBRATION, with another OUT, or after deleting {out}." in said
+    assert "goes on from here" not in said
+    assert compress.main(given, lambda arguments: 3) == 3
+    assert "The same command goes on from here" in capsys.readouterr().err, "another reason, later"
+
+
+def test_what_is_not_used_is_said_at_the_start(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress.main(command(inputs, tmp_path / "out", "--method", "svd"), lambda arguments: 3)
+    assert "\nsvd reads no calibration text: CALIBRATION is not used\n" in capsys.readouterr().err
 
 
 def test_a_variable_that_make_compress_does_not_know_is_refused(

@@ -37,6 +37,17 @@ def test_a_target_that_is_none(target: str, says: str, tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert not run.stdout
-    said = [line for line in run.stderr.splitlines() if not line.startswith("Using workflow specific profile")]
+    said = run.stderr.splitlines()
     assert len(said) == 1, said
     assert said[0].startswith(f"{target}: {says}")
+
+
+def test_the_report_is_all_that_is_printed(tmp_path: Path) -> None:
+    command = [sys.executable, "workflow_scripts/why.py", "data", "--configfile", "config/quickstart.yaml"]
+    options = ["--cores", "1", "--directory", str(tmp_path)]
+    run = subprocess.run([*command, *options], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "jobs would run." in run.stdout.splitlines()[0]
+    wrong = subprocess.run([*command, "--no-such"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert wrong.returncode
+    assert "unrecognized arguments: --no-such" in wrong.stderr

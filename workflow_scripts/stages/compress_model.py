@@ -58,11 +58,11 @@ def work(job: Snakemake) -> None:
                 "parts": parts,
             },
         )
-        target = job.output.checkpoint
+        target, base = job.output.checkpoint, job.params.base
         parameters = count_parameters(model, shape)
         described = {
             "subject": settings["subject"],
-            "base": base_of(job.wildcards.model, job.params.base["source"], job.params.base["license"]),
+            "base": base_of(job.wildcards.model, base["source"], base["license"], Path(job.input.model)),
             "method": method,
             "ranks": ranks,
             **account,

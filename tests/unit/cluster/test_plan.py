@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -259,6 +260,22 @@ def test_without_gpus_the_hours_are_those_of_processors() -> None:
     assert [cell.strip() for cell in re.split("[┃│]", total)][8] == f"{hours:.1f}"
     assert "for 8 threads of a processor" in " ".join(shown.stdout.split())
     assert "GPU hours" not in shown.stdout
+
+
+def test_make_plan_takes_the_number_of_gpus_and_the_plan_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".installed").touch()
+    given = ["plan", "CONFIG=config/quickstart.yaml", "GPUS=0", f"VENV={tmp_path}"]
+    made = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "--old-file", f"{tmp_path}/.installed", *given],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout.rstrip().endswith("lowrank.cluster.plan '--gpus-per-job=0' config/quickstart.yaml")
+    assert "make plan CONFIG=... GPUS=0" in " ".join(run(str(ROOT / "config/quickstart.yaml")).stdout.split())
+    assert "must be a whole number or `auto`, not 'none'" in run("x.yaml", "--gpus-per-job=none").stderr
 
 
 def write(folder: Path, **shape: Any) -> str:

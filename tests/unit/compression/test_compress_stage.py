@@ -76,9 +76,10 @@ def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_pa
     found = run(tmp_path, {"kind": "svd"})
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert "README.md" not in found["files"]
-    assert found["base"] == {"name": "tiny", "source": {}, "license": "Apache-2.0"}
+    before, after = ((tmp_path / f"{name}/model.safetensors").stat().st_size for name in ("base/model", "checkpoint"))
+    assert found["base"] == {"name": "tiny", "source": {}, "license": "Apache-2.0", "bytes": before}
     assert f"| {found['parameters']['total_dense']:,} | {found['parameters']['total']:,} |" in card
-    assert f"{(tmp_path / 'checkpoint/model.safetensors').stat().st_size:,}" in card
+    assert f"| bytes of weights | {before:,} | {after:,} | {100 * after / before:.2f} % |" in card
     assert "/somewhere" not in card
     assert str(tmp_path) not in card
     (tmp_path / "again").mkdir()

@@ -35,7 +35,14 @@ def test_the_folder_goes_and_the_manifest_stays(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_bytes() == (tmp_path / KEPT).read_bytes() == before
 
 
-@pytest.mark.parametrize(("manifest", "same"), [(LATER, True), (LATER | {"files": {"x": "ac"}}, False)])
+@pytest.mark.parametrize(
+    ("manifest", "same"),
+    [
+        (LATER, True),
+        (LATER | {"base": {"bytes": 3, "license": "MIT"}}, True),  # which older manifests lack
+        (LATER | {"files": {"x": "ac"}}, False),
+    ],
+)
 def test_the_same_checkpoint_has_the_same_manifest_again_and_no_other_has(
     tmp_path: Path, manifest: dict[str, Any], same: bool
 ) -> None:

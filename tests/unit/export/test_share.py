@@ -36,7 +36,7 @@ def described(make: str, licence: str | None = "Apache-2.0", source: dict[str, A
     counts = count_parameters(MAKES[make](KIND), ModelShape(**tiny.shape(KIND)))
     kept = {"linears": counts["decoder_linears"] / counts["decoder_linears_dense"]}
     kept["total"] = counts["total"] / counts["total_dense"]
-    base = base_of("tiny", source or HUB, licence)
+    base = base_of("tiny", source or HUB, licence, Path("no folder of weights"))
     return {"subject": SUBJECT, "base": base, "method": {"kind": "svd"}, "parameters": counts, "kept": kept}
 
 
@@ -177,7 +177,8 @@ def test_the_hub_reads_the_base_and_the_licence(tmp_path: Path) -> None:
     assert front_matter(card)["license_name"] == "Llama 2 Community License"
     assert "base_model" not in front_matter(card)
     assert "/data/secret" not in card
-    assert "not stated in the config" in model_card(described("pairs", None), tmp_path)
+    unstated = model_card(described("pairs", None), tmp_path)
+    assert "Its licence was not stated; it holds for this one too, whatever it is." in unstated
 
 
 def test_the_preset_on_a_card_makes_the_same_method(tmp_path: Path) -> None:
@@ -189,6 +190,50 @@ def test_the_preset_on_a_card_makes_the_same_method(tmp_path: Path) -> None:
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])[SUBJECT["method"]]
     assert None not in shown.values()
     assert settings(**shown).plain() == method
+
+
+def test_a_card_says_what_a_config_needs_to_make_it_again(tmp_path: Path) -> None:
+    named = {"kind": "lord", "calibration": "c4", "covariance": "naive"}
+    card = model_card(described("pairs") | {"method": named}, tmp_path)
+    shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+    assert f"this preset and those that it names (calibration `c4`, covariance `naive`; {shipped}) makes it" in card
+    alone = model_card(described("pairs"), tmp_path)
+    assert "A config with the model and this preset makes it again. Where" in alone
+    assert "presets/default.yaml" not in alone
+    training = {"steps": 3, "best_step": 2}
+    tuned = {
+        "subject": SUBJECT | {"tuning": "t"},
+        "tuning": {"kind": "lora", "instructions": "i"},
+        "training": training,
+    }
+    card = model_card(described("pairs") | {"method": named} | tuned, tmp_path)
+    assert "these presets and those that they name (calibration `c4`, covariance `naive`, instructions `i`;" in card
+
+
+def test_a_prediction_is_called_an_estimate_and_unknown_bytes_are_left_out(tmp_path: Path) -> None:
+    rise = {"predicted_loss_rise": {"nats_per_token": 0.142, "meaning": "second order, on the calibration text"}}
+    card = model_card(described("pairs") | rise, tmp_path)
+    assert "0.1420 nats a token (second order, on the calibration text). This is an estimate, usually less than" in card
+    assert "| bytes of weights | - | 0 | - |" in card
+
+
+@pytest.mark.parametrize(("make", "saves"), [("identity blocks", False), ("one width", True)])
+def test_dense_says_where_nothing_is_saved_and_counts_as_the_table_above_it(
+    make: str, saves: bool, tmp_path: Path
+) -> None:
+    """The indices of identity blocks are no parameters of torch, and count as everywhere."""
+    folder, made_from = tmp_path / "checkpoint", tmp_path / "tokenizer"
+    tiny.tokenizer().save_pretrained(made_from)
+    manifest = described(make)
+    save_checkpoint(MAKES[make](KIND), made_from, folder, lambda at: model_card(manifest, at))
+    from lowrank.export import share
+
+    said = share.export(Export.of(str(folder), "dense", str(tmp_path / "dense")))
+    card, counts = (tmp_path / "dense/README.md").read_text(), manifest["parameters"]
+    nothing = f"as large as the base ({counts['total_dense']:,} parameters): nothing is saved in this form"
+    assert (nothing not in said, nothing not in card) == (saves, saves)
+    assert f"parameters where the compressed checkpoint has {counts['total']:,}" in card
+    assert f"| {counts['total_dense']:,} | {counts['total']:,} |" in card
 
 
 def test_json_of_the_configuration_is_that_of_the_base(checkpoint: Path, tmp_path: Path) -> None:

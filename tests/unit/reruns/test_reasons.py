@@ -68,6 +68,20 @@ def test_long_values_are_cut() -> None:
     assert words == f"`a` was {'x' * 57}..., and is y"
 
 
+def test_of_long_values_the_difference_is_shown() -> None:
+    one = {"rows": [{"row": {"model": "some-model", "method": "dense", "ratio": ratio}} for ratio in (0, 20, 30)]}
+    two = {"rows": one["rows"][:2]}
+    last = "{'row': {'model': 'some-model', 'method': 'dense', 'ratio': 30}}"
+    assert reasons(job(changed(two, one))) == [f"`rows` has one entry more: {last}"]
+    assert reasons(job(changed(one, two))) == [f"`rows` has one entry less: {last}"]
+    assert reasons(job(changed(two, {"rows": two["rows"][:1] * 3}))) == [
+        "`rows` has 2 entries more, the first: {'row': {'model': 'some-model', 'method': 'dense', 'ratio': 0}}; "
+        "has one entry less: {'row': {'model': 'some-model', 'method': 'dense', 'ratio': 20}}"
+    ]
+    (words,) = reasons(job(changed({"a": "x" * 100 + "old"}, {"a": "x" * 100 + "new"})))
+    assert words == f"`a` was ...{'x' * 20}old, and is ...{'x' * 20}new"
+
+
 def test_the_report_tells_causes_apart_from_what_follows() -> None:
     one = changed({"search": {"evaluations": 50}}, {"search": {"evaluations": 60}})
     jobs = [

@@ -139,7 +139,7 @@ def test_short_texts_and_short_models_get_fewer_and_shorter_windows(tmp_path: Pa
         ({"model": "org/name-1b"}, "hf download org/name-1b --local-dir name-1b`, and give MODEL=name-1b"),
         ({"model": __file__}, "is neither a folder in the Hugging Face layout nor a .gguf file"),
         ({"model": str(Path(__file__).parent)}, "a model is a GGUF file or a folder with one `config.json`"),
-        ({"ratio": ""}, "RATIO: must be a whole number from 1 to 90, the percentage to remove, not nothing"),
+        ({"ratio": ""}, "RATIO: missing; give a whole number from 1 to 90, the percentage to remove"),
         ({"ratio": "0.2"}, "RATIO: must be a whole number from 1 to 90, the percentage to remove, not 0.2"),
         ({"ratio": "91"}, "not 91"),
         ({"dtype": "bf16"}, "DTYPE: 'bf16' is not one of float32, bfloat16, float16 - did you mean 'bfloat16'?"),
@@ -166,8 +166,31 @@ def test_texts_that_are_no_use(wish: Wish, tmp_path: Path) -> None:
     assert "words" in said
     assert "files of several kinds (.jsonl, .txt)" in refused(replace(wish, test=str(tmp_path)))
     text.write_text(LONG)
-    said = refused(replace(wish, calibration=str(text), test=str(text)))
-    assert "'test' shares documents with 'calibration'" in said
+
+
+def test_the_same_text_for_both_is_refused_in_the_words_of_the_command(wish: Wish, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(LONG)
+    (folder / "b.txt").write_text(LONG)
+    (tmp_path / "link.txt").symlink_to(folder / "b.txt")
+    for calibration, test in ((folder / "a.txt", folder / "a.txt"), (folder, tmp_path / "link.txt"), (folder, folder)):
+        said = refused(replace(wish, calibration=str(calibration), test=str(test)))
+        assert said in {
+            f"TEST: the same text as CALIBRATION ({file}); give another file"
+            for file in (folder / "a.txt", tmp_path / "link.txt")
+        }
+
+
+def test_a_method_that_reads_no_calibration_text_says_that_it_is_not_used(wish: Wish, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(LONG)
+    text = str(tmp_path / "a.txt")
+    plain = granted(replace(wish, method="svd", calibration=text, test=text))
+    assert plain.remarks == ("svd reads no calibration text: CALIBRATION is not used",)
+    assert "calibration" not in plain.study.corpora
+    assert "CALIBRATION=" not in plain.text
+    assert granted(replace(wish, method="svd", test=text, out=str(tmp_path / "b"))).remarks == ()
+    assert granted(replace(wish, calibration=text, out=str(tmp_path / "c"))).remarks == ()
 
 
 def test_only_methods_that_work_are_offered(wish: Wish, tmp_path: Path) -> None:
@@ -175,6 +198,7 @@ def test_only_methods_that_work_are_offered(wish: Wish, tmp_path: Path) -> None:
     assert "METHOD: 'rankwize' is no method - did you mean 'rankwise'?" in said
     offered = said.rpartition("ratio: ")[2].split(", ")
     assert {"rankwise", "svd", "bolaco-5x1", "slicegpt"} <= set(offered)
+    assert offered == sorted(offered)
     assert "dense" not in offered
     for name in offered:
         granted(replace(wish, method=name, out=str(tmp_path / name)))
@@ -214,10 +238,3 @@ def test_a_model_that_reads_little_at_once_is_timed_on_what_it_reads(tmp_path: P
     own = granted(Wish(model(tmp_path / "m", max_position_embeddings=128), "20", out=str(tmp_path / "out")))
     cost = load_study(own.config).suites["cost"]
     assert (cost.prompt_tokens, cost.new_tokens) == (112, 16)
-
-
-def test_texts_that_share_a_source_are_not_blamed_on_the_method(wish: Wish, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(LONG)
-    said = refused(replace(wish, calibration=str(tmp_path / "a.txt"), test=str(tmp_path / "a.txt")))
-    assert "shares documents" in said
-    assert "METHOD" not in said

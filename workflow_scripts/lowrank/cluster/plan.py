@@ -294,7 +294,7 @@ def remarks(plan: Plan) -> Iterable[str]:
     for unfit in dict.fromkeys(f"{entry.model}: {entry.unfit}" for entry in plan.entries if entry.unfit):
         yield f"! {unfit}"
     if plan.gpu_hours:
-        speed = "for an A100; for a machine without GPUs: --gpus-per-job 0"
+        speed = "for an A100; for a machine without GPUs: make plan CONFIG=... GPUS=0, or --gpus-per-job 0"
     else:
         speed = f"for {THREADS} threads of a processor"
     yield (
@@ -304,6 +304,8 @@ def remarks(plan: Plan) -> Iterable[str]:
 
 
 def _gpus_per_job(text: str) -> int | None:
+    if text != AUTO and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or `{AUTO}`, not '{text}'")
     return None if text == AUTO else int(text)
 
 

@@ -52,7 +52,10 @@ def write_manifest(path: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _outcome(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What came out. A licence in the config decides none of it, and stands in the card, which has no checksum."""
+    """What came out. A licence in the config decides none of it, nor does the base's size, which older manifests lack.
+
+    Both stand in the card, which has no checksum.
+    """
     came_out = {key: value for key, value in manifest.items() if key not in OF_THE_WORK}
-    base = {key: value for key, value in came_out.get("base", {}).items() if key != "license"}
+    base = {key: value for key, value in came_out.get("base", {}).items() if key not in ("license", "bytes")}
     return came_out | {"base": base}

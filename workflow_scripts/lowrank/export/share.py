@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lowrank.export.blocks import base_shape
 from lowrank.export.dense import Stock, stock_model, write_stock
 from lowrank.export.gguf import write_gguf
 from lowrank.export.numbers import measured
@@ -17,6 +18,7 @@ from lowrank.export.wish import Export
 from lowrank.files import atomic_path, read_record
 from lowrank.model.card import LOADING, loading
 from lowrank.model.checkpoint import CARD, copy_companions, load_checkpoint
+from lowrank.model.parameters import count_parameters, dense_total
 from lowrank.model.runtime import parse_dtype
 
 
@@ -65,8 +67,9 @@ def _dense(wish: Export) -> str:
             + loading(trusted=False)
         )
         (folder / CARD).write_text(text, encoding="utf-8")
-    name = stock.config["architectures"][0]
-    return f"{wish.out}: {name}, {stock.parameters:,} parameters, {stock.zeros:,} of them zeros"
+    name, saves = stock.config["architectures"][0], _saves_nothing(stock, model)
+    said = f"{wish.out}: {name}, {stock.parameters:,} parameters, {stock.zeros:,} of them zeros"
+    return f"{said}; {saves}" if saves else said
 
 
 def _gguf(wish: Export) -> str:
@@ -104,14 +107,22 @@ def _card(checkpoint: Path) -> tuple[str, str]:
 
 def _about(stock: Stock, model: PreTrainedModel) -> str:
     """What became of a checkpoint that was multiplied out."""
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before, saves = count_parameters(model, base_shape(model))["total"], _saves_nothing(stock, model)
     shape = {
         key: stock.config[key] for key in ("intermediate_size", "ffn_dim", "num_attention_heads") if key in stock.config
     }
     return (
         "## This form\n\nMultiplied out for tools that know the base architecture alone: "
         f"{stock.config['architectures'][0]} with {json.dumps(shape)}, {stock.parameters:,} parameters where the "
-        f"compressed checkpoint has {before:,}. Of these, {stock.zeros:,} are zeros that the architecture asks for: "
-        "blocks that are narrower than the widest, and biases of layers that have none. Its outputs are the same up to "
-        "rounding; numbers above and below are of the compressed checkpoint."
+        f"compressed checkpoint has {before:,}{', ' * bool(saves)}{saves}. Of these, {stock.zeros:,} are zeros that "
+        "the architecture asks for: blocks that are narrower than the widest, and biases of layers that have none. Its "
+        "outputs are the same up to rounding; numbers above and below are of the compressed checkpoint."
     )
+
+
+def _saves_nothing(stock: Stock, model: PreTrainedModel) -> str:
+    """That a checkpoint multiplied out has as many parameters as its base, as all pairs do; empty if it has fewer."""
+    base = dense_total(model)
+    if stock.parameters < base:
+        return ""
+    return f"as large as the base ({base:,} parameters): nothing is saved in this form"

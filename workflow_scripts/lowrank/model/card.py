@@ -15,19 +15,27 @@ import yaml
 HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3")
 """Names of the hub for licences of models that are often compressed; all others are `other` there."""
 LOADING = "\n## Load\n\n"
+NAMING = ("calibration", "covariance", "validation", "search", "instructions")
+"""Keys of presets of methods and tunings that name other presets."""
 
 
-def base_of(name: str, source: Mapping[str, Any], licence: str | None) -> dict[str, Any]:
-    """What a manifest keeps of the base model: its name in the config, a public source, its licence.
+def base_of(name: str, source: Mapping[str, Any], licence: str | None, folder: Path) -> dict[str, Any]:
+    """What a manifest keeps of the base model: its name in the config, a public source, its licence, its size.
 
     Args:
         name: in the config.
         source: of the config, as plain values; a path of a machine is no public source.
         licence: as the config states it. A checkpoint that is made again keeps its manifest if nothing else has
             changed.
+        folder: in which the base model lies, in the dtype in which it was compressed.
     """
     public = {key: source[key] for key in ("hub", "revision", "pypi", "random") if key in source}
-    return {"name": name, "source": public, "license": licence}
+    return {"name": name, "source": public, "license": licence, "bytes": weight_bytes(folder)}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's files of weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def model_card(manifest: Mapping[str, Any], folder: Path) -> str:
@@ -47,14 +55,13 @@ def model_card(manifest: Mapping[str, Any], folder: Path) -> str:
         _front_matter(manifest["base"]),
         f"# {made}",
         f"A compressed language model, written by rankwise. Base model: {_source_text(manifest['base'])}. "
-        f"Its licence ({manifest['base']['license'] or 'not stated in the config'}) holds for this one too.",
+        f"{_licence(manifest['base'])}",
         _sizes(manifest, folder),
         _predicted(manifest),
         "## How it was made\n\nBy this preset, with seed "
         f"{subject['seed']}, at {subject['ratio']} % of the decoder's linear weights:\n\n```yaml\n{preset}```",
         _tuning(subject, tuned, manifest.get("training")),
-        "A config that has it, as `my.yaml`, and the name of its run make it again:\n\n"
-        f"    snakemake --configfile my.yaml --profile profiles/local {_target(subject)}",
+        f"{_config(method, tuned)}\n\n    snakemake --configfile my.yaml --profile profiles/local {_target(subject)}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n" + LOADING + loading(trusted=any(folder.glob("*.py")))
 
@@ -97,17 +104,37 @@ def _source_text(base: Mapping[str, Any]) -> str:
     return f"{base['name']}, a local model"
 
 
+def _licence(base: Mapping[str, Any]) -> str:
+    if base["license"]:
+        return f"Its licence ({base['license']}) holds for this one too."
+    return "Its licence was not stated; it holds for this one too, whatever it is."
+
+
+def _config(method: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> str:
+    """What a config must have to make the checkpoint again; presets name others, which a card does not show."""
+    entries = (method, tuning or {})
+    named = dict.fromkeys(f"{key} `{entry[key]}`" for entry in entries for key in NAMING if entry.get(key))
+    shown, name = ("these presets", "they name") if tuning else ("this preset", "it names")
+    needs = f"the model and {shown}"
+    if named:
+        shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+        needs = f"the model, {shown} and those that {name} ({', '.join(named)}; {shipped})"
+    return f"A config with {needs} makes it again. Where it is `my.yaml`, and its `run:` is RUN:"
+
+
 def _sizes(manifest: Mapping[str, Any], folder: Path) -> str:
     counts, kept = manifest["parameters"], manifest["kept"]
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size, before = weight_bytes(folder), manifest["base"].get("bytes")  # manifests of earlier versions lack it
+    dense, share = (f"{before:,}", f"{100 * size / before:.2f} %") if before else ("-", "-")
     return "\n".join(
         [
             "| | base | here | kept |",
             "|---|---|---|---|",
-            f"| parameters | {counts['total_dense']:,} | {counts['total']:,} | {100 * kept['total']:.2f} % |",
-            "| of these, linear layers of the blocks, with all that compression added to them "
+            "| parameters, with all that compression added "
+            f"| {counts['total_dense']:,} | {counts['total']:,} | {100 * kept['total']:.2f} % |",
+            "| of these, linear layers of the blocks "
             f"| {counts['decoder_linears_dense']:,} | {counts['decoder_linears']:,} | {100 * kept['linears']:.2f} % |",
-            f"| bytes of weights | - | {size:,} | - |",
+            f"| bytes of weights | {dense} | {size:,} | {share} |",
         ]
     )
 
@@ -116,7 +143,10 @@ def _predicted(manifest: Mapping[str, Any]) -> str:
     """What the method said of its result before anything was measured."""
     lines = []
     if rise := manifest.get("predicted_loss_rise"):
-        lines.append(f"Predicted rise of the loss: {rise['nats_per_token']:.4f} nats a token ({rise['meaning']}).")
+        lines.append(
+            f"Predicted rise of the loss: {rise['nats_per_token']:.4f} nats a token ({rise['meaning']}). This is an "
+            "estimate, usually less than what is measured."
+        )
     if neurons := manifest.get("neurons"):
         lines.append(f"Neurons kept, block by block, of {neurons['dense']}: {', '.join(map(str, neurons['kept']))}.")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lowrank.config.outputs import Row
 from lowrank.config.study import Study
+from lowrank.config.tested import corpora_shown
 from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
 from lowrank.paper.results import load_results
@@ -44,6 +45,20 @@ def checkpoint(study: Study, folder: Path) -> Path:
     row = next(iter(study.tables.values())).rows[-1]
     (manifest,) = Layout(study).manifests(row)
     return folder / Path(manifest).with_name("checkpoint")
+
+
+def tested_texts(study: Study) -> dict[str, str]:
+    """Corpus -> its source in words, of the texts whose perplexity the first table shows."""
+    corpora = corpora_shown(study, next(iter(study.tables.values())))
+    return {corpus: _source_of(study, corpus) for corpus in sorted(corpora)}
+
+
+def _source_of(study: Study, corpus: str) -> str:
+    source, (first, end) = study.corpora[corpus].source.plain(), study.corpora[corpus].documents
+    place = next(str(source[key]) for key in ("path", "pypi", "hub", "tokens") if key in source)
+    file = f", {source['file']}" if source.get("file") else ""
+    part = f", documents {first} to {end - 1}" if end is not None else f", documents from {first}" if first else ""
+    return f"{place}{file}{part}"
 
 
 def _called(row: Row) -> str:

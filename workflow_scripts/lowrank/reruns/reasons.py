@@ -11,6 +11,8 @@ from typing import Any
 
 SHOWN = 60
 """Characters of a value that are shown."""
+SHOWN_ENTRY = 200
+"""Of an entry of a list that came or went: what it is often stands late in it."""
 BY_ANOTHER_JOB = "Input files updated by another job: "
 STARTS = (
     *("Missing output", "Incomplete output", "Updated input", "Input files updated", "Set of input", "Params have"),
@@ -100,9 +102,9 @@ def _changes(said: str, commit: str) -> Iterator[str]:
             look = f"; see `git diff {commit[:12]} -- workflow_scripts`" if commit else ""
             yield f"the code that it runs has changed (fingerprint {old} before, {new} now{look})"
         elif key.startswith("packages."):
-            yield f"the pinned version of {key.removeprefix('packages.')} was {_shown(old)}, and is {_shown(new)}"
+            yield f"the pinned version of {key.removeprefix('packages.')} {_change(old, new)}"
         else:
-            yield f"`{key}` was {_shown(old)}, and is {_shown(new)}"
+            yield f"`{key}` {_change(old, new)}"
     if not changes:
         yield "its settings are written in another way than by an earlier version of this workflow"
 
@@ -138,11 +140,37 @@ def differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, A
         yield place, before, now
 
 
-def _shown(value: Any) -> str:
-    if value is ABSENT:
-        return "not there"
-    text = str(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+def _change(old: Any, new: Any) -> str:
+    """What a value was and is; of long ones, what differs."""
+    was, now = _text(old), _text(new)
+    if max(len(was), len(now)) > SHOWN and isinstance(old, list) and isinstance(new, list):
+        return "; ".join([*_entries(new, old, "more"), *_entries(old, new, "less")])
+    start = _start(was, now)
+    return f"was {_cut(was, start)}, and is {_cut(now, start)}"
+
+
+def _entries(those: list[Any], others: list[Any], word: str) -> Iterator[str]:
+    """What one list has beyond another, however often an entry stands there."""
+    left = list((Counter(map(str, those)) - Counter(map(str, others))).elements())
+    if left:
+        what = f"has one entry {word}: " if len(left) == 1 else f"has {len(left)} entries {word}, the first: "
+        yield what + _cut(left[0], 0, SHOWN_ENTRY)
+
+
+def _text(value: Any) -> str:
+    return "not there" if value is ABSENT else str(value)
+
+
+def _start(one: str, other: str) -> int:
+    """Where to begin to show two texts, so that their first difference can be seen."""
+    same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return same - SHOWN // 3 if same > SHOWN // 2 and max(len(one), len(other)) > SHOWN else 0
+
+
+def _cut(text: str, start: int, length: int = SHOWN) -> str:
+    """A part of a text; dots stand for what is left out."""
+    part = f"...{text[start:]}" if start else text
+    return part if len(part) <= length else f"{part[: length - 3]}..."
 
 
 def _named(jobs: Sequence[Planned]) -> Iterator[str]:

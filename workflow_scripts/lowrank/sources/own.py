@@ -7,12 +7,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,17 @@ import yaml
 from lowrank.config.load import ConfigError, check_study, models_without_shape
 from lowrank.config.messages import did_you_mean
 from lowrank.config.shapes import found_shape, model_files
-from lowrank.config.sources import Model, PathSource
+from lowrank.config.sources import Model
 from lowrank.config.study import Study
 from lowrank.config.use import SHIPPED
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from lowrank.model.shapes import model_config, shape_numbers
-from lowrank.sources.local import find_files
-from lowrank.sources.readers import iter_texts
+from lowrank.sources.own_texts import absolute, text_sections, validation_section
 
 PRESETS = "presets/default.yaml"
 CONFIG = "study.yaml"
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
-GZIP = ".gz"
-CHARACTERS_PER_TOKEN = 8
-"""A cautious guess, to take no more windows than a short text has; English has about 4.5 characters a token."""
-FEWEST = {"calibration": 8, "test": 1}
-"""Windows: the presets' covariances pool eight groups."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,13 @@ class Own:
         study: the study.
         text: its config.
         out: the folder in which Snakemake runs it.
+        remarks: what of the wish does not count, and why; one line each.
     """
 
     study: Study
     text: str
     out: Path
+    remarks: tuple[str, ...] = ()
 
     @property
     def config(self) -> Path:
@@ -94,16 +88,18 @@ def own_study(wish: Wish, cache: Path) -> Own:
     Raises:
         RankwiseError: what of the wish is wrong, and what would be right.
     """
-    path = _absolute(wish.model)
+    path = absolute(wish.model)
     built = _built(wish, path)
     name, ratio = _name(path), _ratio(wish.ratio)
-    shortened = _texts(wish, built)
     presets = read_yaml(SHIPPED / PRESETS)
-    validation = _validation(wish, presets, shortened)
+    wish, remarks = _of_concern(wish, presets)
+    reads: int | None = built.get("max_position_embeddings")
+    shortened = text_sections(wish.calibration, wish.test, presets, reads)
+    validation = validation_section(presets, shortened)
     model: dict[str, Any] = {"source": {"path": str(path)}, "dtype": _dtype(wish, built)}
     longest: int = Model.model_fields["max_length"].default
-    if (reads := built.get("max_position_embeddings") or longest) < longest:
-        model["max_length"] = reads
+    if (most := reads or longest) < longest:
+        model["max_length"] = most
     parts = {"run": name, "cache": str(cache.absolute()), "models": {name: model}} | shortened
 
     def text_for(method: str) -> str:
@@ -116,7 +112,7 @@ def own_study(wish: Wish, cache: Path) -> Own:
 
     study = _checked(wish, text_for)
     default = Path("compressed") / f"{name}-{wish.method}-{ratio}"
-    return Own(study, text_for(wish.method), Path(wish.out).expanduser() if wish.out else default)
+    return Own(study, text_for(wish.method), Path(wish.out).expanduser() if wish.out else default, remarks)
 
 
 def write_config(own: Own) -> None:
@@ -157,11 +153,6 @@ def _beside_python(command: str) -> Path:
 # --- the parts of a wish ---
 
 
-def _absolute(given: str) -> Path:
-    """Without `..`; links stay, since their names are better than those of what they lead to."""
-    return Path(os.path.abspath(Path(given).expanduser()))
-
-
 def _built(wish: Wish, path: Path) -> dict[str, Any]:
     """What the model's `config.json`, or its GGUF file, says."""
     if not wish.model:
@@ -200,11 +191,19 @@ def _ratio(given: str) -> int:
         ratio = int(given)
     except ValueError:
         ratio = 0
+    if not given.strip():
+        raise RankwiseError("RATIO: missing; give a whole number from 1 to 90, the percentage to remove")
     if not 1 <= ratio <= 90:
-        raise RankwiseError(
-            f"RATIO: must be a whole number from 1 to 90, the percentage to remove, not {given or 'nothing'}"
-        )
+        raise RankwiseError(f"RATIO: must be a whole number from 1 to 90, the percentage to remove, not {given}")
     return ratio
+
+
+def _of_concern(wish: Wish, presets: dict[str, Any]) -> tuple[Wish, tuple[str, ...]]:
+    """A wish without what cannot concern its method, and a line for what is left out."""
+    preset = presets["methods"].get(wish.method)
+    if wish.calibration and preset and "calibration" not in preset:
+        return replace(wish, calibration=""), (f"{wish.method} reads no calibration text: CALIBRATION is not used",)
+    return wish, ()
 
 
 def _dtype(wish: Wish, built: dict[str, Any]) -> str:
@@ -214,113 +213,6 @@ def _dtype(wish: Wish, built: dict[str, Any]) -> str:
         )
     stored = built.get("dtype") or built.get("torch_dtype")
     return wish.dtype or (stored if stored in DTYPES else "float32")
-
-
-def _texts(wish: Wish, built: dict[str, Any]) -> dict[str, Any]:
-    """Sections for texts of one's own, and windows that fit a short text or a model that reads little at once."""
-    presets = read_yaml(SHIPPED / PRESETS)
-    sections: dict[str, Any] = {}
-    for key, given, section, preset in (
-        ("calibration", wish.calibration, "calibration", "standard"),
-        ("test", wish.test, "suites", "perplexity"),
-    ):
-        entry = presets[section][preset]
-        length = min(entry["length"], built.get("max_position_embeddings") or entry["length"])
-        windows = entry["windows"]
-        if given:
-            corpus = own_corpus(given, key.upper())
-            sections.setdefault("corpora", {})[key] = corpus
-            windows = min(windows, _windows(corpus, key, windows, length))
-        if (windows, length) != (entry["windows"], entry["length"]):
-            sections[section] = {preset: entry | {"windows": windows, "length": length}}
-    cost, reads = presets["suites"]["cost"], built.get("max_position_embeddings")
-    if reads and reads < cost["prompt_tokens"] + cost["new_tokens"]:
-        shorter = {"prompt_tokens": reads - reads // 8, "new_tokens": reads // 8}
-        sections.setdefault("suites", {})["cost"] = cost | shorter
-    return sections
-
-
-def _validation(wish: Wish, presets: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    """The section by which searches validate on the text that is given for calibration, if one is.
-
-    Windows are drawn with another seed than those of the calibration; of a short text some are in both.
-    """
-    if not wish.calibration:
-        return {}
-    entry, select = presets["validation"]["standard"], presets["validation"]["standard"]["select"]
-    given = texts.get("calibration", {}).get("standard", presets["calibration"]["standard"])
-    windows = min(entry["windows"], given["windows"])
-    changes = {
-        "corpora": ["calibration"],
-        "windows": windows,
-        "length": given["length"],
-        "seed": 1,
-        "select": select | {"keep": min(select["keep"], windows)},
-    }
-    return {"validation": {"standard": entry | changes}}
-
-
-def own_corpus(given: str, key: str) -> dict[str, Any]:
-    """The section of a corpus for a text file, or a folder of text files of one kind.
-
-    Args:
-        given: its path.
-        key: what messages call it.
-
-    Raises:
-        RankwiseError: nothing is there, or no text that can be read.
-    """
-    path = _absolute(given)
-    kinds = ", ".join(FORMATS)
-    if path.is_file():
-        if (kind := _kind(path)) is None:
-            raise RankwiseError(f"{key}: {path} is no text file of a known kind ({kinds})")
-        return {"source": {"path": str(path)}, "format": FORMATS[kind.removesuffix(GZIP)]}
-    if not path.is_dir():
-        raise RankwiseError(f"{key}: there is no {path}")
-    found = sorted({kind for file in path.iterdir() if file.is_file() and (kind := _kind(file))})
-    if len(found) != 1:
-        what = f"files of several kinds ({', '.join(found)})" if found else f"no text file ({kinds})"
-        raise RankwiseError(f"{key}: {path} holds {what}; name a folder with one kind of text files, or a file")
-    return {"source": {"path": str(path), "file": f"*{found[0]}"}, "format": FORMATS[found[0].removesuffix(GZIP)]}
-
-
-def _kind(file: Path) -> str | None:
-    """The end of a text file's name, as `.txt` or `.txt.gz`; None for other files, hidden ones and backups."""
-    packed = GZIP if file.suffix == GZIP else ""
-    suffix = Path(file.name.removesuffix(packed)).suffix
-    return suffix + packed if suffix in FORMATS and not file.name.startswith(".") else None
-
-
-def _windows(corpus: dict[str, Any], key: str, wanted: int, length: int) -> int:
-    """For how many windows a text is surely enough; it is read only as far as needed.
-
-    Raises:
-        RankwiseError: it cannot be read, or is too short for the fewest.
-    """
-    source = PathSource.model_validate(corpus["source"])
-    size = length * CHARACTERS_PER_TOKEN
-    try:
-        texts = iter_texts(find_files(source), corpus["format"], "text")
-        characters = sum(_until(map(len, texts), wanted * size))
-    except RankwiseError as error:
-        raise RankwiseError(f"{key.upper()}: {error}") from error
-    if (windows := characters // size) < FEWEST[key]:
-        raise RankwiseError(
-            f"{key.upper()}: {source.path} has {characters:,} characters, and {FEWEST[key] * size:,} are the least "
-            f"({FEWEST[key]} x {length} tokens); give more text"
-        )
-    return windows
-
-
-def _until(sizes: Iterable[int], enough: int) -> Iterator[int]:
-    """The first numbers whose sum is enough."""
-    total = 0
-    for size in sizes:
-        yield size
-        total += size
-        if total >= enough:
-            return
 
 
 # --- the config ---
@@ -374,7 +266,8 @@ def _checked(wish: Wish, text_for: Callable[[str], str]) -> Study:
     Raises:
         RankwiseError: there is no such method, or it does not fit the model; those that do are named.
     """
-    known = [name for name, entry in read_yaml(SHIPPED / PRESETS)["methods"].items() if entry["kind"] != "dense"]
+    presets = read_yaml(SHIPPED / PRESETS)["methods"]
+    known = sorted(name for name, entry in presets.items() if entry["kind"] != "dense")
     try:
         if wish.method not in known:
             raise RankwiseError(f"'{wish.method}' is no method{did_you_mean(wish.method, known)}")
