@@ -110,7 +110,8 @@ def test_the_report_stands_alone_and_its_links_lead_to_files(run: Path) -> None:
 
 def test_the_report_says_what_was_run(run: Path) -> None:
     html = rendered(run)
-    assert "Smoke run, not a measurement" in html
+    assert "Smoke run, not a measurement: texts, searches and training are short." in html
+    assert "Compression of tiny: 1 method, on cpu" in html
     assert "Seeds: 0, 1." in html
     assert "Apache-2.0" in html
     assert "path: &lt;models&gt;/tiny" in html, "what the config says is escaped"
