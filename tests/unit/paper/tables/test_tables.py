@@ -274,8 +274,9 @@ def test_statistics_are_exact_counts_in_fitting_units() -> None:
 
 def test_published_statistics_are_shown_in_our_units() -> None:
     rows = [with_published(row_results(), file="table_7")]
-    line = shown(build("statistics", rows, context(suites={"cost": COST}, published_folder=PUBLISHED)), 1)
-    assert line == {
+    table = build("statistics", rows, context(suites={"cost": COST}, published_folder=PUBLISHED))
+    assert [note for note in table.notes if "a table shows them in the units of its columns." in note]
+    assert shown(table, 1) == {
         "Removed (%)": "20",
         "Method": "published: llama-2-7b, lord",
         "Parameters (M)": "5450.00",
