@@ -116,14 +116,15 @@ def _draw_panel(axes: Axes, frame: pd.DataFrame) -> None:
 
 def _draw_beyond(axes: Axes, points: pd.DataFrame, looks: Mapping[str, int]) -> None:
     """Marks at the upper edge, those of one ratio side by side."""
-    for ratio, members in points.groupby("removed_percent"):
-        for place, name in enumerate(map(str, members["method"])):
+    for ratio in map(int, points["removed_percent"].unique()):
+        members = points.loc[points["removed_percent"] == ratio, "method"]
+        for place, name in enumerate(map(str, members)):
             look, at = line_style(looks[name]), (place - (len(members) - 1) / 2) * BESIDE
             moved = axes.get_xaxis_transform() + ScaledTranslation(at / 72, 0, axes.figure.dpi_scale_trans)
             axes.plot(ratio, 1, transform=moved, clip_on=False, **look | {"linestyle": "none"})
             axes.annotate(
                 "↑",
-                (float(ratio), 1),
+                (ratio, 1),
                 xycoords=axes.get_xaxis_transform(),
                 xytext=(at + ARROW, 0),
                 textcoords="offset points",
