@@ -219,7 +219,8 @@ def figure_settings(wildcards):
             "results": LAYOUT.figure_results(wildcards.figure),
             "smoke": STUDY.smoke,
         }
-        | ({"judges": judges} if judges else {}),
+        | ({"judges": judges} if judges else {})
+        | ({"vocabulary": STUDY.models[figure.model].shape.vocabulary} if figure.kind == "perplexity" else {}),
         only={"stages.draw_figure.KINDS": figure.kind},
     )
 

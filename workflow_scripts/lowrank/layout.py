@@ -226,9 +226,12 @@ class Layout:
 
     def searches(self, row: Row) -> list[str]:
         """The searches behind a row."""
-        if self.study.method(row.method).search is None:
+        return self._searches(row.model, row.method, row.ratio, row.tuning)
+
+    def _searches(self, model: str, method: str, ratio: object, tuning: str) -> list[str]:
+        if self.study.method(method).search is None:
             return []
-        return [self.allocation(row.model, row.method, row.ratio, seed) for seed in self.seeds(row.method, row.tuning)]
+        return [self.allocation(model, method, ratio, seed) for seed in self.seeds(method, tuning)]
 
     def table_rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a table, each with the files that its numbers come from."""
@@ -313,12 +316,20 @@ class Layout:
         return [f"{self.run}/figures/{name}.{kind}" for name in in_order(self.study.figures) for kind in FIGURE_FORMATS]
 
     def evidence(self) -> list[str]:
-        """Every result that a table or figure shows; for the log of a search, the account beside it."""
+        """Every result that a table, a figure or the report shows; for the log of a search, the account beside it."""
         shown = chain(
             chain.from_iterable(self.table_inputs(name) for name in in_order(self.study.tables)),
             chain.from_iterable(self.figure_inputs(name) for name in in_order(self.study.figures)),
         )
-        return _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
+        found = _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
+        return _unique([*found, *self._searches_behind(found)])
+
+    def _searches_behind(self, paths: Iterable[str]) -> Iterable[str]:
+        """The searches of what was evaluated, which the report shows."""
+        evaluation = re.compile(named_groups(self.evaluation))
+        matches = [found for path in paths if (found := evaluation.fullmatch(path))]
+        for subject in dict.fromkeys(found.group("model", "method", "ratio", "tuning") for found in matches):
+            yield from self._searches(*subject)
 
 
 def named_groups(pattern: str) -> str:

@@ -39,7 +39,7 @@ def perplexity(settings: Settings) -> pd.DataFrame:
         method: {ratio: [read_record(path) for path in paths] for ratio, paths in curve.items()}
         for method, curve in results["curves"].items()
     }
-    return perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]))
+    return perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]), settings["vocabulary"])
 
 
 def predicted_loss(settings: Settings) -> pd.DataFrame:

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from rich.console import Console
 
 from lowrank.config.outputs import Row, RowTable
 from lowrank.config.study import Study
+from lowrank.config.suites import ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, sha256_file, write_json, write_text
 from lowrank.paper.provenance import describe_run
@@ -110,7 +110,8 @@ def test_the_report_stands_alone_and_its_links_lead_to_files(run: Path) -> None:
 
 def test_the_report_says_what_was_run(run: Path) -> None:
     html = rendered(run)
-    assert "Smoke run, not a measurement" in html
+    assert "Smoke run, not a measurement: texts, searches and training are short." in html
+    assert "Compression of tiny: 1 method, on cpu" in html
     assert "Seeds: 0, 1." in html
     assert "Apache-2.0" in html
     assert "path: &lt;models&gt;/tiny" in html, "what the config says is escaped"
@@ -179,20 +180,40 @@ def test_the_main_table_fits_the_terminal(run: Path, width: int) -> None:
     assert "…" not in text, "nothing is cut off"
 
 
-def test_the_best_of_each_ratio_is_marked_and_the_page_says_how_to_read_it(run: Path) -> None:
-    csv = run / "tables/table_1.csv"
-    frame = pd.read_csv(csv)
-    ours = frame[(frame["source"] == "ours") & (frame["target_removed_percent"] == 20)].iloc[[0]]
-    better = ours.assign(label="better", wiki_test_perplexity=1.25, boolq=1.5)
-    pd.concat([frame, better]).to_csv(csv, index=False)
+def test_marked_is_what_tables_have_in_bold_and_the_page_says_how_to_read_it(run: Path) -> None:
+    rows = [dense_results(), row_results(0.5), row_results(0.51, method="svd", label="better")]
+    for task in rows[2].evaluations["zs"][0]["tasks"].values():
+        task["scores"] = task["scores"][::-1]  # its accuracy is higher, but not told apart by these documents
+    table = build_table(RowTable(kind="accuracy", title="Main table", rows=[r.row for r in rows]), rows, context())
+    write_text(run / "tables/table_1.csv", to_csv(table))
     console = Console(width=120, record=True, file=io.StringIO())
     show(run, console)
     text = console.export_text()
-    starred = [line for line in text.splitlines() if line.rstrip().endswith("*") or " * " in line]
-    assert any("better" in line and "1.25 ± 0.40 *" in line for line in starred), text
-    assert not any("better" in line and "1.5 *" in line for line in text.splitlines()), "of accuracies the largest"
-    assert "lower is better" in text
-    assert "percent of questions answered right; higher is better" in " ".join(text.split())
+    (perplexity, accuracy) = [line for line in text.splitlines() if "better" in line and "%" in line]
+    assert "19.61 ± 0.39 *  39.22 ± 0.39 *" in perplexity
+    assert "54.0 ± 1.2" in accuracy
+    assert "*" not in accuracy
+    assert "*" not in next(line for line in text.splitlines() if "lord" in line)
+    told = " ".join(text.split())
+    assert "lower is better" in told
+    assert "percent of questions answered right; higher is better" in told
+    assert "*: the best compressed value of a model and ratio, where it is better than each other by more than" in told
+
+
+def test_an_accuracy_of_one_task_stands_there_once(run: Path, config: dict[str, Any]) -> None:
+    suite = {"kind": "zero-shot", "tasks": {"arc_easy": "acc"}, "limit": 20}
+    config["suites"]["zs"] = suite
+    config["tables"]["table_1"]["suites"] = ["zs"]
+    write_json(run / "provenance.json", describe_run("sample", config, [], run))
+    rows = [dense_results(), row_results()]
+    asked = RowTable(kind="accuracy", title="Main table", rows=[r.row for r in rows])
+    table = build_table(asked, rows, context(suites={"zs": ZeroShotSuite.model_validate(suite)}))
+    write_text(run / "tables/table_1.csv", to_csv(table))
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(run, console)
+    text = console.export_text()
+    assert "Average" not in text
+    assert "54.0 ± 1.4" in text
 
 
 def test_show_says_where_everything_lies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

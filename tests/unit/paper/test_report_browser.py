@@ -30,6 +30,21 @@ def test_the_page_fits_every_window_and_paper_and_stands_alone(page: Page, repor
     check_page(page, report)
 
 
+@pytest.mark.parametrize("width", [700, 1200, 1280, 1600])
+def test_the_tables_of_what_came_out_do_not_run_into_each_other(page: Page, report: Path, width: int) -> None:
+    page.open(report, width)
+    beyond = "t => t.getBoundingClientRect().right - t.closest('article').getBoundingClientRect().right"
+    assert max(page.evaluate(f"[...document.querySelectorAll('.verdicts table')].map({beyond})")) <= 0
+
+
+def test_what_is_bought_is_told_apart_from_what_it_costs(page: Page, report: Path) -> None:
+    page.open(report, 1280)
+    told = page.evaluate("[...document.querySelectorAll('.verdicts p')].map(p => p.innerHTML.replace(/\\s+/g, ' '))")
+    assert told[0].startswith("What lord buys: weights in memory 4.6 MiB → 3.8 MiB (<strong>−17 %</strong>), tokens/s")
+    assert told[0].endswith("(× 1.08).")
+    assert told[1] == "What lord costs: tokens/s generated 12.5 → 11.0 (× 0.88)."
+
+
 def test_text_can_be_read_on_light_and_dark(page: Page, report: Path) -> None:
     """The luminance of the page, and the contrast of its text by WCAG 2."""
     channels = "c => getComputedStyle(document.body)[c].match(/[0-9.]+/g).slice(0, 3).map(Number)"

@@ -18,14 +18,15 @@ from lowrank.config.study import Study
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.layout import PROVENANCE, in_order, study_of
+from lowrank.paper.tables.accuracy import BEST, BEST_RULE
 from lowrank.paper.tables.data import MISSING, Context
-from lowrank.paper.tables.measures import ACCURACY, PERPLEXITY, Measure, measures_of
+from lowrank.paper.tables.measures import ACCURACY, PERPLEXITY, Measure, measures_of, without_lone_averages
 from lowrank.paper.tables.rows import estimate_text
 from lowrank.terminal import print_folder
 
 Record = dict[str, Any]
 METHOD_WIDTH = 14
-BEST = "*"
+MARK = "*"
 
 
 def show(folder: Path, console: Console) -> None:
@@ -72,14 +73,14 @@ def how_to_read(study: Study, groups: Collection[str]) -> str:
         parts.append("Perplexity: how surprised the model is by text that no step has read; lower is better.")
     if ACCURACY in groups:
         parts.append("Accuracy: percent of questions answered right; higher is better.")
-    parts.append(f"±: one standard error. {BEST} marks the best of each ratio.")
+    parts.append(f"±: one standard error. {MARK}: {BEST_RULE}.")
     if study.smoke:
-        parts.append("Numbers closer than a few standard errors do not say which method is better.")
+        parts.append("A smoke run tells large differences apart; it does not rank close methods.")
     return " ".join(parts)
 
 
 def _measures(table: RowTable, study: Study) -> list[Measure]:
-    return measures_of(Context(suites=_suites(table, study)), table.tasks)
+    return without_lone_averages(measures_of(Context(suites=_suites(table, study)), table.tasks))
 
 
 def _suites(table: RowTable, study: Study) -> dict[str, ZeroShotSuite | PerplexitySuite]:
@@ -99,10 +100,7 @@ def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> 
         console.print(Text(f"Smoke run{extent}, not a measurement.", style="yellow"))
     for group in dict.fromkeys(measure.group for measure in measures):
         # In the terminal the average and the perplexities carry their error; the full table is in the report.
-        mine = [measure for measure in measures if measure.group == group]
-        if len(mine) == 2 and mine[1].key.endswith("average"):  # of one task
-            mine.pop()
-        console.print(_rich_table(group, mine, records))
+        console.print(_rich_table(group, [measure for measure in measures if measure.group == group], records))
 
 
 def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> RichTable:
@@ -115,10 +113,9 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
     shown.add_column("Method", overflow="fold", min_width=METHOD_WIDTH)
     for measure in measures:
         shown.add_column(measure.title, justify="right", no_wrap=True)
-    best = {measure.key: _best(measure, records) for measure in measures}
     alone = len(measures) == 1
     previous: tuple[Any, Any] | None = None
-    for place, record in enumerate(records):
+    for record in records:
         if record["source"] != "ours" and all(_value(record, measure) == MISSING for measure in measures):
             continue  # nothing of this group was published
         block = (record["model"], record["target_removed_percent"])
@@ -126,24 +123,12 @@ def _rich_table(group: str, measures: list[Measure], records: list[Record]) -> R
             if previous is not None and block != previous:
                 shown.add_section()
             previous = block
-        values = [
-            _value(record, measure, alone) + (f" {BEST}" if place in best[measure.key] else "") for measure in measures
-        ]
+        best = str(record.get(BEST)).split()  # published lines have none
+        values = [_value(record, measure, alone) + f" {MARK}" * (measure.key in best) for measure in measures]
         shown.add_row(
             *_leading(record, len(models) > 1), *values, style="dim italic" if record["source"] != "ours" else ""
         )
     return shown
-
-
-def _best(measure: Measure, records: list[Record]) -> set[int]:
-    """Which of several records of ours are best at their ratio, by their places."""
-    blocks: dict[tuple[Any, Any], dict[int, float]] = {}
-    for place, record in enumerate(records):
-        if record["source"] == "ours" and record["target_removed_percent"] and not pd.isna(record[measure.key]):
-            block = (record["model"], record["target_removed_percent"])
-            blocks.setdefault(block, {})[place] = record[measure.key]
-    choose = min if measure.lower_is_better else max
-    return {choose(values, key=lambda place: values[place]) for values in blocks.values() if len(values) > 1}
 
 
 def _leading(record: Record, several_models: bool) -> list[str]:

@@ -38,6 +38,7 @@ def sensitivity(model: str, family: str, dense: float = 5.5, worst: float = 40.0
     return {
         "kind": "sensitivity",
         "subject": {"model": model},
+        "protocol": {"model": model, "corpus": "c4-search", "windows": 32, "length": 2048, "seed": 0},
         "dense": {"perplexity": dense, "stderr": stderr},
         "types": {
             name: [

@@ -21,6 +21,7 @@ from lowrank.paper.figures.style import COLOURS, Outputs, save_figure, series_st
 from tests.unit.paper.figures import figure_samples as samples
 
 TWO = samples.suite(corpora=2)
+VOCABULARY = 32_000
 
 
 def evaluations(*levels: float, stderr: float | None = 0.02) -> list[Any]:
@@ -66,6 +67,18 @@ def test_a_type_looks_the_same_in_all_panels_and_the_legend_has_each_once() -> N
     assert samples.texts_outside(figure) == []
 
 
+def test_a_figure_of_sensitivity_says_which_text_it_is_on() -> None:
+    studies = two_families()
+    alike = draw_sensitivity(sensitivity_frame(studies), "Title").legends[0].get_title().get_text()
+    assert alike == "text: c4-search, 32 windows of 2048 tokens"
+    studies["opt"]["protocol"] |= {"corpus": "wikipedia", "windows": 3}
+    frame = sensitivity_frame(studies)
+    told = draw_sensitivity(frame, "Title").legends[0].get_title().get_text()
+    assert "by-type: c4-search, 32 windows of 2048 tokens" in told
+    assert "opt: wikipedia, 3 windows of 2048 tokens" in told
+    assert set(frame["corpus"]) == {"c4-search", "wikipedia"}
+
+
 def test_an_opt_study_alone_has_only_its_own_types() -> None:
     figure = draw_sensitivity(sensitivity_frame({"opt": two_families()["opt"]}), "Title")
     assert samples.legend(figure) == ["dense", "q", "k", "v", "o", "fc1", "fc2"]
@@ -90,7 +103,7 @@ def test_sensitivity_is_logarithmic_only_where_the_range_is_wide(worst: float, s
 def test_perplexity_has_a_panel_a_corpus_and_averages_over_seeds() -> None:
     data = curves(lord=[20, 30], svd=[50, 900])
     data["lord"]["10"] += evaluations(22)
-    frame = perplexity_frame(evaluations(18), data, TWO)
+    frame = perplexity_frame(evaluations(18), data, TWO, VOCABULARY)
     figure = draw_perplexity(frame, "Title")
     assert [axes.get_title() for axes in figure.axes] == TWO.corpora
     assert samples.drawn(figure.axes[0])["lord"] == [(10, 21), (20, 30)]
@@ -103,21 +116,46 @@ def test_perplexity_has_a_panel_a_corpus_and_averages_over_seeds() -> None:
 
 
 def test_the_bar_of_the_seeds_is_as_long_as_their_standard_deviation() -> None:
-    figure = draw_perplexity(perplexity_frame(evaluations(18), {"lord": {"10": evaluations(20, 21)}}, TWO), "Title")
+    figure = draw_perplexity(
+        perplexity_frame(evaluations(18), {"lord": {"10": evaluations(20, 21)}}, TWO, VOCABULARY), "Title"
+    )
     (bars,) = [lines for lines in figure.axes[0].collections if lines.get_linewidth()[0] == 4.5]
     (_, low), (_, high) = bars.get_segments()[0]
     mean, sd = 20.5, 0.5**0.5
     assert (low, high) == pytest.approx((mean * np.exp(-sd / mean), mean * np.exp(sd / mean)))
 
 
+def test_what_is_no_better_than_a_guess_stands_at_the_edge_and_does_not_stretch_the_axis() -> None:
+    data = curves(lord=[30, 60], svd=[3e7, 2e8], afm=[50, 4e4])
+    frame = perplexity_frame(evaluations(18), data, TWO, VOCABULARY)
+    figure = draw_perplexity(frame, "Title")
+    for axes, factor in zip(figure.axes, (1.0, 1.4), strict=True):
+        low, high = axes.get_ylim()
+        assert 16 * factor < low < 18 * factor
+        assert 60 * factor < high < 70 * factor
+        assert [text.xy for text in axes.texts if text.get_text() == "↑"] == [(10, 1), (20, 1), (20, 1)]
+        assert samples.overlaps([text.get_window_extent() for text in axes.texts]) == 0, "side by side"
+    assert "no better than a guess (6 values)" in figure.legends[0].get_title().get_text()
+    assert samples.legend(figure) == ["dense", "lord", "svd", "afm"]
+    assert samples.texts_outside(figure) == []
+    assert frame["perplexity"].max() == 2.8e8, "the CSV is complete"
+    assert list(frame[frame["no_better_than_a_guess"]]["method"]) == ["svd", "svd", "afm"] * 2
+
+
+def test_where_all_is_no_better_than_a_guess_all_is_drawn() -> None:
+    figure = draw_perplexity(perplexity_frame([], curves(lord=[4e4, 5e5]), samples.suite(1), VOCABULARY), "Title")
+    assert figure.axes[0].get_ylim()[1] > 5e5
+    assert figure.legends[0].get_title().get_text() == ""
+
+
 def test_a_study_without_a_dense_preset_has_no_dense_line() -> None:
-    figure = draw_perplexity(perplexity_frame([], curves(lord=[20, 30]), TWO), "Title")
+    figure = draw_perplexity(perplexity_frame([], curves(lord=[20, 30]), TWO, VOCABULARY), "Title")
     assert samples.legend(figure) == ["lord"]
 
 
 @pytest.mark.parametrize("levels", [[18.5, 19.0], [30.0, 60.0], [900.0, 90_000.0], [6.0, 3e7]])
 def test_every_range_gets_readable_ticks(levels: list[float]) -> None:
-    figure = draw_perplexity(perplexity_frame(evaluations(18), curves(lord=levels), TWO), "Title")
+    figure = draw_perplexity(perplexity_frame(evaluations(18), curves(lord=levels), TWO, VOCABULARY), "Title")
     for axes in figure.axes:
         assert 2 <= len(samples.tick_boxes(axes.yaxis)) <= 8
         assert samples.overlaps(samples.tick_boxes(axes.yaxis)) == 0
@@ -165,7 +203,7 @@ def test_a_smoke_run_says_so_in_the_figure() -> None:
 @pytest.mark.parametrize(("methods", "corpora"), [(1, 1), (8, 1), (8, 3)])
 def test_figures_fit_the_columns_of_a_page_with_readable_text(methods: int, corpora: int) -> None:
     data = curves(**{f"a-method-with-a-long-name-{index}": [20.0 + index, 3e5] for index in range(methods)})
-    figure = draw_perplexity(perplexity_frame(evaluations(6), data, samples.suite(corpora)), "Title")
+    figure = draw_perplexity(perplexity_frame(evaluations(6), data, samples.suite(corpora), VOCABULARY), "Title")
     assert figure.get_figwidth() == (SINGLE_COLUMN if corpora == 1 else DOUBLE_COLUMN)
     assert samples.texts_outside(figure) == []
     assert min(text.get_fontsize() for text in samples.texts(figure)) >= 7
@@ -229,7 +267,7 @@ def test_colours_stay_apart_for_colour_blind_readers(blindness: str) -> None:
 
 def test_values_without_an_error_are_drawn_without_bars() -> None:
     bare = evaluations(18, stderr=None)
-    frame = perplexity_frame(bare, {"lord": {"10": bare}}, TWO)
+    frame = perplexity_frame(bare, {"lord": {"10": bare}}, TWO, VOCABULARY)
     figure = draw_perplexity(frame, "Title")
     samples.settle(figure)
     assert samples.drawn(figure.axes[0])["lord"] == [(10, 18)]
@@ -244,4 +282,4 @@ def test_wrong_results_are_refused() -> None:
     broken = evaluations(18)
     del broken[0]["corpora"][TWO.corpora[1]]
     with pytest.raises(RankwiseError, match=r"method bolaco, ratio 20.* holds no perplexity on 'c4-validation'"):
-        perplexity_frame(broken, curves(lord=[20]), TWO)
+        perplexity_frame(broken, curves(lord=[20]), TWO, VOCABULARY)

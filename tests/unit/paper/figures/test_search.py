@@ -257,7 +257,7 @@ def stage_settings(kind: str, folder: Path) -> dict[str, Any]:
     if kind == "perplexity":
         figure = PerplexityFigure(kind=kind, title="T", model="m", suite="s", methods=["bolaco"], ratios=[20])
         results = {"suite": suite, "dense": [evaluation], "curves": {"bolaco": {"20": [evaluation]}}}
-        return {"figure": figure.plain(), "results": results}
+        return {"figure": figure.plain(), "results": results, "vocabulary": 32_000}
     if kind == "comparison":
         figure = ComparisonFigure(kind=kind, title="T", suite=samples.SUITE, rows=[row])
         results = {"suite": suite, "rows": [{"row": row.plain(), "evaluations": [evaluation]}]}

@@ -8,9 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from lowrank.config.load import load_study
 from lowrank.errors import RankwiseError
+from lowrank.layout import Layout
 from lowrank.paper.page.progress import searches
 
+REPOSITORY = Path(__file__).parents[4]
 OBJECTIVES = [90.0, 40.0, 60.0, 30.0]
 
 
@@ -32,6 +35,13 @@ def test_the_line_goes_down_with_the_best_so_far(tmp_path: Path) -> None:
     heights = [float(part.split("H")[0]) for part in found.line.split("V")[1:]]
     assert heights == [found.y.place(value) for value in (40.0, 40.0, 30.0)]
     assert found.points[1][2] == "evaluation 2 (spread): 40"
+
+
+def test_the_page_has_every_search_behind_what_was_evaluated() -> None:
+    shown = Layout(load_study(REPOSITORY / "config/quickstart.yaml")).evidence()
+    folder = "results/quickstart/allocation/smollm2-135m/bolaco-5x1"
+    found = {f"{folder}/{ratio}/seed0/allocation.json" for ratio in (20, 30)}
+    assert {path for path in shown if "/allocation/" in path} == found, "one of them alone stands in a table of times"
 
 
 def test_one_evaluation_is_no_search(tmp_path: Path) -> None:

@@ -70,3 +70,17 @@ def test_what_is_no_better_than_a_guess_does_not_stretch_the_axis() -> None:
     assert [point.beyond for point in plot.points] == [False, False, True]
     assert plot.points[2].y == plot.y.end
     assert plot.y.high < 30
+
+
+def test_labels_stand_beside_their_marks_inside_the_axes_and_not_on_one_another() -> None:
+    rows = [row_results(0.5), row_results(0.49, method="svd")]
+    slow = row_results(0.5, removed=20.3, method="flap", tuning="scales")
+    slow.evaluations["cost"][0]["measured"]["prefill_tokens_per_second"] = 100.0
+    for plot in drawn(dense_results(0.8), *rows, slow):
+        labelled = [point for point in plot.points if point.label is not None]
+        assert [point.label.text for point in labelled if point.label] == ["20 %"] * 3, "none of the dense model"
+        boxes = [point.label.box for point in labelled if point.label]
+        assert all(plot.x.start <= box.left and box.right <= plot.x.end for box in boxes)
+        assert all(one.overlap(other) == 0 for index, one in enumerate(boxes) for other in boxes[:index])
+        for point, box in zip(labelled, boxes, strict=True):
+            assert max(box.left - point.x, point.x - box.right) == 8, "beside its mark"

@@ -10,14 +10,14 @@ import pytest
 
 from lowrank.config.outputs import RowTable
 from lowrank.paper.tables import RowResults, TableData, build_table
-from tests.unit.paper.paper_samples import context, dense_results, manifest, row_results
+from tests.unit.paper.paper_samples import ZERO_SHOT, context, dense_results, manifest, row_results
 
 MEANING = "second order, on the calibration text"
 
 
-def build(rows: list[RowResults]) -> TableData:
+def build(rows: list[RowResults], **changes: Any) -> TableData:
     table = RowTable(kind="accuracy", title="Title", rows=[results.row for results in rows])
-    return build_table(table, rows, context())
+    return build_table(table, rows, context(**changes))
 
 
 def records(rows: list[RowResults]) -> list[dict[str, Any]]:
@@ -67,3 +67,8 @@ def test_a_table_without_a_prediction_is_as_it_was() -> None:
     table = build([dense_results(), row_results()])
     assert not [name for name in table.frame.columns if "loss_rise" in name]
     assert not [note for note in table.notes if "loss_rise" in note]
+
+
+def test_a_table_of_accuracy_alone_says_nothing_of_losses() -> None:
+    rows = [dense_results(0.6), predicting(row_results(0.5, method="rankwise"), 0.067)]
+    assert not [note for note in build(rows, suites={"zs": ZERO_SHOT}).notes if "loss" in note]

@@ -104,6 +104,16 @@ def test_the_best_compressed_value_of_each_ratio_is_marked() -> None:
     assert all(best[1]), "highest accuracy and lowest perplexity"
     assert not any(best[2])
     assert not any(best[3]), "one row alone is not the best of anything"
+    named = [str(value).split() for value in build("accuracy", rows).frame["best"]]
+    assert named == [[], ["wiki_test_perplexity", "speeches_perplexity", *TASKS, "average"], [], []]
+
+
+def test_an_average_of_one_task_is_no_column() -> None:
+    one = ZeroShotSuite(kind="zero-shot", tasks={"arc_easy": "acc"})
+    table = build("accuracy", [dense_results(), row_results()], context(suites={"zs": one}))
+    assert [column.title for column in table.columns] == ["Removed (%)", "Method", "Kept (%)", "ARC-e"]
+    assert "Zero-shot accuracy by lm-eval: acc for ARC-e." in table.notes
+    assert "average" in table.frame.columns, "the CSV is complete"
 
 
 @pytest.mark.parametrize(("removed", "competes"), [(19.5, True), (19.0, True), (18.9, False), (9.0, False)])
@@ -264,8 +274,9 @@ def test_statistics_are_exact_counts_in_fitting_units() -> None:
 
 def test_published_statistics_are_shown_in_our_units() -> None:
     rows = [with_published(row_results(), file="table_7")]
-    line = shown(build("statistics", rows, context(suites={"cost": COST}, published_folder=PUBLISHED)), 1)
-    assert line == {
+    table = build("statistics", rows, context(suites={"cost": COST}, published_folder=PUBLISHED))
+    assert [note for note in table.notes if "a table shows them in the units of its columns." in note]
+    assert shown(table, 1) == {
         "Removed (%)": "20",
         "Method": "published: llama-2-7b, lord",
         "Parameters (M)": "5450.00",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -18,6 +19,7 @@ from lowrank.paper.tables.rows import SCIENTIFIC
 WIDE_RANGE = 3.0  # largest over smallest value from which on a logarithmic axis is used
 RANGE_OF_STEPS = 5.0  # range from which on ticks at 1, 2, 5, 10, ... are enough
 TICKS_UP, TICKS_ALONG = 8, 4  # most ticks of a y axis, and of the x axis of a narrow panel
+ROOM, LEAST_ROOM = 0.07, 1.05  # of a logarithmic range, beyond the outermost marks; and its smallest factor
 SPREAD: dict[str, Any] = {
     "alpha": 0.3,
     "linewidth": 4.5,
@@ -93,6 +95,18 @@ def standard_errors(perplexity: ArrayLike, stderr: ArrayLike) -> np.ndarray:
     """
     values, relative = np.asarray(perplexity), np.nan_to_num(np.asarray(stderr) / np.asarray(perplexity))
     return np.stack([values * (1 - np.exp(-relative)), values * np.expm1(relative)])
+
+
+def limits_with_room(points: pd.DataFrame) -> tuple[float, float]:
+    """Limits of a logarithmic axis of perplexities: around all marks and error bars, with some room at both ends.
+
+    Args:
+        points: with the columns `perplexity`, `stderr` and `sd_over_seeds`.
+    """
+    ends = [spread_ends(points["perplexity"], points[error]) for error in ("stderr", "sd_over_seeds")]
+    low, high = min(float(below.min()) for below, _ in ends), max(float(above.max()) for _, above in ends)
+    room = max((high / low) ** ROOM, LEAST_ROOM)
+    return low / room, high * room
 
 
 def draw_dense(axes: Axes, perplexity: float, stderr: float | None, label: str) -> None:

@@ -27,7 +27,7 @@ PANEL_HEIGHT = 2.5  # inches
 
 
 def sensitivity_frame(results: Mapping[str, Json]) -> pd.DataFrame:
-    """What is drawn: study, model, type, kept ratio, removed share of all decoder linears, perplexity, its error.
+    """What is drawn: study, model, text, type, kept ratio, removed share of all decoder linears, perplexity, its error.
 
     Args:
         results: study -> what it measured.
@@ -59,8 +59,19 @@ def draw_sensitivity(frame: pd.DataFrame, title: str, smoke: bool = False) -> Fi
         label_axes(panels, "kept ratio of the compressed type", perplexity_label(wide))
         write_title(figure, title, smoke)
         found = legend_entries(panels)
-        legend_below(figure, {name: found[name] for name in [DENSE_TYPE, *order]})
+        legend_below(figure, {name: found[name] for name in [DENSE_TYPE, *order]}, _text_notes(frame))
     return figure
+
+
+def _text_notes(frame: pd.DataFrame) -> list[str]:
+    """On which text perplexities are; with the study where they are not all on one."""
+    texts = {
+        str(about["study"]): f"{about['corpus']}, {about['windows']} windows of {about['length']} tokens"
+        for about in frame.drop_duplicates("study").to_dict(orient="records")
+    }
+    if len(set(texts.values())) == 1:
+        return [f"text: {next(iter(texts.values()))}"]
+    return [f"{study}: {text}" for study, text in texts.items()]
 
 
 def _records(study: str, result: Json) -> list[Json]:
@@ -69,7 +80,8 @@ def _records(study: str, result: Json) -> list[Json]:
             f"sensitivity.{study}: a result of kind '{result.get('kind')}' was given to a figure of sensitivity. "
             "Delete it and run the workflow again."
         )
-    about = {"study": study, "model": result["subject"]["model"]}
+    text = {key: result["protocol"][key] for key in ("corpus", "windows", "length")}
+    about = {"study": study, "model": result["subject"]["model"], **text}
     dense = {"type": DENSE_TYPE, "kept": 1.0, "removed_of_linears": 0.0, **_value(result["dense"])}
     points = [
         {"type": name, "kept": point["kept"], "removed_of_linears": point["removed"], **_value(point)}

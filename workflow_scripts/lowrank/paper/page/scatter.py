@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lowrank.paper.page.labels import Box, Label, place_labels
 from lowrank.paper.page.results import DECODE, PARAMETERS, PREFILL, SIZE, Checkpoint
 from lowrank.paper.page.verdict import MIB
 from lowrank.paper.tables.measures import Measure
@@ -51,6 +52,7 @@ class Point:
         top, bottom: ends of the error bar; both `y` without one.
         beyond: whether its perplexity lies above the axis, so that the mark stands at the edge.
         title: all numbers, in words.
+        label: the ratio beside the mark; the dense model has none.
     """
 
     checkpoint: Checkpoint
@@ -60,11 +62,12 @@ class Point:
     bottom: float
     beyond: bool
     title: str
+    label: Label | None = None
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """A drawing: one corpus against one quantity."""
+    """A drawing: one corpus against one quantity, which is not known of `missing` checkpoints."""
 
     title: str
     x_label: str
@@ -115,7 +118,8 @@ def _scatter(found: Sequence[Checkpoint], measure: Measure, quantity: Quantity, 
     useful = [level for level in levels if level < vocabulary] or levels
     x = axis_of([value for _, value in known], LEFT, WIDTH - RIGHT)
     y = axis_of(useful, HEIGHT - BOTTOM, TOP, logarithmic=True)
-    points = list(_points(known, measure, quantity, x, y))
+    inside = Box(x.start, 0, x.end, y.start)  # and above, where marks stand at the edge
+    points = _labelled(list(_points(known, measure, quantity, x, y)), inside)
     return Scatter(measure.title, quantity.label, x, y, points, len(found) - len(known))
 
 
@@ -148,3 +152,15 @@ def _points(
             estimate.value > y.high,
             f"{row.title}{removed}: perplexity {text}, {quantity.label} {number_text(value, 1)}",
         )
+
+
+def _labelled(points: Sequence[Point], inside: Box) -> list[Point]:
+    marks = [(point.x, point.y, _ratio(point)) for point in points]
+    bars = [Box(point.x - 1, point.top, point.x + 1, point.bottom) for point in points]
+    labels = place_labels(marks, bars, inside)
+    return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
+
+
+def _ratio(point: Point) -> str:
+    ratio = point.checkpoint.row.ratio
+    return (f"{ratio} %" + " ↑" * point.beyond) if ratio else ""

@@ -1,4 +1,4 @@
-"""What came out: for each model and ratio the best method by perplexity, its price, and what it buys."""
+"""What came out: for each model and ratio the best method by perplexity, its price, and what it changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Winner:
         row: what has it.
         perplexity: with its error.
         price: what it is of the dense model's (`× 1.88`), and `rise`, of the loss; empty if that was not measured.
-        ahead: by how much of whom, or from whom it cannot be told apart.
+        ahead: of whom, or from whom it cannot be told apart; `by` how much, empty where nobody is behind.
         clear: whether it stands out from every other row.
         guess: whether even the best is no better than a guess.
     """
@@ -36,6 +36,7 @@ class Winner:
     price: str
     rise: str
     ahead: str
+    by: str
     clear: bool
     guess: bool
 
@@ -46,14 +47,33 @@ class Winner:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A size or a speed of the dense model and of a compressed one.
+
+    Attributes:
+        name: what it is.
+        before, after, change: in words.
+        worse: whether compression made it larger, or slower, as far as the printed digits tell.
+        counted: whether it is exact; a speed is the median of a few runs.
+    """
+
+    name: str
+    before: str
+    after: str
+    change: str
+    worse: bool
+    counted: bool
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The winners of one model and ratio; what those buy that are no guess: title -> (what, before, after, change)."""
+    """The winners of one model and ratio, and what those change that are no guess: title -> sizes and speeds."""
 
     model: str
     ratio: int
     compared: int
     winners: Sequence[Winner]
-    buys: Mapping[str, Sequence[tuple[str, str, str, str]]]
+    changes: Mapping[str, Sequence[Change]]
 
 
 def verdicts(
@@ -80,8 +100,8 @@ def verdicts(
                 if not winners[-1].guess:
                     best[first.row.title] = first
         if winners:
-            buys = {title: list(_bought(dense, each)) for title, each in best.items()} if dense else {}
-            made.append(Verdict(*block, len(members), winners, buys))
+            changes = {title: list(_changes(dense, each)) for title, each in best.items()} if dense else {}
+            made.append(Verdict(*block, len(members), winners, changes))
     return made
 
 
@@ -103,7 +123,7 @@ def _winner(
         first.row,
         estimate_text(estimate.value, estimate.stderr, measure.digits),
         *_price(first, dense, measure),
-        _ahead(behind, alike),
+        *_ahead(behind, alike),
         bool(behind) and not alike and not guess,
         guess,
     )
@@ -125,30 +145,32 @@ def _signed(found: Difference) -> str:
     return text.replace("-", "−", 1) if found.value < 0 else f"+{text}"
 
 
-def _ahead(behind: Sequence[tuple[Checkpoint, Difference]], alike: Sequence[str]) -> str:
+def _ahead(behind: Sequence[tuple[Checkpoint, Difference]], alike: Sequence[str]) -> tuple[str, str]:
     if not behind:
-        return "no other row to compare with"
+        return "no other row to compare with", ""
     if alike:
-        return f"not told apart from {', '.join(alike)}"
+        return f"not told apart from {', '.join(alike)}", ""
     nearest, found = behind[0]
-    return f"{nearest.row.title} by {estimate_text(found.value, found.stderr, 3)}"
+    return nearest.row.title, f"by {estimate_text(found.value, found.stderr, 3)}"
 
 
-def _bought(dense: Checkpoint, compressed: Checkpoint) -> Iterator[tuple[str, str, str, str]]:
-    """Size and speed, before and after, of what was measured of both."""
-    shown = {
-        SIZE: ("weights in memory", size_text),
-        PREFILL: ("tokens/s of a prompt", lambda speed: number_text(speed, 1)),
-        DECODE: ("tokens/s generated", lambda speed: number_text(speed, 1)),
-    }
-    if not (SIZE in dense.cost and SIZE in compressed.cost):
-        shown = {PARAMETERS: ("parameters", lambda count: f"{count / 1e6:,.1f} M")}
-    for key, (name, text) in shown.items():
+def _changes(dense: Checkpoint, compressed: Checkpoint) -> Iterator[Change]:
+    """Size and speed, of what was measured of both."""
+    sized = SIZE in dense.cost and SIZE in compressed.cost
+    size, name = (SIZE, "weights in memory") if sized else (PARAMETERS, "parameters")
+    for key, what in ((size, name), (PREFILL, "tokens/s of a prompt"), (DECODE, "tokens/s generated")):
         if key in dense.cost and key in compressed.cost:
             before, after = dense.cost[key], compressed.cost[key]
-            change = (
-                f"{100 * (after / before - 1):+.0f} %".replace("-", "−")
-                if key in (SIZE, PARAMETERS)
-                else f"× {after / before:.2f}"
-            )
-            yield name, text(before), text(after), change
+            text = {SIZE: size_text, PARAMETERS: _count_text}.get(key, _speed_text)
+            ratio = round(after / before, 2)
+            counted = key == size
+            told = f"{100 * (after / before - 1):+.0f} %".replace("-", "−") if counted else f"× {ratio:.2f}"
+            yield Change(what, text(before), text(after), told, ratio > 1 if counted else ratio < 1, counted)
+
+
+def _count_text(count: float) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _speed_text(speed: float) -> str:
+    return number_text(speed, 1)

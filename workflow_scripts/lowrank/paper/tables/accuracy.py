@@ -22,6 +22,7 @@ from lowrank.paper.tables.measures import (
     in_order,
     match_corpora,
     measures_of,
+    without_lone_averages,
 )
 from lowrank.paper.tables.predictions import NOTE as PREDICTION_NOTE
 from lowrank.paper.tables.predictions import loss_rises
@@ -33,10 +34,13 @@ BLIND_NOTE = (
     "reading; the CSV has its accuracy (…_blind) and, whatever the preference for one answer, the area under the ROC "
     "curve (…_auc, 50 for a guess)."
 )
-BOLD_NOTE = (
-    "Bold: the best compressed value of a model and ratio, where it is better than each other by more than two "
-    "standard errors of their difference (of the same windows or documents, paired) and better than a guess; else none."
+BEST_RULE = (
+    "the best compressed value of a model and ratio, where it is better than each other by more than two standard "
+    "errors of their difference (of the same windows or documents, paired) and better than a guess; else none"
 )
+BOLD_NOTE = f"Bold: {BEST_RULE}."
+BEST = "best"
+"""CSV column: the columns in which a line has the best value by that rule, separated by spaces."""
 LEEWAY = 1.0
 """Points above the target up to which a row that keeps more competes for the best value: coarse ranks leave some."""
 
@@ -73,6 +77,7 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
     blind = {(i, m.key) for i, row in enumerate(rows) for m in measures if _is_blind(row, m, estimates[i][m.key])}
     guesses = blind | _guesses(rows, measures, estimates, context)
     best = _best(rows, measures, estimates, ample, guesses)
+    shown = without_lone_averages(measures)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
     for index, (results, starts_block) in enumerate(shared.block_starts(rows)):
@@ -83,26 +88,28 @@ def build_accuracy(table: RowTable, rows: Sequence[RowResults], context: Context
                 + f" {BLIND}" * ((index, m.key) in blind),
                 best=(index, m.key) in best,
             )
-            for m in measures
+            for m in shown
         ]
         missing = [Cell(MISSING)] * len(beside.alone)
         lines.append(Line((*map(Cell, texts), *cells, *missing), starts_block=starts_block))
         start = shared.record_start(results, index)
-        records.append(start | _record(results, kept[index], measures, estimates[index], rises[index]))
+        found = {BEST: " ".join(m.key for m in measures if (index, m.key) in best)} | rises[index]
+        records.append(start | _record(results, kept[index], measures, estimates[index], found))
         if index in beside.rows:
-            lines.append(_published_line(rows, index, measures, beside))
+            lines.append(_published_line(rows, index, shown, beside))
             start = shared.published_record(beside.rows[index], index)
             keys = [*(m.key for m in measures), *map(_perplexity_key, beside.alone)]
             records.append(start | {key: beside.values[index].get(key) for key in keys})
     leading = shared.leading_columns(rows)
+    predicts = any(rises) and any(measure.kind == "perplexity" for measure in measures)
     return TableData(
         title=table.title,
-        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind), any(rises)),
+        notes=_notes(rows, context, beside, _ample_notes(rows, ample), _blind_notes(rows, measures, blind), predicts),
         frame=shared.frame_of(records),
         columns=(
             *leading,
             Column("Kept (%)"),
-            *(Column(m.title, group=m.group) for m in measures),
+            *(Column(m.title, group=m.group) for m in shown),
             *(Column(name, group=f"{PERPLEXITY}, published only") for name in beside.alone),
         ),
         lines=tuple(lines),
@@ -199,9 +206,9 @@ def _record(
     kept: Estimate,
     measures: Sequence[Measure],
     estimates: dict[str, Estimate],
-    rises: dict[str, float | None],
+    found: dict[str, Any],
 ) -> dict[str, Any]:
-    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are, then `rises`."""
+    """The values of a CSV line: accuracies and standard errors in percent, perplexities as they are, then `found`."""
     record: dict[str, Any] = {"kept_percent": kept.value}
     for measure in measures:
         estimate = estimates[measure.key]
@@ -210,12 +217,10 @@ def _record(
         if estimate.sd_over_seeds is not None:
             record[f"{measure.key}_sd_over_seeds"] = estimate.sd_over_seeds
         details = [measure.details(evaluation) for evaluation in evaluations]
-        means = {
-            name: fmean(found[name] for found in details) for name in ANSWER_COUNTS if all(name in d for d in details)
-        }
+        means = {name: fmean(d[name] for d in details) for name in ANSWER_COUNTS if all(name in d for d in details)}
         record |= {f"{measure.key}_{suffix}": value for suffix, value in (details[0] | means).items()}
-    record["seeds"] = max(len(found) for found in results.evaluations.values())
-    return record | rises | shared.evidence_record(results)
+    record["seeds"] = max(map(len, results.evaluations.values()))
+    return record | found | shared.evidence_record(results)
 
 
 def _published_text(value: float | None, digits: int) -> str:
@@ -294,13 +299,14 @@ def _warning(context: Context) -> str:
 
 
 def _metric_note(suite: ZeroShotSuite) -> str:
-    """Which metric of lm-eval each task shows; the average is over just these."""
+    """Which metric of lm-eval each task shows; the average, if there is one, is over just these."""
     by_metric = {
         metric: [TASK_TITLES.get(task, task) for task in in_order(suite.tasks) if suite.tasks[task] == metric]
         for metric in ("acc", "acc_norm")
     }
     parts = [f"{metric} for {', '.join(tasks)}" for metric, tasks in by_metric.items() if tasks]
-    return f"Zero-shot accuracy by lm-eval: {'; '.join(parts)}; average: their plain mean."
+    parts += ["average: their plain mean"] * (len(suite.tasks) > 1)
+    return f"Zero-shot accuracy by lm-eval: {'; '.join(parts)}."
 
 
 def _protocol_note(suite: PerplexitySuite) -> str:

@@ -98,6 +98,12 @@ def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> li
     ]
 
 
+def without_lone_averages(measures: Sequence[Measure]) -> list[Measure]:
+    """What a table shows: an average of one task would only repeat it."""
+    columns = Counter(measure.suite for measure in measures if measure.kind == "zero-shot")
+    return [measure for measure in measures if measure.part or columns[measure.suite] != 2]
+
+
 def in_order(tasks: Iterable[str]) -> list[str]:
     """The paper's tasks in the paper's order, then others by name; the order of keys in a config means nothing."""
     known = list(TASK_TITLES)
