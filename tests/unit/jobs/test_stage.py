@@ -17,7 +17,7 @@ from lowrank.jobs import stage
 from lowrank.jobs.lock import output_lock
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about what a job does and says on a machine without a GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 SCRIPT = """
 {before}
 from types import SimpleNamespace
