@@ -61,6 +61,16 @@ def test_the_folder_of_make_compress_stands_for_the_run_in_it(root: Path, capsys
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_rules_stand_in_the_order_of_their_work(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a dense model lets begin at once (its evaluation) does not come before the statistics of others."""
+    assert main([str(root / LAYOUT.run)]) == 0
+    printed = capsys.readouterr().out
+    places = {rule: printed.index(f" {rule} ") for rule in {job.rule for job in JOBS}}
+    order = ["fetch_model", "sample_calibration", "collect_statistics", "compute_bases", "search_allocation"]
+    order += ["compress_model", "evaluate_perplexity", "make_table", "write_report"]
+    assert [places[rule] for rule in order] == sorted(places[rule] for rule in order)
+
+
 def begun(root: Path, *more: str) -> None:
     """The search has been started again: its output is gone, its log begun."""
     log = root / LAYOUT.log(SEARCH.rule, SEARCH.wildcards)

@@ -52,6 +52,16 @@ def planned_jobs(study: Study) -> Jobs:
     return planner.jobs
 
 
+def rules_in_order(jobs: Jobs) -> list[str]:
+    """The rules of a study's jobs, those first whose longest chain of jobs before them is shortest."""
+    depth: dict[Job, int] = {}
+    reach: dict[str, int] = {}
+    for job, after in jobs.items():
+        depth[job] = 1 + max((depth[one] for one in after), default=0)
+        reach[job.rule] = max(depth[job], reach.get(job.rule, 0))
+    return sorted(reach, key=lambda rule: reach[rule])
+
+
 class _Planner:
     """Adds jobs after those that they wait for."""
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank.cluster.planned_jobs import planned_jobs, rules_in_order
 from lowrank.layout import USED_CONFIG, study_of
 from lowrank.progress.steps import State, Step, steps_of
 from lowrank.progress.words import WITHOUT_A_WORD, duration, named
@@ -34,9 +35,10 @@ def show(run: Path, console: Console) -> None:
         RankwiseError: the folder holds no run.
     """
     run = _of_compress(run)
-    steps = steps_of(study_of(run), run.absolute().parents[1])
+    study = study_of(run)
+    steps = steps_of(study, run.absolute().parents[1])
     counts = Counter(step.state for step in steps)
-    console.print(as_table(steps))
+    console.print(as_table(steps, rules_in_order(planned_jobs(study))))
     console.print(
         ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + f" of {len(steps)}."
     )
@@ -51,14 +53,14 @@ def _of_compress(folder: Path) -> Path:
     return inner[0] if len(inner) == 1 else folder
 
 
-def as_table(steps: list[Step]) -> Table:
-    """The numbers of jobs by rule and state, and the time that was spent on them."""
+def as_table(steps: list[Step], rules: list[str]) -> Table:
+    """The numbers of jobs by rule and state, and the time that was spent on them; a row for each of `rules`."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("rule")
     for state in State:
         table.add_column(state.value, justify="right")
     table.add_column("time", justify="right")
-    for rule in dict.fromkeys(step.job.rule for step in steps):
+    for rule in rules:
         mine = [step for step in steps if step.job.rule == rule]
         counts = Counter(step.state for step in mine)
         spent = [step.seconds for step in mine if step.seconds is not None]
