@@ -165,6 +165,14 @@ def how_to_go_on(own: Own, wish: Wish, began: float) -> str:
     )
 
 
+def linked(own: Own, result: Path) -> Path:
+    """A short name in OUT for a result that lies deep in it: a link, or the result itself where no link can be."""
+    link = own.out / result.name
+    with contextlib.suppress(OSError):
+        link.symlink_to(os.path.relpath(result, own.out))
+    return link if link.resolve() == result.resolve() else result
+
+
 def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) -> int:
     """Compress a model.
 
@@ -195,8 +203,8 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
         return 1
     for name, what in {
         **tested_texts(own.study),
-        "checkpoint": checkpoint(own.study, own.out),
-        "report": own.out / Layout(own.study).run / "report.html",
+        "checkpoint": linked(own, checkpoint(own.study, own.out)),
+        "report": linked(own, own.out / Layout(own.study).run / "report.html"),
         "config": own.config,
         "again": again(own),
     }.items():

@@ -64,28 +64,25 @@ def clone(source: Path, target: Path) -> Path:
 
 def pretend_finished(checkout: Path, config: str) -> None:
     """Put small files in place of all results of a config, and let Snakemake record them as made."""
-    from snakemake.executors import dryrun, touch
+    from snakemake.executors import touch
 
-    outputs: list[tuple[str, bool]] = []
-    run_job = dryrun.Executor.run_job
+    run_job = touch.Executor.run_job
 
-    def remember(self: dryrun.Executor, job: Any) -> None:
-        outputs.extend((str(file), file.is_directory) for file in job.output)
-        run_job(self, job)
-
-    dryrun.Executor.run_job = remember  # type: ignore[method-assign]
-    _silence(checkout)
-    _snakemake(checkout, config, "--dry-run")
-    for name, is_folder in outputs:
-        path = checkout / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_folder:
-            path.mkdir(exist_ok=True)
-        else:
-            path.write_text(f"in place of {name}\n")
+    def pretend(self: touch.Executor, job: Any) -> None:
+        for file in job.output:
+            path = Path(file)
+            if file.is_directory:
+                path.mkdir(parents=True, exist_ok=True)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"in place of {file}\n")
             if path.suffix == ".safetensors":
                 os.truncate(path, LARGE)
+        run_job(self, job)
+
+    touch.Executor.run_job = pretend  # type: ignore[method-assign]
     touch.Executor.SLEEPING_TIME = 0  # type: ignore[assignment]
+    _silence(checkout)
     _snakemake(checkout, config, "--touch", "--forceall")
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from lowrank.config.load import load_study
+from lowrank.export.numbers import measured
+from lowrank.files import manifest_of
 from lowrank.model.checkpoint import load_checkpoint
 from tests import tiny
 from tests.warm import ENVIRONMENT, REPOSITORY, Warm
@@ -55,6 +57,11 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
     places = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("checkpoint:", "config:")))
     assert places["config:"] == str(out / "study.yaml")
     assert len((out / "study.yaml").read_text().splitlines()) < 15
+    assert places["checkpoint:"] == str(out / "checkpoint")
+    assert manifest_of(out / "checkpoint") == out / "results/model/compressed/model/rankwise/20/seed0/manifest.json"
+    assert "perplexity, test" in measured(out / "checkpoint")
+    assert not os.readlink(out / "checkpoint").startswith("/"), "OUT may be moved as a whole"
+    assert (out / "report.html").samefile(out / "results/model/report.html")
     model = load_checkpoint(places["checkpoint:"], torch.float32)
     dense = tiny.model("llama-gqa", len(tiny.tokenizer()))
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
@@ -110,6 +117,17 @@ def test_beside_a_run_that_goes_on_no_other_starts_and_nothing_is_unlocked(
     orphan[0].wait()
     assert compress.main(command(inputs, out), lambda arguments: 4) == 4
     assert not (out / compress.RUNNING).exists()
+
+
+def test_where_no_link_can_be_the_result_itself_is_named(inputs: Path, tmp_path: Path) -> None:
+    wish = compress.Wish(str(inputs / "model"), "20", out=str(tmp_path / "out"))
+    own = compress.own_study(wish, tmp_path / "cache")
+    result = tmp_path / "out/results/report.html"
+    result.parent.mkdir(parents=True)
+    result.touch()
+    (tmp_path / "out/report.html").write_text("somebody else's")
+    assert compress.linked(own, result) == result
+    assert (tmp_path / "out/report.html").read_text() == "somebody else's"
 
 
 def test_a_lock_that_another_run_has_taken_away_is_not_held(

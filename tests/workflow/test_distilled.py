@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import yaml
 
 from lowrank.files import read_json
 from tests import tiny
-from tests.workflow.clones import REPOSITORY
+from tests.warm import ENVIRONMENT, REPOSITORY, Warm
 
-TABLE = "results/tiny/tables/table_1.csv"
+RUN = "results/tiny"
+TABLE = f"{RUN}/tables/table_1.csv"
 
 
 def study(folder: Path) -> dict[str, Any]:
@@ -34,28 +36,37 @@ def study(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_distilled_row_has_its_numbers_and_its_curves(tmp_path: Path) -> None:
+def test_a_distilled_row_has_its_numbers_and_its_curves(tmp_path: Path, warm: Warm) -> None:
+    """The training itself is started as a user starts it, by an interpreter that has loaded nothing."""
     tiny.write_inputs(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study(tmp_path), sort_keys=False))
-    options = ["--snakefile", str(REPOSITORY / "Snakefile"), "--configfile", "tiny.yaml", "--cores", "1"]
-    run = subprocess.run(
-        [sys.executable, "-m", "snakemake", *options, "--directory", str(tmp_path), TABLE],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = [
+        "--snakefile",
+        str(REPOSITORY / "Snakefile"),
+        "--configfile",
+        str(tmp_path / "tiny.yaml"),
+        "--cores",
+        "1",
+    ]
+    options += ["--directory", str(tmp_path)]
+    folder = tmp_path / "results/tiny/tuned/tiny/svd/20/distilled/seed0"
+    compressed = f"{RUN}/compressed/tiny/svd/20/seed0/manifest.json"
+    before = warm.run([*options, compressed, f"{RUN}/calibration/tiny/c8.safetensors"], os.environ | ENVIRONMENT)
+    assert before.returncode == 0, before.stdout
+    typed = [sys.executable, "-m", "snakemake", *options, str(folder.relative_to(tmp_path) / "manifest.json")]
+    run = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+    after = warm.run([*options, TABLE], os.environ | ENVIRONMENT)
+    assert after.returncode == 0, after.stdout
     rows = pd.read_csv(tmp_path / TABLE).set_index("tuning")
     assert list(rows.index) == ["none", "distilled"]
     perplexities = rows[[f"{corpus}_perplexity" for corpus in ("test-a", "test-b", "test-c")]]
     assert not perplexities.isna().any(axis=None)
     assert (perplexities.loc["none"] != perplexities.loc["distilled"]).all()
     assert rows.loc["none", "kept_percent"] == rows.loc["distilled", "kept_percent"]
-    folder = tmp_path / "results/tiny/tuned/tiny/svd/20/distilled/seed0"
     manifest = read_json(folder / "manifest.json")
-    compressed = read_json(tmp_path / "results/tiny/compressed/tiny/svd/20/seed0/manifest.json")
-    assert (manifest["ranks"], manifest["kept"]) == (compressed["ranks"], compressed["kept"])
+    beginning = read_json(tmp_path / compressed)
+    assert (manifest["ranks"], manifest["kept"]) == (beginning["ranks"], beginning["kept"])
     assert list(manifest["training"]["blocks"]) == ["0", "1"]
     assert manifest["training"]["steps"] == 2 * 9, "6 windows, 2 a step, 3 times, in two blocks"
     assert not list((tmp_path / "results/tiny/.state").glob("*"))

@@ -399,6 +399,7 @@ def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip
 
 
 def manifest_of(folder: Path) -> Path | None:
-    """The manifest of a folder, which lies beside it; None if there is none."""
+    """The manifest of a folder, which lies beside it, not beside a link to it; None if there is none."""
+    folder = folder.resolve()
     places = (folder.with_name(f"{folder.name}.json"), folder.with_name("manifest.json"))
     return next((place for place in places if place.is_file()), None)

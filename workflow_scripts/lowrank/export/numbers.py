@@ -19,7 +19,7 @@ def measured(checkpoint: Path) -> str:
     Raises:
         RankwiseError: an evaluation is damaged; it is named.
     """
-    rows = [row for file in _evaluations(checkpoint.absolute()) for row in _rows(read_record(file))]
+    rows = [row for file in _evaluations(checkpoint.resolve()) for row in _rows(read_record(file))]
     if not rows:
         return ""
     return "\n".join(["## Measured", "", "| what | value | how |", "|---|---|---|", *rows]) + "\n"
