@@ -23,11 +23,13 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.config.messages import did_you_mean
 from lowrank.errors import RankwiseError
+from lowrank.files import write_error
 from lowrank.jobs.log_file import ending
 from lowrank.layout import Layout
 from lowrank.paper.outcome import checkpoint, outcome, tested_texts
 from lowrank.sources.own import DTYPES, Own, Wish, again, own_study, write_config
 from lowrank.sources.own_texts import FORMATS
+from lowrank.sources.shared_text import SEEN
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VARIABLES = ("MODEL", "RATIO", "METHOD", "OUT", "CALIBRATION", "TEST", "DTYPE")
@@ -57,7 +59,11 @@ def snakemake(arguments: Sequence[str]) -> int:
     """Run Snakemake in this repository, with a line of progress; returns its exit code."""
     command = [sys.executable, str(REPOSITORY / "workflow_scripts/run.py"), *arguments]
     # The lock of `alone` goes along: a run that outlives this process still holds it.
-    return subprocess.run(command, cwd=REPOSITORY, check=False, close_fds=False).returncode
+    with subprocess.Popen(command, cwd=REPOSITORY, close_fds=False) as process:
+        while True:
+            # Ctrl-C reaches Snakemake too, which ends its jobs and gives its own lock back: in its own time.
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 def arguments_of(own: Own) -> list[str]:
@@ -79,7 +85,9 @@ def check_make(flags: str) -> None:
         RankwiseError: a variable that is none of ours.
     """
     _, _, given = f" {flags}".partition(" -- ")
-    for word in shlex.split(given):
+    words = shlex.shlex(given, posix=True)
+    words.whitespace_split, words.quotes, words.commenters = True, "", ""  # make escapes by backslashes alone
+    for word in words:
         name, assigns, _ = word.partition("=")
         if assigns and name not in (*VARIABLES, *EVERYWHERE):
             raise RankwiseError(
@@ -110,7 +118,10 @@ def alone(own: Own) -> Iterator[None]:
 def _held(path: Path, own: Own) -> TextIO:
     """The file, locked. One that another run has removed in the meantime is no lock: then once more, from the start."""
     while True:
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise write_error(path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -153,8 +164,8 @@ def how_to_go_on(own: Own, wish: Wish, began: float) -> str:
     """
     log = own.out / Layout(own.study).log("compare_texts", {})
     found = ending(log)
-    if found and found.error and log.stat().st_mtime >= began:
-        given = " or ".join(key.upper() for key in ("test", "calibration") if getattr(wish, key))
+    given = " or ".join(key.upper() for key in ("test", "calibration") if getattr(wish, key))
+    if given and found and SEEN in found.error and log.stat().st_mtime >= began:
         return (
             "It stopped, and the same command would stop again: what is tested holds text that calibration or "
             f"validation reads, see above. Give another file as {given}, with another OUT, or after deleting {own.out}."
@@ -183,7 +194,7 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
     Returns:
         The exit code: 0 if all is well, 1 for a wish that cannot be granted, Snakemake's own if it stops.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # of paths with brackets, too
     try:
         check_make(os.environ.get("MAKE_WAS_GIVEN", ""))
         wish = Wish(**vars(parser().parse_args(given)))

@@ -131,7 +131,7 @@ def output_to(log: Path) -> Iterator[Console]:
         try:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-            yield Console(file=terminal, highlight=False)
+            yield Console(file=terminal, highlight=False, markup=False)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
         runs.append(done.stdout)
         return done.returncode
 
-    out = inputs / "out"
+    out = inputs / "out [old]"
     assert compress.main(command(inputs, out), run) == 0, runs
     said = capsys.readouterr().out
     places = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("checkpoint:", "config:")))
@@ -168,6 +170,62 @@ def test_a_text_that_was_seen_is_not_gone_on_with(
     assert "The same command goes on from here" in capsys.readouterr().err, "another reason, later"
 
 
+def test_texts_that_could_not_be_compared_are_not_called_seen(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def run(arguments: Sequence[str]) -> int:
+        log = out / compress.Layout(load_study(out / "study.yaml")).log("compare_texts", {})
+        log.parent.mkdir(parents=True)
+        log.write_text("12:00:00 ERROR compare_texts: no space left on the disk\n")
+        return 1
+
+    assert compress.main(command(inputs, out), run) == 1
+    said = capsys.readouterr().err
+    assert "The same command goes on from here" in said
+    assert "would stop again" not in said
+
+
+def test_an_out_that_cannot_be_made_is_named(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert compress.main(command(inputs, tmp_path / "file/out"), lambda arguments: pytest.fail("a run")) == 1
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/file/out/study.yaml: writing failed: ")
+
+
+SLOW_TO_END = """
+import signal, sys, time
+from pathlib import Path
+
+def end(*_):
+    time.sleep(1)
+    Path("ended").touch()
+    sys.exit(7)
+
+signal.signal(signal.SIGINT, end)
+Path("begun").touch()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_waits_for_snakemake_to_end_its_jobs(tmp_path: Path) -> None:
+    (tmp_path / "workflow_scripts").mkdir()
+    (tmp_path / "workflow_scripts/run.py").write_text(SLOW_TO_END)
+    code = (
+        "import pathlib, signal, sys, compress; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"compress.REPOSITORY = pathlib.Path({str(tmp_path)!r}); sys.exit(compress.snakemake([]))"
+    )
+    scripts = REPOSITORY / "workflow_scripts"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=scripts, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 7
+    assert (tmp_path / "ended").exists()
+
+
 def test_what_is_not_used_is_said_at_the_start(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +236,7 @@ def test_what_is_not_used_is_said_at_the_start(
 def test_a_variable_that_make_compress_does_not_know_is_refused(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MAKE_WAS_GIVEN", "s --no-print-directory -- TEST=a\\ b=c.txt METHODS=svd")
+    monkeypatch.setenv("MAKE_WAS_GIVEN", "s --no-print-directory -- TEST=a\\ b=c.txt MODEL=it's\\ mine METHODS=svd")
     assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: pytest.fail("a run")) == 1
     said = capsys.readouterr().err
     assert said.startswith("METHODS: no option of `make compress`; there are MODEL,")

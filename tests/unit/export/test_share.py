@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank.config.sources import ModelShape
+from lowrank.export.numbers import measured
 from lowrank.export.wish import Export
 from lowrank.files import write_json
 from lowrank.methods import method_modules
@@ -94,6 +95,18 @@ def test_dense_opens_without_trust_and_its_card_has_sizes_and_numbers(
     )
     assert "| perplexity, c4-test | 31.26 ± 0.51 | 6 windows of 256 tokens, float32 |" in card
     assert "| piqa, % | 62.5 ± 2.1 | lm-eval 1.2, acc, 500 documents, float32, a smoke run |" in card
+
+
+def test_numbers_are_found_whatever_a_model_is_called(checkpoint: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results/run"
+    for kind in ("compressed", "evaluation"):
+        (results / kind / "tiny").rename(results / kind / "tuned")
+    manifest = results / "compressed/tuned/m/20/seed0/manifest.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"subject": SUBJECT | {"model": "tuned"}})
+    assert "| perplexity, c4-test | 31.26" in measured(manifest.with_name("checkpoint"))
+    (results / "models").mkdir()
+    write_json(results / "models/m.json", {"files": {}})
+    assert measured(results / "models/m") == "", "a dense model has none"
 
 
 def test_same_is_the_checkpoint_with_its_numbers(checkpoint: Path, tmp_path: Path) -> None:

@@ -134,6 +134,13 @@ def test_gpus_that_the_user_chose_are_kept_to(pretend: Path, chosen: str, sees: 
         assert seen == sees
 
 
+@pytest.mark.parametrize(("chosen", "usable"), [("-1", []), ("1,-1,0", ["1"]), ("2,7,0", ["2"]), ("7", [])])
+def test_a_number_that_is_no_gpu_ends_the_list(
+    pretend: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, usable: list[str]
+) -> None:
+    assert list(gpus.usable_gpus({gpus.VISIBLE: chosen})) == usable
+
+
 def test_one_gpu_has_one_lock_whatever_it_is_called(pretend: Path) -> None:
     with (
         running(pretend, 1, CUDA_VISIBLE_DEVICES="GPU-aa") as (_, first),

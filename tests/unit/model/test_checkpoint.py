@@ -183,3 +183,11 @@ def test_a_failed_write_leaves_the_finished_checkpoint(
         save_checkpoint(model, tokenizer_folder, tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint/model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_damaged_checkpoint_behind_a_link_is_named_itself(tmp_path: Path) -> None:
+    """Who deletes the link has mended nothing."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(RankwiseError, match=f"^{tmp_path}/real: no checkpoint"):
+        load_checkpoint(tmp_path / "link", torch.float32)

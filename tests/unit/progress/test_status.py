@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -109,6 +110,24 @@ def test_a_job_with_a_lock_runs(root: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert f"1 running of {len(JOBS)}." in said
     assert f"running search_allocation: smollm2-135m, bolaco-5x1, {SEARCH.wildcards['ratio']}, seed 0: since " in said
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "layers", "logs"])
+def test_a_model_may_have_the_name_of_a_folder_that_holds_no_locks(root: Path, model: str) -> None:
+    begun(root)
+    place = lock_path(root / f"{LAYOUT.run}/evaluation/{model}/held-out.json")
+    place.parent.mkdir(parents=True)
+    log = LAYOUT.log(SEARCH.rule, SEARCH.wildcards)
+    place.write_text(json.dumps(asdict(replace(Holder.here(SEARCH.rule), log=log))))
+    assert search(root).state is State.RUNNING
+
+
+def test_a_copy_of_a_run_is_not_taken_for_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / LAYOUT.run, root / "results/old")
+    assert main([str(root / "results/old")]) == 1
+    assert f"its config is that of {LAYOUT.run}, so this is a copy, or renamed" in capsys.readouterr().err
+    (root / "link").symlink_to(root / LAYOUT.run)
+    assert main([str(root / LAYOUT.run / ".")]) == 0
 
 
 def test_a_job_whose_process_is_gone_was_stopped(root: Path) -> None:

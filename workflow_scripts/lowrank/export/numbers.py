@@ -28,12 +28,16 @@ def measured(checkpoint: Path) -> str:
 def _evaluations(checkpoint: Path) -> list[Path]:
     """The JSONs of a checkpoint's evaluations, by name of the suite."""
     manifest = manifest_of(checkpoint)
-    roots = [parent.parent for parent in checkpoint.parents if parent.name in ("compressed", "tuned")]
-    if manifest is None or not roots:
+    if manifest is None or (subject := read_record(manifest).get("subject")) is None:
         return []
-    subject = read_record(manifest)["subject"]
-    names = [subject[key] for key in ("model", "method", "ratio", "tuning")]
-    return sorted(roots[0].joinpath("evaluation", *map(str, names), f"seed{subject['seed']}").glob("*.json"))
+    named = [str(subject[key]) for key in ("model", "method", "ratio", "tuning")]
+    tuned = subject["tuning"] != "none"
+    place = ("tuned", *named) if tuned else ("compressed", *named[:3])
+    where = (*place, f"seed{subject['seed']}", checkpoint.name)
+    if checkpoint.parts[-len(where) :] != where:
+        return []
+    run = checkpoint.parents[len(where) - 1]
+    return sorted(run.joinpath("evaluation", *named, f"seed{subject['seed']}").glob("*.json"))
 
 
 def _rows(evaluation: Mapping[str, Any]) -> Iterator[str]:

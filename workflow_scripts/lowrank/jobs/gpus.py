@@ -45,7 +45,8 @@ def usable_gpus(environment: Mapping[str, str]) -> dict[str, str]:
     """The GPUs that jobs may use: as CUDA is told -> the name that is the same for all who mean it.
 
     These are all that `nvidia-smi` lists, or those that the user has chosen by CUDA_VISIBLE_DEVICES: numbers as
-    `nvidia-smi` counts, UUIDs or their beginnings, parts of a GPU ("MIG-..."). None where torch could use none.
+    `nvidia-smi` counts, UUIDs or their beginnings, parts of a GPU ("MIG-..."), up to the first number that is none.
+    None where torch could use none.
     """
     if package_version("torch").endswith("+cpu"):
         return {}
@@ -56,6 +57,8 @@ def usable_gpus(environment: Mapping[str, str]) -> dict[str, str]:
     uuids = list(listed.values())
     names = {}
     for entry in filter(None, (part.strip() for part in chosen.split(","))):
+        if re.fullmatch(r"-?\d+", entry) and entry not in listed:
+            break  # from such a number on, CUDA shows nothing: -1 turns GPUs off
         whole = [uuid for uuid in uuids if uuid.startswith(entry)]
         names[entry] = listed.get(entry, whole[0] if len(whole) == 1 else entry)
     return names if listed else {}

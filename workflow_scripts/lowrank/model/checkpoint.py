@@ -55,6 +55,8 @@ def load_checkpoint(
             manifest beside the folder describes; the folder is named.
     """
     folder = Path(folder)
+    if folder.is_symlink():  # to delete a link would mend nothing
+        folder = folder.resolve()
     if not (folder / "config.json").is_file():
         raise RankwiseError(
             f"{folder}: no checkpoint (config.json is missing). Delete the folder and run the workflow again."

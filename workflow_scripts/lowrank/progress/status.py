@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.cluster.planned_jobs import planned_jobs, rules_in_order
-from lowrank.layout import USED_CONFIG, study_of
+from lowrank.errors import RankwiseError
+from lowrank.layout import USED_CONFIG, Layout, study_of
 from lowrank.progress.steps import State, Step, steps_of
 from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 from lowrank.terminal import print_folder
@@ -32,11 +33,17 @@ def show(run: Path, console: Console) -> None:
         console: where to.
 
     Raises:
-        RankwiseError: the folder holds no run.
+        RankwiseError: the folder holds no run, or a copy of one.
     """
     run = _of_compress(run)
     study = study_of(run)
-    steps = steps_of(study, run.absolute().parents[1])
+    root, name = run.absolute().parents[1], Layout(study).run
+    if (root / name).resolve() != run.resolve():
+        raise RankwiseError(
+            f"{run}: its config is that of {name}, so this is a copy, or renamed; a run is looked through under its "
+            "own name alone."
+        )
+    steps = steps_of(study, root)
     counts = Counter(step.state for step in steps)
     console.print(as_table(steps, rules_in_order(planned_jobs(study))))
     console.print(

@@ -18,8 +18,8 @@ from lowrank.jobs.log_file import ending
 from lowrank.jobs.record import record_file
 from lowrank.layout import Layout
 
-WITHOUT_LOCKS = {"checkpoint", "layers", "logs", "records", ".state"}
-"""Folders that may be large, and hold no lock."""
+WITHOUT_LOCKS = {"logs", "records", ".state"}
+"""Folders of a run that may be large, and hold no lock."""
 
 
 class State(Enum):
@@ -91,7 +91,8 @@ def _is_made(log: str, root: Path) -> bool:
 def _holders(run: Path) -> Iterator[Holder]:
     """Who holds the locks of a run."""
     for folder, inner, files in os.walk(run):
-        inner[:] = [name for name in inner if name not in WITHOUT_LOCKS]
+        if Path(folder) == run:  # below it, a model may have any of these names
+            inner[:] = [name for name in inner if name not in WITHOUT_LOCKS]
         for name in files:
             if name.startswith(".") and name.endswith(".lock") and (holder := read_lock(Path(folder) / name)):
                 yield holder

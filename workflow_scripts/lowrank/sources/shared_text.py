@@ -30,6 +30,8 @@ WORDS = 50
 SHARE = 0.5
 SHOWN = 60
 """Characters of a shared document that a message shows."""
+SEEN = "What is tested may not have been seen"
+"""In every message about text that is both tested and seen."""
 
 
 class Passage(NamedTuple):
@@ -163,6 +165,6 @@ def _refusal(pair: Pair, tested: Content, seen: Content, common: Sequence[Passag
     return (
         f"{', '.join(pair.tested_at)}: {shared} of the {tested.count} {tested.kind} of '{pair.tested}' are in "
         f"'{pair.seen}' too, which {', '.join(pair.seen_at)} read{'s' if len(pair.seen_at) == 1 else ''}; one begins "
-        f"{longest.beginning!r}. What is tested may not have been seen: give other text to corpora.{pair.tested} "
+        f"{longest.beginning!r}. {SEEN}: give other text to corpora.{pair.tested} "
         f"({tested.source}) or to corpora.{pair.seen} ({seen.source})."
     )
