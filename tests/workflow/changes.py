@@ -324,6 +324,11 @@ CHANGES = [
     Change("fewer checkpoints that are kept", study(value({"ratios": [20]}, "keep_checkpoints")), nothing),
     Change("a licence", study(value("MIT", "models", "smollm2-135m", "license")), RECORDS),
     Change(
+        "the tokens that an expert needs, where no model has experts",
+        study(value(100, "calibration", "c4-32", "expert_tokens")),
+        RECORDS,
+    ),
+    Change(
         "the longest context of a model",
         study(value(4096, "models", "smollm2-135m", "max_length")),
         either(judging("smollm2-135m"), RECORDS),
