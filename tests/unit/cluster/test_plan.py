@@ -255,11 +255,10 @@ def test_without_gpus_the_hours_are_those_of_processors() -> None:
     header, total = (
         next(line for line in shown.stdout.splitlines() if line[1:].startswith(f" {word} ")) for word in ("rule", "all")
     )
-    hours = make_plan(load_study(config), Dealing(0)).cpu_hours
-    assert [cell.strip() for cell in re.split("[┃│]", header)][8] == "hours"
-    assert [cell.strip() for cell in re.split("[┃│]", total)][8] == f"{hours:.1f}"
-    compressed = next(line for line in shown.stdout.splitlines() if line.startswith("│ compress_model "))
     plan = make_plan(load_study(config), Dealing(0))
+    assert [cell.strip() for cell in re.split("[┃│]", header)][8] == "hours"
+    assert [cell.strip() for cell in re.split("[┃│]", total)][8] == f"{plan.cpu_hours:.1f}"
+    compressed = next(line for line in shown.stdout.splitlines() if line.startswith("│ compress_model "))
     hours = next(entry.cpu_hours for entry in plan.entries if entry.rule == "compress_model")
     assert compressed.split("│")[8].strip() == f"{hours:.1f}" != "0.0"
     assert "for 8 threads of a processor" in " ".join(shown.stdout.split())

@@ -135,9 +135,8 @@ def test_gpus_that_the_user_chose_are_kept_to(pretend: Path, chosen: str, sees: 
 
 
 @pytest.mark.parametrize(("chosen", "usable"), [("-1", []), ("1,-1,0", ["1"]), ("2,7,0", ["2"]), ("7", [])])
-def test_a_number_that_is_no_gpu_ends_the_list(
-    pretend: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, usable: list[str]
-) -> None:
+@pytest.mark.usefixtures("pretend")
+def test_a_number_that_is_no_gpu_ends_the_list(chosen: str, usable: list[str]) -> None:
     assert list(gpus.usable_gpus({gpus.VISIBLE: chosen})) == usable
 
 
