@@ -28,12 +28,13 @@ import psutil
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Without the hub, and with one thread a process: the models are tiny."""
+FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
 LOADED = (
-    *("torch", "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral"),
-    *("transformers.models.opt.modeling_opt", "transformers.models.qwen2.modeling_qwen2"),
-    *("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.auto.tokenization_auto", "safetensors.torch", "datasets", "botorch.optim", "gpytorch"),
-    *("lm_eval.models.huggingface", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "snakemake.cli"),
+    *("torch", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "transformers.generation"),
+    *("safetensors.torch", "datasets", "accelerate", "deepspeed", "botorch.optim", "gpytorch"),
+    *("lm_eval.models.huggingface", "lm_eval.evaluator", "pandas", "matplotlib.figure", "matplotlib.font_manager"),
+    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "snakemake.cli"),
 )
 
 
@@ -99,10 +100,11 @@ class Warm:
 
 def serve() -> None:
     """Run what is asked for, until nobody asks."""
-    for name in LOADED:
-        __import__(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    for name in LOADED:
+        __import__(name)
+    _look_up_conversions()
     for line in sys.stdin:
         arguments, environment, said = json.loads(line)
         process = os.fork()
@@ -112,6 +114,13 @@ def serve() -> None:
         print(process, file=answers, flush=True)
         _, status = os.waitpid(process, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def _look_up_conversions() -> None:
+    """What transformers looks up once a process, when it opens its first checkpoint."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _snakemake(arguments: list[str], environment: dict[str, str], said: str) -> None:

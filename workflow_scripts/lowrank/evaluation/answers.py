@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sklearn.metrics import roc_auc_score
+import pandas as pd
 
 NORMALIZED = "acc_norm"
 """lm-eval's metric by log-likelihood per character of the answer."""
@@ -57,8 +57,18 @@ def count_answers(documents: Sequence[Mapping[str, Any]], metric: str, delimiter
         spread = counts["blind"] + counts["blind"] ** 2 - math.fsum(g * c * (g + c) for g, c in pairs)
         counts["blind_stderr"] = math.sqrt(max(spread, 0.0) / (len(documents) - 1))
     if len(answers) == len(correct) == 2:
-        counts["auc"] = float(roc_auc_score(targets, [second - first for first, second in values]))
+        counts["auc"] = _preferred(targets, [second - first for first, second in values])
     return counts
+
+
+def _preferred(targets: Sequence[int], preferences: Sequence[float]) -> float:
+    """How often one with target 1 has the larger preference than one with target 0; a tie counts as half.
+
+    The area under the ROC curve, from the sum of ranks (Mann and Whitney).
+    """
+    ranks = pd.Series(preferences).rank()[[target == 1 for target in targets]]
+    ones, zeros = len(ranks), len(targets) - len(ranks)
+    return float((ranks.sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
 def _values(document: Mapping[str, Any], answers: Sequence[str], metric: str) -> list[float]:
