@@ -49,13 +49,14 @@ def tried(
         names = {name for _, name in wanted}
         finished = {name: clone(source, folder / f"finished-{name}") for name in sorted(names)}
         pending = {name: processes.submit(pretend_finished, place, name) for name, place in finished.items()}
+        studies = {name: load_study(place / f"config/{name}.yaml") for name, place in finished.items()}
         found = {}
         for change, name in wanted:
             pending[name].result()
             place = clone(finished[name], folder / f"{name}-{change.name}")
             change.do(place, name)
-            study = load_study(finished[name] / f"config/{name}.yaml")
-            found[change.name, name] = Tried(place, study, processes.submit(reruns, place, name, *change.arguments))
+            dry_run = processes.submit(reruns, place, name, *change.arguments)
+            found[change.name, name] = Tried(place, studies[name], dry_run)
         yield found
 
 

@@ -23,7 +23,7 @@ def odd_numbers(root: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, str]]:
     """The scalars of a document that are such numbers, keys too, each with its YAML path, in the order of the file."""
     for node, path in _scalars(root, "", set()):
         number = node.tag in _NUMBERS
-        octal = (number or node.style is None) and _OCTAL.fullmatch(node.value)  # those with a style are quoted
+        octal = (number or not node.style) and _OCTAL.fullmatch(node.value)  # those with a style are quoted
         if octal or (number and _SIXTIES.fullmatch(node.value)):
             yield node, path
 
