@@ -31,7 +31,11 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
 LOADED = (
     *("torch", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)),
-    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "transformers.generation"),
+    *(
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.generation",
+    ),
     *("safetensors.torch", "datasets", "accelerate", "deepspeed", "botorch.optim", "gpytorch"),
     *("lm_eval.models.huggingface", "lm_eval.evaluator", "pandas", "matplotlib.figure", "matplotlib.font_manager"),
     *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "snakemake.cli"),

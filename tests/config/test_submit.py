@@ -197,11 +197,11 @@ def test_a_config_on_the_command_line_wins_over_the_profiles(tmp_path: Path) -> 
 
 def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> None:
     arguments = ("all", "--profile", "profiles/local", "--configfile", "config/mini-paper.yaml")
-    shown = dry_run(tmp_path, *arguments)
-    assert planned(shown) == counted("mini-paper")
-    assert "Provided resources" not in shown  # no limit on memory or GPUs that a job could wait for
+    run = plan(tmp_path, *arguments, partitions="none")
+    assert planned(run.stdout + run.stderr) == counted("mini-paper")
+    assert "Provided resources" not in run.stdout + run.stderr  # no limit on memory or GPUs that a job could wait for
     estimator = Estimator(load_study(REPOSITORY / "config/mini-paper.yaml"))
-    for job, _ in jobs_of(plan(tmp_path, *arguments, partitions="none")):
+    for job, _ in jobs_of(run):
         assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
         if job["resources"].keys() & {"uses_gpu"}:  # a job that may take a GPU of its own, if there are any
             uses = estimator.need(job["rule"], job["wildcards"]).gpu

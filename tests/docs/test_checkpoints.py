@@ -121,22 +121,55 @@ def test_without_trust_a_checkpoint_is_refused(checkpoints: dict[str, Path], tmp
     assert "trust_remote_code=True" in done.stderr
 
 
-@pytest.mark.parametrize("name", SCORED)
-def test_the_harness_scores_a_checkpoint_from_the_shell(
-    name: str, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    """Its log-likelihoods are those of the model here, token by token."""
-    rows, tasks = tmp_path / "rows.jsonl", tmp_path / "tasks"
+ALL_TYPED = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks._index import TaskIndex
+
+build, found = TaskIndex.build, {}
+
+
+def build_once(paths, **options):  # of 14,000 files, for each command line
+    key = str(paths)
+    if key not in found:
+        found[key] = build(paths, **options)
+    return dict(found[key])
+
+
+TaskIndex.build = staticmethod(build_once)
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    cli_evaluate()
+"""
+"""What `lm_eval` does, for several of its command lines."""
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the harness wrote about each checkpoint by the page's command line, in a folder of its name."""
+    folder = tmp_path_factory.mktemp("scored")
+    rows, tasks = folder / "rows.jsonl", folder / "tasks"
     tiny.write_lines(rows, tiny.task_rows()["arc_easy"])
     tasks.mkdir()
     installed = str(Path(lm_eval.tasks.__file__).parent)
     task = TASK.replace("/path/to/site-packages/lm_eval/tasks", installed).replace("/path/to/rows.jsonl", str(rows))
     (tasks / "arc_easy.yaml").write_text(task, encoding="utf-8")
-    command = shlex.split(SCORE.replace("FOLDER", shlex.quote(str(checkpoints[name]))))
-    more = ["--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    done = run([*command, *more], tmp_path / "elsewhere")
+    more = ["--include_path", str(tasks), "--device", "cpu", "--log_samples", "--output_path"]
+    commands = [
+        [*shlex.split(SCORE.replace("FOLDER", shlex.quote(str(checkpoints[name])))), *more, str(folder / name)]
+        for name in SCORED
+    ]
+    done = run([sys.executable, "-c", ALL_TYPED, json.dumps(commands)], folder / "elsewhere")
     assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "out").rglob("samples_arc_easy_*.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_harness_scores_a_checkpoint_by_its_command_line(
+    name: str, checkpoints: dict[str, Path], scored: Path
+) -> None:
+    """Its log-likelihoods are those of the model here, token by token."""
+    (file,) = (scored / name).rglob("samples_arc_easy_*.jsonl")
     samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(samples) == 6
     model, tokenizer = load_checkpoint(checkpoints[name], torch.float32), load_tokenizer(checkpoints[name])
@@ -147,5 +180,5 @@ def test_the_harness_scores_a_checkpoint_from_the_shell(
             scores = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
             expected = sum(scores[place - 1, ids[place]] for place in range(known, len(ids)))
             assert float(answer[0]) == pytest.approx(float(expected), abs=1e-3)
-    (results,) = (tmp_path / "out").rglob("results_*.json")
+    (results,) = (scored / name).rglob("results_*.json")
     assert 0 <= json.loads(results.read_text(encoding="utf-8"))["results"]["arc_easy"]["acc,none"] <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,17 @@ import torch
 
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import Share
+
+COLLECTED = ("statistics", "output_gradients")
+
+
+def collect(arguments: dict[str, Any], share: Share) -> None:
+    """Both passes over a calibration, one after the other: "state" gets a folder for each."""
+    for name in COLLECTED:
+        folder = Path(arguments["state"], name)
+        folder.mkdir(parents=True, exist_ok=True)
+        pass_over = importlib.import_module(f"lowrank.calibration.{name}").collect_share
+        pass_over(arguments | {"state": str(folder)}, share)
 
 
 def add_ranks(arguments: dict[str, Any], share: Share) -> dict[str, Any]:

@@ -17,8 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.calibration.output_gradients import collect_share as collect_gradients_share
-from lowrank.calibration.statistics import collect_share
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors, write_json
 from lowrank.jobs import launcher, node, worker
@@ -240,12 +238,10 @@ def test_statistics_and_gradients_of_two_processes_are_those_of_one(tmp_path: Pa
     save_tensors(tmp_path / "tokens.safetensors", {"tokens": some_tokens().int()})
     shared = {"dtype": "float32", "model": str(tmp_path / "model"), "tokens": str(tmp_path / "tokens.safetensors")}
     shared |= {"layers_per_pass": 1, "windows": 6, "draws": 2, "expert_tokens": None}
-    for work in (collect_share, collect_gradients_share):
-        name = work.__module__.rpartition(".")[2]
-        folders = [tmp_path / f"{name}{count}" for count in (1, 2)]
-        for count, folder in enumerate(folders, start=1):
-            folder.mkdir()
-            run_shared(work, shared | {"state": str(folder)}, Crew(count), 2, folder)
-        one, two = (sorted(folder.glob("layer_*")) for folder in folders)
+    for count in (1, 2):
+        state = tmp_path / f"of{count}"
+        run_shared(crew_work.collect, shared | {"state": str(state)}, Crew(count), 2, tmp_path)
+    for name in crew_work.COLLECTED:
+        one, two = (sorted((tmp_path / f"of{count}" / name).glob("layer_*")) for count in (1, 2))
         assert len(one) == tiny.LAYERS
         assert_close(two, one)

@@ -5,6 +5,7 @@ All in one module, since DeepSpeed cannot be given a second process group after 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -280,9 +281,7 @@ def test_a_killed_job_leaves_no_process_and_goes_on_to_the_same_bits(checkpoint:
 
 @ON_CPU
 @pytest.mark.parametrize(
-    "crew",
-    [Crew(2), Crew(2, 1, "deepspeed"), Crew(1, 2)],
-    ids=["one machine", "one machine, DeepSpeed's launcher", "two machines"],
+    "crew", [Crew(2, 1, "deepspeed"), Crew(1, 2)], ids=["one machine, DeepSpeed's launcher", "two machines"]
 )
 def test_two_processes_train_as_one_and_nothing_is_compiled(
     crew: Crew, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -306,33 +305,52 @@ def test_two_processes_train_as_one_and_nothing_is_compiled(
 DIVIDED: dict[str, Any] = {"micro_batch_size": 2, "steps": 8, "evaluate_every": 4}
 
 
+class Divided(NamedTuple):
+    """A job of two processes of one machine, done without a fault, and what its processes said."""
+
+    job: TrainingJob
+    said: str
+
+
+@pytest.fixture(scope="module")
+def divided(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Divided:
+    """By ZeRO's third stage: neither process has the model."""
+    job = a_job(checkpoint, tmp_path_factory.mktemp("divided"), "zero3", **DIVIDED)
+    said = io.StringIO()
+    handler, logger = logging.StreamHandler(said), logging.getLogger("lowrank")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        launch(job, Crew(2), threads=2)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return Divided(job, said.getvalue())
+
+
 @ON_CPU
 def test_weights_divided_between_two_processes_train_as_in_one(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    divided: Divided, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By ZeRO's third stage: neither process has the model."""
-    whole = a_job(checkpoint, tmp_path / "whole", **DIVIDED)
-    divided = a_job(checkpoint, tmp_path / "divided", "zero3", **DIVIDED)
+    whole = a_job(checkpoint, tmp_path, **DIVIDED)
     train(whole)
-    with caplog.at_level(logging.INFO):
-        launch(divided, Crew(2), threads=2)
-    held, of = re.findall(r"each process holds (\d+) of (\d+) weights", caplog.text)[-1]
+    held, of = re.findall(r"each process holds (\d+) of (\d+) weights", divided.said)[-1]
     assert int(of) / 2 <= int(held) < 0.6 * int(of)
-    one, two = (Progress.load(Path(job.folder)) for job in (whole, divided))
+    one, two = (Progress.load(Path(job.folder)) for job in (whole, divided.job))
     for curve in ("loss", "validation"):
         assert dict(getattr(two, curve)) == pytest.approx(dict(getattr(one, curve)), rel=1e-5)
-    first, second = map(best_vectors, (whole, divided))
+    first, second = map(best_vectors, (whole, divided.job))
     assert all(torch.allclose(first[name].double(), second[name].double(), atol=1e-5) for name in first)
 
 
 @ON_CPU
-def test_divided_weights_go_on_after_a_kill(checkpoint: Path, tmp_path: Path) -> None:
-    whole, cut = (a_job(checkpoint, tmp_path / name, "zero3", **DIVIDED) for name in ("whole", "cut"))
-    launch(whole, Crew(2), threads=2)
+def test_divided_weights_go_on_after_a_kill(divided: Divided, checkpoint: Path, tmp_path: Path) -> None:
+    cut = a_job(checkpoint, tmp_path, "zero3", **DIVIDED)
     stage = stage_process(cut, 2)
     wait_for((Path(cut.folder) / PROGRESS_FILE).exists, seconds=240)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     wait_for(lambda: not processes_of(cut.folder), seconds=60)
     launch(cut, Crew(2), threads=2)
-    assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(whole.folder)).loss
+    assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(divided.job.folder)).loss
