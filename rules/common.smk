@@ -20,7 +20,7 @@ from lowrank.config.load import check_study
 from lowrank.config.used import used_study
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json, sha256_file, write_json
+from lowrank.files import matching_files, read_json, sha256_file, write_json
 from lowrank.reruns.fingerprint import Code
 from lowrank.layout import Layout, in_order
 from lowrank.cluster.needs import memory_request, runtime_request

@@ -10,8 +10,7 @@ def local_files(source):
         return []
     if path.is_file():
         return [str(path)]
-    files = (file for file in path.glob(getattr(source, "file", None) or "*") if not file.name.startswith("."))
-    return sorted(str(file) for file in files if file.is_file())
+    return [str(file) for file in matching_files(path, getattr(source, "file", None))]
 
 
 def model_sources(name):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lowrank.files import (
     digest_of,
     layer_files,
     load_tensors,
+    matching_files,
     read_json,
     save_tensors,
     sha256_file,
@@ -135,3 +137,44 @@ def test_a_dataclass_that_holds_a_record_can_be_written(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"rank": 4, "inner": {"rate": 0.5}})
     copy = dataclasses.asdict(Work(read_json(tmp_path / "a.json")))
     assert copy == {"settings": {"rank": 4, "inner": {"rate": 0.5}}}
+
+
+def test_a_writer_leaves_alone_what_another_writes_whose_name_begins_as_its_own(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "llama-3.1-8b") as theirs:
+        theirs.mkdir()
+        with atomic_path(tmp_path / "llama-3") as ours:
+            ours.mkdir()
+        assert theirs.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"llama-3", "llama-3.1-8b"}
+
+
+def test_what_may_not_be_read_is_named_and_not_what_is_written(tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere/secret.txt"
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(secret))
+    said = r"^/.*secret\.txt: not allowed \(Permission denied\)"
+    with pytest.raises(RankwiseError, match=said), atomic_path(tmp_path / "results/corpus"):
+        raise refused
+    said = f"{secret}: cannot be read ({os.strerror(errno.EACCES)})"
+    with pytest.raises(RankwiseError, match="^" + re.escape(said) + "$"), atomic_path(tmp_path / "results/corpus"):
+        raise RankwiseError(said) from refused
+    ours = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "results/.corpus.1.tmp"))
+    said = "results/corpus: cannot be written"
+    with pytest.raises(RankwiseError, match=said), atomic_path(tmp_path / "results/corpus"):
+        raise ours
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (None, ["a[1].txt", "a1.txt", "b.csv"]),
+        ("*.txt", ["a[1].txt", "a1.txt"]),
+        ("a[1].txt", ["a[1].txt"]),
+        ("a[12].txt", ["a1.txt"]),
+        ("**.txt", []),
+        ("/etc/passwd", []),
+    ],
+)
+def test_files_of_a_folder(pattern: str | None, found: list[str], tmp_path: Path) -> None:
+    for name in ("a1.txt", "a[1].txt", "b.csv", ".hidden.txt"):
+        (tmp_path / name).touch()
+    assert sorted(file.name for file in matching_files(tmp_path, pattern)) == sorted(found)

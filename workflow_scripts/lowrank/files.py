@@ -8,10 +8,10 @@ the files of a folder are compared with the manifest beside it, so that damage i
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -54,10 +54,14 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(temporary, target)
     except OSError as error:
+        elsewhere = error.filename and not Path(str(error.filename)).is_relative_to(target.parent)
+        if error.errno in NOT_ALLOWED and elsewhere:
+            raise RankwiseError(f"{error.filename}: not allowed ({error.strerror}). Check its permissions.") from error
         raise write_error(target, error) from error
     except Exception as error:
-        if (problem := disk_error(error)) is None:
-            raise
+        problem = disk_error(error)
+        if problem is None or (isinstance(error, RankwiseError) and problem.errno in NOT_ALLOWED):
+            raise  # the message names what may not be read
         raise write_error(target, problem) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -65,7 +69,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed writers of this target left behind; there is one writer of a target at a time."""
-    for old in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+    name = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")  # not of targets whose names only begin so
+    for old in (path for path in target.parent.iterdir() if name.fullmatch(path.name)):
         if old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -83,6 +88,19 @@ def disk_error(error: BaseException) -> OSError | None:
                 return OSError(number, os.strerror(number))
         current = current.__cause__ or current.__context__
     return None
+
+
+def matching_files(folder: Path, pattern: str | None) -> list[Path]:
+    """The files of a folder that are not hidden and match a pattern of pathlib's, sorted; all without one.
+
+    A file of exactly that name is all, whatever signs of patterns are in it. What is no pattern matches nothing.
+    """
+    if pattern and not Path(pattern).is_absolute() and (named := folder / pattern).is_file():
+        return [named]
+    try:
+        return sorted(file for file in folder.glob(pattern or "*") if file.is_file() and not file.name.startswith("."))
+    except (NotImplementedError, ValueError):  # an absolute path, or `**.jsonl`
+        return []
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -173,6 +173,24 @@ def test_pieces_change_nothing_but_tokens_at_their_seams(monkeypatch: pytest.Mon
     assert torch.equal(consecutive_windows(documents, make_tokenizer(), 7), whole)  # no token here spans a seam
 
 
+def test_a_long_document_is_tokenised_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = make_documents(1, 300)
+    windows = {
+        kind: cut([text], make_tokenizer(), *arguments)
+        for kind, cut, arguments in (("all", consecutive_windows, (7,)), ("drawn", sample_windows, (5, 7, 0)))
+    }
+    monkeypatch.setattr(corpora, "PIECE", 40)
+    assert max(map(len, corpora._cut(text))) <= 40
+    assert "".join(corpora._cut(text)) == text
+    assert "".join(corpora._cut("x" * 100)) == "x" * 100
+    assert torch.equal(consecutive_windows([text], make_tokenizer(), 7), windows["all"])  # no token spans a seam
+    assert torch.equal(sample_windows([text], make_tokenizer(), 5, 7, 0), windows["drawn"])
+    asked: list[str] = []
+    monkeypatch.setattr(corpora, "_encode", lambda tokenizer, piece: asked.append(piece) or list(range(9)))
+    consecutive_windows([text], make_tokenizer(), 5, windows=1)
+    assert [len(piece) <= 40 for piece in asked] == [True]
+
+
 def test_only_the_needed_text_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "PIECE", 40)
     asked: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -31,9 +32,15 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def write_gguf(file: Path, original: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A small Llama with the tokenizer of a folder, in float32."""
+def write_gguf(
+    file: Path,
+    original: Path,
+    tensors: dict[str, torch.Tensor],
+    add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """A small Llama with the tokenizer of a folder, in float32, and what else is to be in the file."""
     writer = started(file, "llama", head_dim=8)
+    add(writer)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     backend = json.loads((original / "tokenizer.json").read_text())["model"]

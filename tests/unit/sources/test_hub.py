@@ -85,6 +85,19 @@ def test_a_snapshot_asks_for_safetensors_and_never_for_pickles(monkeypatch: pyte
     assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(("file", "taken"), [("a.gguf", ["a.gguf"]), (None, ["config.json", "model.safetensors"])])
+def test_what_was_fetched_before_is_not_taken_too(
+    file: str | None, taken: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All files of a revision lie in one folder of the hub's cache."""
+    for name in ("a.gguf", "b.gguf", "config.json", "model.safetensors", "original/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    found = hub.fetch_snapshot(SOURCE.model_copy(update={"file": file}))
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == taken
+
+
 def test_a_snapshot_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(RankwiseError, match=r"no file matches x\.gguf"):

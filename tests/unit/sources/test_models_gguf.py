@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,3 +51,47 @@ def test_a_gguf_file_with_a_head_of_its_own_keeps_it(original: Path, tmp_path: P
 def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, kept: int) -> None:
     (tmp_path / "half.gguf").write_bytes(gguf_file.read_bytes()[:kept])
     refused(tmp_path / "half.gguf", tmp_path, r"half\.gguf: truncated, or no GGUF file.*Fetch it again")
+
+
+def scaled(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+
+
+REFUSED = {
+    "a part": (lambda writer: writer.add_uint16("split.count", 3), "one of 3 parts. Put them together"),
+    "scaled": (scaled, r"its rotation of positions is scaled \(llama.rope.scaling.type\), which is not read"),
+    "llama 3's": (
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)),
+        r"its rotation of positions is scaled \(rope_freqs.weight\)",
+    ),
+    "biases": (
+        lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)),
+        f"it has {PARAMETERS + 32:,} weights, and the LlamaForCausalLM that .* makes of it {PARAMETERS:,}. Not all",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_gguf_file_of_which_a_part_would_be_left_out_is_refused(case: str, original: Path, tmp_path: Path) -> None:
+    add, said = REFUSED[case]
+    write_gguf(tmp_path / "more.gguf", original, load_file(original / "model.safetensors"), add)
+    refused(tmp_path / "more.gguf", tmp_path / "out", said)
+
+
+def test_a_gguf_file_without_a_matrix_is_refused(original: Path, tmp_path: Path) -> None:
+    """Which transformers would draw at random."""
+    tensors = load_file(original / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    write_gguf(tmp_path / "less.gguf", original, tensors)
+    refused(tmp_path / "less.gguf", tmp_path / "out", r"model\.layers\.1\.mlp\.up_proj\.weight is not in it")
+
+
+def test_a_gguf_file_of_the_same_name_where_the_job_runs_is_another(
+    gguf_file: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(original / "model.safetensors").items()}
+    write_gguf(tmp_path / gguf_file.name, original, tensors)
+    monkeypatch.chdir(tmp_path)
+    fetch(gguf_file, tmp_path, dtype="float32")
+    assert load_file(tmp_path / "models/tiny/model.safetensors")["model.norm.weight"].all()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ def sample_windows(
         return _given(documents, tokenizer, windows, length)
     bos = default_bos(tokenizer) if add_bos else None
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = _stream([*_encode(tokenizer, text), *eos] for text in documents if text.strip())
+    stream = _stream(ids for text in documents if text.strip() for ids in chain(_pieces_of(text, tokenizer), [eos]))
     width = length - (bos is not None)
     available = len(stream) // width
     if available < windows:
@@ -109,8 +109,9 @@ def consecutive_windows(
     """Cut a corpus into windows from its start, as published perplexities do; a rest shorter than a window is dropped.
 
     The documents are joined by an empty line and tokenised together; the BOS token stands once, at the very start.
-    Texts of more than four million characters are tokenised in pieces of whole documents, which can change a token at
-    the seams. Given windows of token ids are used as they are.
+    Texts of more than four million characters are tokenised in pieces of whole documents, and longer documents in
+    pieces that end before a space, which can change a token at the seams. Given windows of token ids are used as they
+    are.
 
     Args:
         documents: the corpus.
@@ -203,21 +204,37 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def _pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    return (_encode(tokenizer, piece) for piece in _cut(text))
+
+
 def _pieces(documents: Sequence[str]) -> Iterator[str]:
     """The documents, joined by the separator, in pieces of whole documents; the pieces together are the whole text."""
     part: list[str] = []
     size = 0
     for number, text in enumerate(documents):
-        part.append(text if number == 0 else SEPARATOR + text)
-        size += len(part[-1])
-        if size >= PIECE:
-            yield "".join(part)
-            part, size = [], 0
+        for piece in _cut(text if number == 0 else SEPARATOR + text):
+            part.append(piece)
+            size += len(piece)
+            if size >= PIECE:
+                yield "".join(part)
+                part, size = [], 0
     if part:
         yield "".join(part)
 
 
-def _stream(parts: Iterator[list[int]] | chain[list[int]], needed: int | None = None) -> torch.Tensor:
+def _cut(text: str) -> Iterator[str]:
+    """A document in pieces that are tokenised at once, cut before a space; one that is short stays whole."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        space = text.rfind(" ", begin + 1, begin + PIECE)
+        end = space if space > 0 else begin + PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _stream(parts: Iterable[list[int]], needed: int | None = None) -> torch.Tensor:
     """All ids in one int32 tensor; with `needed`, no part is read once there are so many."""
     tensors: list[torch.Tensor] = [torch.empty(0, dtype=torch.int32)]
     total = 0

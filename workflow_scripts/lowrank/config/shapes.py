@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from lowrank.config.place import written
 from lowrank.config.sources import FoundShape
 from lowrank.errors import RankwiseError
-from lowrank.files import read_record
+from lowrank.files import matching_files, read_record
 from lowrank.model.shapes import model_config, shape_numbers
 
 MANIFEST = "results/{run}/models/{model}.json"
@@ -73,8 +73,7 @@ def model_files(source: dict[str, Any]) -> list[Path]:
     path = Path(named).expanduser()
     if path.is_file():
         return [path]
-    pattern = inside if isinstance(inside, str) and inside else "*"
-    return sorted(file for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
+    return matching_files(path, inside if isinstance(inside, str) else None)
 
 
 def found_shape(numbers: dict[str, Any]) -> FoundShape:

@@ -44,10 +44,11 @@ class Export:
             raise RankwiseError(
                 "OUT: missing; name the folder to make, or with TO=gguf a file whose name ends in .gguf"
             )
-        if not (Path(checkpoint) / "config.json").is_file():
+        source, place = Path(checkpoint).expanduser(), Path(out).expanduser()
+        if not (source / "config.json").is_file():
             raise RankwiseError(f"CHECKPOINT: {checkpoint} is no checkpoint, it has no config.json")
-        if Path(out).exists():
+        if place.exists():
             raise RankwiseError(f"OUT: {out} is there already. Choose another place, or delete it.")
-        if to == "gguf" and Path(out).suffix != GGUF:
+        if to == "gguf" and place.suffix != GGUF:
             raise RankwiseError(f"OUT: {out} must end in {GGUF}, as tools expect it")
-        return cls(Path(checkpoint), to, Path(out))
+        return cls(source, to, place)

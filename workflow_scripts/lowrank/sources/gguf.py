@@ -12,6 +12,10 @@ from lowrank.sources.disk import require_free
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE = "Take the safetensors version of the model if there is one."
+PARTS, SCALING, ROTATION = "split.count", ".rope.scaling.type", "rope_freqs.weight"
+"""Of llama.cpp's format: the number of files of a model, and how a rotation of positions is scaled."""
+
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write the model and the tokenizer of a GGUF file as a checkpoint; quantised weights become `dtype`.
@@ -22,38 +26,61 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
         dtype: of the weights in the checkpoint.
 
     Raises:
-        RankwiseError: the file is truncated or no GGUF, its architecture cannot be read, or the disk is too small.
+        RankwiseError: the file is truncated, no GGUF or one of several parts, its architecture cannot be read, it holds
+            what transformers leaves out, or the disk is too small.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     parameters = _count_parameters(file)
+    place = str(file.absolute())  # a bare name would be looked for in the working directory first
     require_free(folder, parameters * dtype.itemsize, f"converting {file.name}")
     log.info("converting %s (%.1f M weights) to safetensors", file.name, parameters / 1e6)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
-            gguf_file=file.name,
+            gguf_file=place,
             dtype=dtype,
+            output_loading_info=True,
             # Without it transformers 5 takes the dequantised model for a quantised one and refuses to save it.
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=place)
     except Exception as error:  # KeyError, ValueError, RuntimeError, ... for what transformers cannot read
         raise RankwiseError(
-            f"{file}: transformers cannot convert this GGUF file ({type(error).__name__}: {error}). Take the "
-            "safetensors version of the model if there is one."
+            f"{file}: transformers cannot convert this GGUF file ({type(error).__name__}: {error}). {ELSEWHERE}"
         ) from error
+    if found["missing_keys"] or model.num_parameters() != parameters:
+        missing = f"; {min(found['missing_keys'])} is not in it" if found["missing_keys"] else ""
+        raise RankwiseError(
+            f"{file}: it has {parameters:,} weights, and the {type(model).__name__} that transformers makes of it "
+            f"{model.num_parameters():,}{missing}. Not all of the file is read. {ELSEWHERE}"
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _count_parameters(file: Path) -> int:
-    """The number of weights; reading all the tables shows a truncated file before anything is converted."""
+    """The number of weights; reading all the tables shows a truncated file before anything is converted.
+
+    Raises:
+        RankwiseError: the file is damaged, a part of several, or its rotation of positions is one that is not read.
+    """
     from gguf import GGUFReader
 
     try:
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        reader = GGUFReader(file)
+        sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        parts = reader.fields[PARTS].contents() if PARTS in reader.fields else 1
+        scaling = {name: field.contents() for name, field in reader.fields.items() if name.endswith(SCALING)}
     except Exception as error:  # the reader has no error type of its own: ValueError, IndexError, OSError, ...
         raise RankwiseError(
             f"{file}: truncated, or no GGUF file ({error}). Fetch it again and compare its size and checksum."
         ) from error
+    if parts > 1:
+        raise RankwiseError(
+            f"{file}: one of {parts} parts. Put them together (llama-gguf-split --merge), or: {ELSEWHERE}"
+        )
+    if ROTATION in sizes or set(scaling.values()) - {"none"}:
+        kind = ROTATION if ROTATION in sizes else next(iter(scaling))
+        raise RankwiseError(f"{file}: its rotation of positions is scaled ({kind}), which is not read. {ELSEWHERE}")
+    return sum(sizes.values())

@@ -6,7 +6,7 @@ The clients keep what they fetch in their own cache (HF_HOME), so a model that i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +47,21 @@ def fetch_snapshot(source: HubSource) -> list[Path]:
         )
     except Exception as error:  # the client's own types and those of its HTTP library
         raise RankwiseError(_message(source, error)) from error
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    files = _matching(Path(folder), patterns)
+    if not source.file:
+        files = [file for file in files if file.parent == Path(folder)]
     if not files:
         raise RankwiseError(f"hub: {source.hub} at {source.revision}: no file matches {', '.join(patterns)}.")
     return files
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a repository; its folder also holds what was fetched from this revision before."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and any(fnmatch(file.relative_to(folder).as_posix(), pattern) for pattern in patterns)
+    )
 
 
 def fetch_files(source: HubSource) -> list[Path]:
@@ -77,10 +88,7 @@ def fetch_files(source: HubSource) -> list[Path]:
         )
     except Exception as error:  # the client's own types and those of its HTTP library
         raise RankwiseError(_message(source, error)) from error
-    # The folder also holds what was fetched from this revision before.
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and fnmatch(file.relative_to(folder).as_posix(), pattern)
-    )
+    files = _matching(folder, [pattern])
     if not files:
         raise RankwiseError(f"hub: {source.hub} at {source.revision}: no file matches {pattern}.")
     return files

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lowrank.config.sources import PathSource, TokensSource
 from lowrank.errors import RankwiseError
+from lowrank.files import matching_files
 
 
 def find_files(source: PathSource) -> list[Path]:
@@ -26,7 +27,7 @@ def find_files(source: PathSource) -> list[Path]:
     if path.is_file():
         return [path]
     pattern = source.file or "*"
-    files = sorted(file for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
+    files = matching_files(path, source.file)
     if not files:
         raise RankwiseError(f"path: {source.path}: no file of this folder matches `file: {pattern}`.")
     return files

@@ -89,7 +89,7 @@ def own_study(wish: Wish, cache: Path) -> Own:
     Raises:
         RankwiseError: what of the wish is wrong, and what would be right.
     """
-    path = absolute(wish.model)
+    path = absolute(wish.model, "MODEL")
     built = _built(wish, path)
     name, ratio = _name(path), _ratio(wish.ratio)
     presets = read_yaml(SHIPPED / PRESETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,30 @@ from lowrank.sources.readers import iter_texts
 
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 GZIP = ".gz"
+_WILDCARD = re.compile(r"\{\s*\w+\s*[,}]")
 CHARACTERS_PER_TOKEN = 8
 """A cautious guess, to take no more windows than a short text has; English has about 4.5 characters a token."""
 FEWEST = {"calibration": 8, "test": 1}
 """Windows: the presets' covariances pool eight groups."""
 
 
-def absolute(given: str) -> Path:
-    """Without `..`; links stay, since their names are better than those of what they lead to."""
-    return Path(os.path.abspath(Path(given).expanduser()))
+def absolute(given: str, key: str) -> Path:
+    """Without `..`; links stay, since their names are better than those of what they lead to.
+
+    Args:
+        given: a path.
+        key: what messages call it.
+
+    Raises:
+        RankwiseError: its name is no text, or one that Snakemake reads as a pattern.
+    """
+    path = Path(os.path.abspath(Path(given).expanduser()))
+    shown = os.fsencode(path).decode(errors="replace")
+    if shown != str(path):
+        raise RankwiseError(f"{key}: {shown}: its name is no UTF-8; rename it, or give a link to it")
+    if _WILDCARD.search(shown):
+        raise RankwiseError(f"{key}: {shown}: Snakemake takes {{...}} in a name for a wildcard; give a link to it")
+    return path
 
 
 def text_sections(calibration: str, test: str, presets: dict[str, Any], reads: int | None) -> dict[str, Any]:
@@ -107,7 +123,7 @@ def own_corpus(given: str, key: str) -> dict[str, Any]:
     Raises:
         RankwiseError: nothing is there, or no text that can be read.
     """
-    path = absolute(given)
+    path = absolute(given, key)
     kinds = ", ".join(FORMATS)
     if path.is_file():
         if (kind := _kind(path)) is None:

@@ -127,7 +127,10 @@ def _write_rows(rows: Iterable[Record], schema: Schema, file: Path) -> int:
     count = 0
     with file.open("w", encoding="utf-8", newline="\n") as stream:
         for number, row in enumerate(rows):
-            stream.write(json.dumps(_convert(row, number, schema), ensure_ascii=False) + "\n")
+            try:
+                stream.write(json.dumps(_convert(row, number, schema), ensure_ascii=False) + "\n")
+            except UnicodeEncodeError as error:
+                raise RankwiseError(f"row {number} is no valid Unicode text ({error.reason}).") from error
             count += 1
     if not count:
         raise RankwiseError("the source has no rows.")
