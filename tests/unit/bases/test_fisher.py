@@ -116,7 +116,7 @@ def test_principal_bases_predict_what_their_residual_costs(m: int, n: int, seed:
     w, b, x = random_layer(m, n, 60, seed)
     g, own = gradient_moment(m, seed, 3), b if bias else None
     plain = principal_basis(w, own, torch.cov(x, correction=0), x.mean(1), "layer", all_directions=True)
-    basis = with_predicted_losses(plain, g)
+    basis = with_predicted_losses(plain, g, "layer")
     assert basis.losses is not None
     assert torch.equal(basis.directions, plain.directions)
     total = float(basis.losses.sum())
@@ -235,3 +235,14 @@ def test_a_small_error_costs_what_the_gradients_say(tmp_path: Path) -> None:
         ratios.append(float(rise) / texts.numel() / (size**2 * predicted))
     assert ratios[1] == pytest.approx(1, abs=0.05)
     assert ratios[0] == pytest.approx(1, abs=0.5)
+
+
+def test_without_a_gradient_nothing_is_predicted_and_the_layer_is_named() -> None:
+    w, b, x = random_layer(6, 5, 60, 0)
+    plain = principal_basis(w, b, torch.cov(x, correction=0), x.mean(1), "layer", all_directions=True)
+    with pytest.raises(
+        RankwiseError, match=r"^layer: the loss has no gradient at its output, so nothing says what to keep$"
+    ):
+        with_predicted_losses(plain, torch.zeros(6, 6), "layer")
+    with pytest.raises(RankwiseError, match=r"what to keep: no window of gradients led there, take more"):
+        with_predicted_losses(plain, torch.zeros(6, 6), "model.layers.0.mlp.experts.2.up_proj")

@@ -208,6 +208,18 @@ def test_a_solver_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) ->
         basis_of(w, b, x)
 
 
+def test_a_device_that_is_full_is_no_solver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage says which GPU is needed."""
+
+    def fails(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    w, b, x = random_layer(8, 8, 20, 9)
+    monkeypatch.setattr(bases, "_narrow", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        basis_of(w, b, x)
+
+
 def test_an_estimate_that_cannot_be_made_names_the_block_and_the_input() -> None:
     moments = {"mlp": accumulate(np.ones((2, 3, 8)), 1)}
     linears = {"gate": ("mlp", torch.ones(8, 8), None)}

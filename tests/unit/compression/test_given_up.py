@@ -41,12 +41,15 @@ def test_the_folder_goes_and_the_manifest_stays(tmp_path: Path) -> None:
         (LATER, True),
         (LATER | {"base": {"bytes": 3, "license": "MIT"}}, True),  # which older manifests lack
         (LATER | {"files": {"x": "ac"}}, False),
+        (LATER | {"training": {"steps": 3, "seconds": 9.5, "processes": 2}}, True),
+        (LATER | {"training": {"steps": 4, "seconds": 1.5, "processes": 1}}, False),
     ],
 )
 def test_the_same_checkpoint_has_the_same_manifest_again_and_no_other_has(
     tmp_path: Path, manifest: dict[str, Any], same: bool
 ) -> None:
-    before = made(tmp_path, MANIFEST)
+    trained = {"training": {"steps": 3, "seconds": 1.5, "processes": 1}} if "training" in manifest else {}
+    before = made(tmp_path, MANIFEST | trained)
     give_up(tmp_path, tmp_path / KEPT)
     (tmp_path / "manifest.json").unlink()  # as Snakemake does before it makes it again
     assert (made(tmp_path, manifest) == before) is same

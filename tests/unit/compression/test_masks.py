@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.compression import masks
-from lowrank.compression.masks import MaskedLinear
+from lowrank.compression.masks import MaskedLinear, MaskTraining
+from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from tests import tiny
 from tests.unit.model.factor_samples import TOKENS
@@ -63,3 +64,10 @@ def test_the_distance_is_of_the_states_that_transformers_shows(kind: str) -> Non
     by_hand = sum(float((wrong[i] - right[i]).square().mean() / right[i].square().mean()) for i in (middle, last))
     assert found == pytest.approx(by_hand, rel=1e-5)
     assert found > 0
+
+
+def test_a_pressure_that_outgrows_numbers_says_what_to_lower() -> None:
+    training = MaskTraining(10_000, 1, 0.1, 0.4, 1e-3, 0.2, 0)
+    assert masks._pressure(training, 100) == pytest.approx(1e-3 * 1.2**100)
+    with pytest.raises(RankwiseError, match=r"by step 9000 .* lower `growth`"):
+        masks._pressure(training, 9000)

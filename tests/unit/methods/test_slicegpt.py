@@ -25,7 +25,7 @@ from lowrank.compression.compress import compress_model
 from lowrank.compression.slicing import reference_total, sliced_parameters, sliced_size, widths_of_slice, widths_within
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
+from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.model.modeling_rankwise import GainFreeRMSNorm, Shortcuts
 from lowrank.model.parameters import count_parameters, shortcut_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget
@@ -321,6 +321,8 @@ def test_a_checkpoint_reads_back_and_generates_with_its_cache(kind: str, dtype: 
     model = sliced(a_model(kind, dtype), kind, ratio=30)
     save_checkpoint(model, tmp_path / "tokenizer", tmp_path / "checkpoint")
     again = load_checkpoint(tmp_path / "checkpoint", dtype)
+    blocks = {type(block).__name__ for block in again.get_submodule(family_of(again).blocks).children()}
+    assert blocks <= set(again._no_split_modules), "or a map of devices would part them"
     logits = again(OTHERS).logits
     assert torch.equal(logits, model(OTHERS).logits)
     assert logits.isfinite().all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
@@ -104,6 +104,15 @@ def test_checkpoints_open_outside_the_repository(tmp_path: Path) -> None:
     written = open_outside(tmp_path, models, torch.randint(2, 400, (2, 12)))
     assert written.keys() == models.keys()
     assert set(written.values()) <= {1, 2, 3}  # fewer than three tokens only if the model ends its answer
+
+
+def test_tied_weights_are_stored_once_from_a_device_too(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = compressed("llama-gqa")
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from a GPU: another tensor for each call
+    save_checkpoint(model, tokenizer_folder, tmp_path / "checkpoint")
+    assert "lm_head.weight" not in load_file(tmp_path / "checkpoint/model.safetensors")
 
 
 def test_a_dense_checkpoint_has_no_code_in_it(tmp_path: Path, tokenizer_folder: Path) -> None:

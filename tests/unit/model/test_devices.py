@@ -14,11 +14,14 @@ from lowrank.calibration.output_gradients import collect_output_gradients, load_
 from lowrank.compression.influence import block_influence
 from lowrank.evaluation.generation import continue_greedily
 from lowrank.evaluation.perplexity import evaluate_perplexity
+from lowrank.model import devices as devices_module
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.devices import device_of, devices_of, moved, spread
 from lowrank.model.losses import head_of, last_hidden, token_nll
+from lowrank.model.modeling_rankwise import SharedDownLinear
 from lowrank.model.partial_forward import input_of, last_hidden_from, on_devices, output_of
 from tests import pretended, tiny
+from tests.unit.model import factor_samples as samples
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(2, 400, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -47,6 +50,21 @@ def losses(model: PreTrainedModel) -> torch.Tensor:
     ids = WINDOWS.to(model.device)
     hidden = last_hidden(model, ids)[:, :-1]
     return token_nll(hidden.flatten(0, 1), head_of(model), ids[:, 1:].flatten())
+
+
+def test_a_factor_that_blocks_share_may_be_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map of devices knows blocks, and nothing of what one of them has of another."""
+    model, _ = samples.compressed("basis-sharing", "llama", 30, model=made("llama"))
+    shared = [module for module in model.modules() if isinstance(module, SharedDownLinear)]
+    whole = losses(model)
+    monkeypatch.setattr(devices_module, "placed_blocks", lambda *_: [0, 1])
+    with pretended.Pretended() as devices:
+        spread(model, family_of(model).blocks, pretended.devices(2))
+        parted = [module for module in shared if device_of(module.down) != device_of(module.up)]
+        found = losses(model).cpu()
+    assert parted
+    assert set(devices.used) == {"lazy:0", "lazy:1"}
+    assert torch.allclose(found, whole, atol=1e-12)
 
 
 @pytest.mark.usefixtures("deep")

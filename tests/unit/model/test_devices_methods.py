@@ -29,6 +29,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("asvd", {"kept": [0.3, 0.6], "windows": 2, "length": 16}),
     ("fwsvd", {}),
     ("zs-svd", {"sequences": 4, "corrections": 1}),
+    ("modegpt", {}),
 ]
 
 

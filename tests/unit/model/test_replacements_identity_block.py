@@ -134,6 +134,9 @@ def test_places_follow_the_rows_whatever_changes_them() -> None:
     assert torch.equal(layer(x), expected())
     layer.load_state_dict({**layer.state_dict(), "rows": torch.tensor([1, 4], dtype=torch.int32)})
     assert torch.equal(layer(x), expected())
+    assert layer._placed is not None
+    layer._placed = (*layer._placed[:2], layer._placed[2].to("meta"))  # as if `rows.data` had come to the CPU
+    assert torch.equal(layer(x), expected())
     other = copy.deepcopy(layer)
     other.rows.copy_(torch.tensor([0, 1]))
     assert torch.equal(layer(x), expected())

@@ -86,7 +86,7 @@ def basis_of(
         return fisher_basis(weight, bias, covariance, mean, gradient, settings.damping, where)
     every = settings.holds_all_directions
     basis = principal_basis(weight, bias, covariance, mean, where, all_directions=every)
-    return basis if gradient is None else with_predicted_losses(basis, gradient)
+    return basis if gradient is None else with_predicted_losses(basis, gradient, where)
 
 
 def estimate(moments: Moments, settings: Covariance, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -50,14 +50,14 @@ def fisher_basis(
     """
     w = weight.double()
     cov, g = (tensor.double().to(w.device) for tensor in (covariance, gradient))
-    scale = float(torch.trace(g)) / len(g)
-    if not scale > 0:
-        raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep")
+    scale = _scale(g, where)
     k = min(w.shape)
     try:
         root = damped_cholesky(g / scale, damping).T
         v, eigenvalues = output_directions(root @ w, cov)
         directions = torch.linalg.solve_triangular(root, v[:, :k], upper=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankwiseError(f"{where}: a decomposition of its covariance or gradient failed: {error}") from error
     eigenvalues = eigenvalues.clamp(min=0)[:k]
@@ -74,7 +74,21 @@ def fisher_basis(
     return require_finite(basis, where)
 
 
-def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor) -> PrincipalBasis:
+def _scale(gradient: torch.Tensor, where: str) -> float:
+    """The mean square of the gradient at an output.
+
+    Raises:
+        RankwiseError: there is none; the layer is named.
+    """
+    scale = float(torch.trace(gradient)) / len(gradient)
+    if not scale > 0:
+        expert = ".experts." in where
+        cure = ": no window of gradients led there, take more (`gradient_windows`)" * expert
+        raise RankwiseError(f"{where}: the loss has no gradient at its output, so nothing says what to keep{cure}")
+    return scale
+
+
+def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor, where: str) -> PrincipalBasis:
     """A principal basis with the predicted cost of leaving out each of its directions.
 
     The outputs' coefficients along principal directions are uncorrelated, so the costs add up: leaving out direction
@@ -83,7 +97,12 @@ def with_predicted_losses(basis: PrincipalBasis, gradient: torch.Tensor) -> Prin
     Args:
         basis: orthonormal, of k directions.
         gradient: G, m x m.
+        where: the layer's name, for errors.
+
+    Raises:
+        RankwiseError: no gradient at all, by which leaving out everything would cost nothing; the layer is named.
     """
+    _scale(gradient, where)
     u = basis.directions.double()
     cost = (u * (gradient.double().to(u.device) @ u)).sum(dim=0)
     return replace(basis, losses=basis.eigenvalues[: u.shape[1]].double() * cost / 2)

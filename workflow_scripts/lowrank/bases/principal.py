@@ -110,6 +110,8 @@ def principal_basis(
     cov = covariance.double().to(w.device)
     try:
         u, eigenvalues = output_directions(w, cov)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the eigendecomposition of its output covariance failed: {error}") from error
     k = min(m, n) if all_directions else largest_rank(m, n)

@@ -110,6 +110,8 @@ def weigh_columns_randomised(
         torch.manual_seed(seed)
         try:
             u, sigma, v = torch.svd_lowrank(w * s, q=rank, niter=2)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RankwiseError(f"{where}: the randomised decomposition failed: {error}") from error
     return balanced(u, (v * sigma).T / s, weight.dtype)
@@ -124,6 +126,8 @@ def singular_directions(matrix: torch.Tensor, where: str) -> torch.Tensor:
     _check_finite(matrix, where)
     try:
         u, _ = left_singular_vectors(matrix)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the singular value decomposition failed: {error}") from error
     return u

@@ -50,6 +50,8 @@ def cholesky_factor(matrix: torch.Tensor, where: str) -> torch.Tensor:
     try:
         below = min(float(torch.linalg.eigvalsh(c)[0]), 0.0)
         root = torch.linalg.cholesky(c + (RIDGE * mean - below) * torch.eye(len(c), dtype=c.dtype, device=c.device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the second moment of its inputs cannot be decomposed: {error}") from error
     return root

@@ -20,7 +20,7 @@ KEPT = "given_up.json"
 """The manifest of the last checkpoint that was given up, beside it."""
 MADE_AGAIN = "was_given_up.json"
 """The same, once that checkpoint is being made again; it stays, for a job that is killed and tried again."""
-OF_THE_WORK = ("seconds", "environment")
+OF_THE_WORK = ("seconds", "environment", "processes")
 """What a manifest says of the work alone, and not of what came out."""
 
 
@@ -58,4 +58,5 @@ def _outcome(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """
     came_out = {key: value for key, value in manifest.items() if key not in OF_THE_WORK}
     base = {key: value for key, value in came_out.get("base", {}).items() if key not in ("license", "bytes")}
-    return came_out | {"base": base}
+    training = {key: value for key, value in came_out.get("training", {}).items() if key not in OF_THE_WORK}
+    return came_out | {"base": base, "training": training}

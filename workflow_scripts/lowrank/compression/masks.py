@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 FIRST_LOGIT, LAST_LOGIT = 6.0, 3.0
 """Of the directions in the order of their singular values, at the start."""
+LARGEST_GROWTH = 60
+"""As the exponent of e: what is left of float32 then holds sums of all logits."""
 STEPS_KEPT = 50
 """Another try begins at most so many steps before the stop."""
 
@@ -127,7 +129,7 @@ def trained_masks(
         _draw_masks(layers, logits, sizes, training.temperature, generator)
         with torch.enable_grad():
             loss = _distance(model, tokens[chosen].to(device), layers)
-            pressure = training.pressure * (1 + training.growth) ** step
+            pressure = _pressure(training, step)
             total = loss + pressure * (weight * logits).sum()
         if not math.isfinite(float(total.detach())):
             raise RankwiseError(f"masks: the loss of step {step} is not finite; set `dtype: float32` for this model")
@@ -141,6 +143,20 @@ def trained_masks(
     raise RankwiseError(
         f"masks: after {training.steps} steps they do not meet the budget yet; raise `steps`, `pressure` or `growth`"
     )
+
+
+def _pressure(training: MaskTraining, step: int) -> float:
+    """On the mean logit, in a step.
+
+    Raises:
+        RankwiseError: it has outgrown the numbers before the budget was met.
+    """
+    if step * math.log1p(training.growth) > LARGEST_GROWTH:
+        raise RankwiseError(
+            f"masks: by step {step} the pressure has grown e^{LARGEST_GROWTH} times, and they do not meet the budget "
+            "yet; lower `growth`, and raise `learning_rate` or `pressure`"
+        )
+    return training.pressure * (1 + training.growth) ** step
 
 
 def _counts(layers: Mapping[str, Any], logits: torch.Tensor, sizes: list[int]) -> dict[str, int]:

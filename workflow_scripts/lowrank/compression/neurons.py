@@ -193,6 +193,8 @@ class Neurons:
         try:
             root: torch.Tensor = torch.linalg.cholesky(matrix)
             return root
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RankwiseError(
                 f"{self.where}: the damped covariance of its inputs is not positive: {error}"

@@ -213,6 +213,8 @@ def principal_columns(moment: torch.Tensor, where: str) -> torch.Tensor:
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
     try:
         _, vectors = torch.linalg.eigh(damped)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankwiseError(f"{where}: the eigendecomposition of the residual stream failed: {error}") from error
     return fix_signs(vectors.flip(1))

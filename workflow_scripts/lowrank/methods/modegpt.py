@@ -95,13 +95,14 @@ def compress(task: CompressionTask) -> Replacements:
         RankwiseError: a part that is not defined for the family, a ratio out of reach, or damaged statistics; named.
     """
     from lowrank.compression.influence import block_influence
+    from lowrank.model.devices import pick_devices
     from lowrank.model.runtime import pick_device
 
     if task.ratio == 0:
         return {}
     settings, device = task.settings, pick_device()
     steps = steps_of(settings, task.budget)
-    influence = block_influence(task.model, task.required_tokens(), device)
+    influence = block_influence(task.model, task.required_tokens(), pick_devices())
     blocks = steps.blocks(shares_of(influence, settings.temperature), settings.most, task.ratio)
     _tell(task, influence, blocks)
     replacements: dict[str, Replacement] = {}

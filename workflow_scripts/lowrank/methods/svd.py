@@ -33,6 +33,8 @@ def compress(task: CompressionTask) -> Deferred[LowRankFactors]:
     Raises:
         RankwiseError: a decomposition fails; the layer is named.
     """
+    import torch
+
     from lowrank.bases.principal import left_singular_vectors
     from lowrank.errors import RankwiseError
     from lowrank.model.factors import LowRankFactors
@@ -49,6 +51,8 @@ def compress(task: CompressionTask) -> Deferred[LowRankFactors]:
         weight = layer.weight.to(device).double()
         try:
             vectors, _ = left_singular_vectors(weight)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RankwiseError(f"{name}: the singular value decomposition failed: {error}") from error
         up = vectors[:, : ranks[name]]

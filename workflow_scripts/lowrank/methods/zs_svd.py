@@ -150,7 +150,7 @@ def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks
     losses, directions = {}, {}
     for module in task.budget.free(task.settings.uncompressed):
         basis = decompose(module, task.model.get_submodule(module.name).weight)
-        predicted = with_predicted_losses(basis, of_block(module.layer)[module.type.key]).losses
+        predicted = with_predicted_losses(basis, of_block(module.layer)[module.type.key], module.name).losses
         assert predicted is not None
         losses[module.name] = predicted.cpu().numpy()
         directions[module.name] = _kept(task, basis.directions)

@@ -183,7 +183,9 @@ def save_checkpoint(
     target = Path(target)
     recipe = recipe_of(model)
     with atomic_path(target) as folder:
-        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        own = model.state_dict(keep_vars=True)
+        here = {id(tensor): tensor.detach().cpu() for tensor in own.values()}  # tied ones once, from a GPU too
+        state = {name: here[id(tensor)] for name, tensor in own.items()}
         family = family_of(model)
         state = state if recipe else as_stored(state, family)
         # transformers would rename what it thinks to be stacked; here experts are stored one by one already.

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lowrank.model.modeling_rankwise import SharedDownLinear
 from lowrank.model.placement import MODEL_GPUS, placed_blocks
 from lowrank.model.runtime import pick_device
 
@@ -71,6 +72,9 @@ def spread(model: PreTrainedModel, path: str, devices: Devices, beside: float = 
         block.to(chosen[place])
     handles = [block.register_forward_pre_hook(_fetch, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].register_forward_hook(_BringTo(model.get_input_embeddings())))
+    for shared in (module for module in model.modules() if isinstance(module, SharedDownLinear)):
+        if device_of(shared.down) != device_of(shared.up):  # the factor of a block on another device
+            handles += [part.register_forward_pre_hook(_fetch, with_kwargs=True) for part in (shared.down, shared.up)]
     _MOVES[model] = handles
     log.info("blocks on each device: %s", ", ".join(f"{chosen[k]}: {n}" for k, n in sorted(Counter(places).items())))
     return model

@@ -221,7 +221,9 @@ class IdentityBlockLinear(nn.Module):
 
     def _is_placed(self) -> bool:
         rows, placed = self.rows, self._placed
-        return placed is not None and placed[0] is rows and not rows.is_inference() and placed[1] == rows._version
+        if placed is None or placed[0] is not rows or rows.is_inference() or placed[1] != rows._version:
+            return False
+        return placed[2].device == rows.device  # `rows.data` may have been put elsewhere, which no version tells
 
     def _prepare(self) -> None:
         """Compute the order, if there are rows yet: memory that waits for them may hold anything."""
@@ -504,10 +506,11 @@ class Shortcuts:
         }
 
 
-def mix_in(module: nn.Module, mixin: type) -> None:
-    """Give one module a class that is `mixin` before its own."""
+def mix_in(module: nn.Module, mixin: type, name: str | None = None) -> None:
+    """Give one module a class that is `mixin` before its own; by default of both their names."""
     if not isinstance(module, mixin):
-        module.__class__ = type(f"{mixin.__name__}{type(module).__name__}", (mixin, type(module)), {})
+        own = type(module)
+        module.__class__ = type(name or f"{mixin.__name__}{own.__name__}", (mixin, own), {})
 
 
 def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
@@ -543,8 +546,8 @@ def set_narrow_heads(attention: Any, heads: int, kv_heads: int, pairs: int | Non
 
 
 def set_shortcuts(block: Any, attention: nn.Linear, mlp: nn.Linear) -> None:
-    """Put shortcuts into a block."""
-    mix_in(block, Shortcuts)
+    """Put shortcuts into a block, whose class keeps its name: by that loaders know what they may not split."""
+    mix_in(block, Shortcuts, type(block).__name__)
     block.attention_shortcut = attention
     block.mlp_shortcut = mlp
 

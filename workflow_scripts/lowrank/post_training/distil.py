@@ -110,8 +110,9 @@ def distil_model(
     started, found = time.monotonic(), dict[int, Distilled]()
     entering = _entering(dense, windows)
     states = {"dense": entering, "compressed": entering.clone()}
+    del entering  # or it would live as long as the last block's
     for layer in range(trained[-1] + 1):
-        leaving = torch.empty_like(entering)
+        leaving = torch.empty_like(states["dense"])
         _pass(dense, layer, windows, states["dense"], leaving)
         if layer in trained:
             features = Features(windows, tuple(states[name] for name in tuning.inputs), leaving)
