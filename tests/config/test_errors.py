@@ -166,7 +166,7 @@ VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("calibration", "c4-32", "length"),
         -8,
-        "calibration.c4-32.length: must be a whole number of at least 1, not -8",
+        "calibration.c4-32.length: must be a whole number of at least 2, not -8",
     ),
     (("search", "bo-10", "initial"), 1, "search.bo-10.start: 2 points with `start_at`, more than `initial: 1`"),
     (("search", "bo-10", "lower"), 1, "search.bo-10.lower: must be a number above 0 and below 1, not 1"),

@@ -96,7 +96,7 @@ def test_jobs_that_fail_are_cancelled_run_out_of_time_or_memory_or_lose_their_no
         cluster.order("scancel", job.number)
 
     def run_out_of_time(job: Job) -> None:
-        cluster.order("scontrol", "update", f"JobId={job.number}", "EndTime=now")
+        cluster.order("scontrol", "update", f"JobId={job.number}", "EndTime=now+3")
 
     def lose_node(job: Job) -> None:
         cluster.lose(CPU_NODE)

@@ -18,7 +18,8 @@ def work(job: Snakemake) -> None:
     limit_threads(job.threads)
     inputs = {"model": job.input.model_manifest, "tokens": job.input.tokens}
     tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"][: settings["windows"]]
-    with resumable_state(settings["state"], job.rule, settings, inputs) as state:
+    key = settings | {"wildcards": dict(job.wildcards.items())}  # two presets may ask for the same at the same time
+    with resumable_state(settings["state"], job.rule, key, inputs) as state:
         clock = Clock(state / "seconds.json")
         arguments = {
             "model": str(job.input.model),

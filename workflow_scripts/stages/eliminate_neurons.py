@@ -25,7 +25,8 @@ def work(job: Snakemake) -> None:
     device = pick_device()
     shape = ModelShape.model_validate(settings["shape"])
     inputs = {name: path for name, path in job.input.items() if Path(path).is_file()}
-    with resumable_state(settings["state"], job.rule, settings, inputs) as state:
+    key = settings | {"wildcards": dict(job.wildcards.items())}  # two presets may ask for the same at the same time
+    with resumable_state(settings["state"], job.rule, key, inputs) as state:
         parts = Parts(state)
         eliminate_neurons(
             load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu"),

@@ -44,6 +44,14 @@ def test_more_gpus_never_take_more_of_one(gpus: int) -> None:
     assert MODEL.gpu_bytes_of(gpus) * gpus >= MODEL.device_bytes  # all of it lies somewhere
 
 
+def test_gpus_that_cannot_share_the_micro_batches_are_refused() -> None:
+    training = Need(gpu=True, shared=True, divides=8)
+    assert Dealing(4).given("post_train", training) == Given(4)
+    for dealing in (Dealing(3), Dealing(3, 80 * GIB)):
+        with pytest.raises(RankwiseError, match=r"post_train: 3 GPUs for 8 micro-batches a step .*: 1, 2, 4, 8$"):
+            dealing.given("post_train", training)
+
+
 def test_auto_gives_what_holds_the_model_and_no_more() -> None:
     assert AUTO.given("x", MODEL) == AUTO.given("x", SHARED) == Given(2, 2)
     assert AUTO.given("x", replace(MODEL, device={"weights": 70 * GIB}, split={})) == Given(1)

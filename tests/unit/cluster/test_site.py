@@ -63,6 +63,11 @@ def test_numbers_of_rules() -> None:
     assert whole_number("post_train", "gpu", "4") == 4
     with pytest.raises(RankwiseError, match=r"set-resources\.post_train\.gpu: 'x4' is no whole number"):
         whole_number("post_train", "gpu", "x4")
+    assert whole_number("post_train", "gpu", "0") == 0
+    with pytest.raises(
+        RankwiseError, match=r"collect_statistics\.layers_per_pass: '0' is no whole number of at least 1"
+    ):
+        whole_number("collect_statistics", "layers_per_pass", "0")
 
 
 def test_a_job_may_not_want_more_gpus_than_all_may_hold() -> None:

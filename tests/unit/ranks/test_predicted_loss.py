@@ -15,6 +15,7 @@ from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
 from lowrank.ranks.curves import Group, choices_of
 from lowrank.ranks.predicted_loss import allocate
+from lowrank.ranks.reach import why_out_of_reach
 from tests import tiny
 
 KINDS = ("llama", "llama-gqa", "qwen2", "qwen3", "opt")
@@ -145,3 +146,15 @@ def test_nothing_removed_leaves_groups_dense_and_too_much_is_an_error() -> None:
     assert allocate(budget, 0, losses_of(budget, 0), groups={"mlp": group}).picked == {"mlp": 1}
     with pytest.raises(RankwiseError, match="ranks of at least 8 and the fewest neurons that may stay, "):
         allocate(budget, 95, losses_of(budget, 0), uncompressed=("q", "k"), groups={"mlp": group})
+
+
+def test_what_experts_without_tokens_leave_is_said() -> None:
+    shape = ModelShape.model_validate(tiny.shape("mixtral"))
+    names = frozenset(module.name for module in Budget.of(shape).modules if ".experts." in module.name)
+    budget = replace(Budget.of(shape), left_dense=names)
+    with pytest.raises(
+        RankwiseError, match=rf"impossible: .* {len(names)} of \d+ matrices stay dense, of experts that got"
+    ):
+        allocate(budget, 60, losses_of(budget, 0))
+    assert "matrices stay dense" in str(why_out_of_reach(budget, 60, (), 0.1))
+    assert "stay dense, of" not in str(why_out_of_reach(Budget.of(shape), 97, (), 0.1))

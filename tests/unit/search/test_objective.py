@@ -110,10 +110,18 @@ def test_windows_go_through_the_model_in_batches_of_so_many_tokens(
     assert score.kl == pytest.approx(float(exact["reverse"].mean()), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_shows_the_ranks(
-    case: tuple, monkeypatch: pytest.MonkeyPatch
+def test_a_loss_that_is_not_finite_is_an_error_with_its_cure_and_the_log_has_the_ranks(
+    case: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sliced, ranks, _ = case
     monkeypatch.setattr(objective, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
-    with pytest.raises(RankwiseError, match=r"is not finite .*ranks: \{'model\.layers\.0"):
+    with pytest.raises(RankwiseError, match=r"is not finite .*set `dtype: float32`"):
         Objective.of(sliced, WINDOWS, Search(kl_weight=0), CPU).evaluate(ranks)
+    assert "ranks of which the loss is not finite: {'model.layers.0" in caplog.text
+
+
+def test_losses_of_windows_that_are_not_finite_are_named() -> None:
+    losses = torch.tensor([1.0, 2.0])
+    assert objective.finite_losses(losses, "x") is losses
+    with pytest.raises(RankwiseError, match="q at 40 % kept: its loss is not finite; set `dtype: float32`"):
+        objective.finite_losses(losses / 0, "q at 40 % kept")

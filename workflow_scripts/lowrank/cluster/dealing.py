@@ -54,6 +54,12 @@ class Dealing:
         """
         if not need.gpu or self.each == 0:
             return Given()
+        if self.each and need.divides and need.divides % (processes := need.gpus(self.each)):
+            raise RankwiseError(
+                f"{rule}: {processes} GPUs for {need.divides} micro-batches a step (`batch_size` / `micro_batch_size` "
+                f"of its `tuning`), which do not share them evenly. Give it another number: "
+                f"{', '.join(str(n) for n in range(1, need.divides + 1) if not need.divides % n)}"
+            )
         if self.memory is None:
             return Given(need.gpus(self.each or 1))
         most = self.most if self.each is None else self.each

@@ -128,8 +128,8 @@ def whole_number(rule: str, name: str, value: str) -> int:
     Raises:
         RankwiseError: it is none.
     """
-    if not value.isdigit():
-        _refuse([f"{RULES}.{rule}.{name}: '{value}' is no whole number"])
+    if not value.isdigit() or (name != "gpu" and not int(value)):
+        _refuse([f"{RULES}.{rule}.{name}: '{value}' is no whole number{' of at least 1' if name != 'gpu' else ''}"])
     return int(value)
 
 

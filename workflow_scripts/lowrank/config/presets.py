@@ -36,7 +36,7 @@ class Calibration(Section):
 
     corpora: Distinct[Name] = Field(min_length=1, description="the windows come from each in equal numbers, in turn")
     windows: Positive = Field(description="of all corpora together")
-    length: Positive
+    length: AtLeastTwo
     seed: Seed = 0
     gradient_windows: Positive | None = Field(
         default=None, description="loss gradients are collected on the first so many windows; null: on all"
@@ -149,7 +149,7 @@ class Validation(Section):
 
     corpora: Distinct[Name] = Field(min_length=1, description="the candidates come from each in equal numbers")
     windows: Positive = Field(description="candidates of all corpora together, of which `select.keep` remain")
-    length: Positive
+    length: AtLeastTwo
     seed: Seed = 0
     select: Selection
 
@@ -267,7 +267,7 @@ class SensitivityStudy(Section):
     covariance: Name
     corpus: Name
     windows: Positive
-    length: Positive
+    length: AtLeastTwo
     seed: Seed = 0
     kept: Distinct[Share] = Field(min_length=1)
 

@@ -14,7 +14,7 @@ class PerplexitySuite(Section):
 
     kind: Literal["perplexity"]
     corpora: Distinct[Name] = Field(min_length=1)
-    length: Positive
+    length: AtLeastTwo
     stride: Positive | None = Field(default=None, description="tokens scored per window after the first; null: length")
     windows: Positive | None = Field(default=None, description="the first so many windows; null: all")
     add_bos: bool = Field(

@@ -127,6 +127,17 @@ class Budget:
         dense = self.types(uncompressed)
         return [m for m in self.modules if m.type.name not in dense and m.name not in self.left_dense]
 
+    @property
+    def left_dense_why(self) -> str:
+        """For messages: how much stays dense for want of tokens, and what to do; empty where nothing does."""
+        count = len(self.left_dense)
+        return (
+            f" {count} of {len(self.modules)} matrices stay dense, of experts that got too few calibration tokens: "
+            "more `windows`, or a smaller `expert_tokens` of the calibration, frees them."
+            if count
+            else ""
+        )
+
     def __post_init__(self) -> None:
         if not self.modules:
             raise RankwiseError(f"family '{self.dimensions.family}': no linear layers")
@@ -144,7 +155,7 @@ def uniform_kept(budget: Budget, ratio: int, uncompressed: Sequence[str]) -> dic
     if kept <= 0:
         raise RankwiseError(
             f"removing {ratio} % is out of reach: with {', '.join(uncompressed)} dense nothing would be left of the "
-            "others; compress more types, or remove less"
+            f"others; compress more types, or remove less.{budget.left_dense_why}"
         )
     return {module.type.name: 1.0 if module.type.name in dense else kept for module in budget.modules}
 

@@ -85,7 +85,7 @@ def allocate(
         smallest = f"ranks of at least {ALIGNMENT}" + (" and the fewest neurons that may stay" if groups else "")
         raise RankwiseError(
             f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and {smallest}, "
-            f"{stays:.1f} % stays. Compress more types, or remove less."
+            f"{stays:.1f} % stays. Compress more types, or remove less.{budget.left_dense_why}"
         )
     compared = curves
     if influence is not None:

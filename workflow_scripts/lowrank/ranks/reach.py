@@ -104,7 +104,7 @@ def why_out_of_reach(
         cure = f"lower {_keys('lower', bounds)}, " if lower or bounds else ""
         return (
             f"removing {ratio} % is out of reach: with {kept} dense{bound}, {100 * least:.1f} % stays; "
-            f"{cure}compress more types, or remove less"
+            f"{cure}compress more types, or remove less{'.' * bool(budget.left_dense)}{budget.left_dense_why}"
         )
     if most <= allowed / dense - (band or 0.0) + _CLOSE:
         return (

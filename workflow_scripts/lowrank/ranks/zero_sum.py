@@ -71,7 +71,7 @@ def greedy_ranks(
         raise RankwiseError(
             f"removing {ratio} % is impossible: with {', '.join(uncompressed) or 'nothing'} dense and ranks of at "
             f"least {ALIGNMENT}, {100 * (stays + fixed) / budget.dense_parameters:.1f} % stays. Compress more types, "
-            "or remove less."
+            f"or remove less.{budget.left_dense_why}"
         )
     wanted = _wanted_ranks(budget, free, changes, least, allowed, balanced)
     ranks |= rounded_ranks(budget, ratio, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.model.losses import Direction, head_of, last_hidden, token_nll, token_nll_and_kl
 from lowrank.search.sliced_model import SlicedModel
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 2048
 
@@ -92,8 +95,10 @@ class Objective:
         kl_mean = divergence / count * self.positions
         objective = perplexity + self.kl_weight * kl_mean
         if not torch.tensor(objective).isfinite():
+            log.error("ranks of which the loss is not finite: %s", dict(ranks))
             raise RankwiseError(
-                f"the loss of an allocation is not finite (mean NLL {loss / count}); ranks: {dict(ranks)}"
+                f"the loss of an allocation is not finite (mean NLL {loss / count}); set `dtype: float32` (or "
+                "`bfloat16`) for this model in the config"
             )
         return Score(perplexity, kl_mean if self.reference else None, objective)
 
@@ -106,6 +111,17 @@ class Objective:
             return token_nll(hidden, head, targets), hidden.new_empty(0)
         reference = self.reference[index][:, :-1].flatten(0, 1).to(self.device)
         return token_nll_and_kl(hidden, reference, head, targets, direction=self.direction)
+
+
+def finite_losses(losses: torch.Tensor, what: str) -> torch.Tensor:
+    """Losses, after a look at them.
+
+    Raises:
+        RankwiseError: one is not finite.
+    """
+    if not bool(losses.isfinite().all()):
+        raise RankwiseError(f"{what}: its loss is not finite; set `dtype: float32` for this model in the config")
+    return losses
 
 
 def window_losses(sliced: SlicedModel, windows: torch.Tensor, device: torch.device) -> torch.Tensor:

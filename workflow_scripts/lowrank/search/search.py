@@ -165,7 +165,7 @@ def propose(space: Space, trials: list[Trial], settings: Search, seed: int) -> t
         The point, after the word that the log of trials has for where it comes from: `improvement`, or `random`,
         also where the model could not be fitted or the acquisition not be optimised.
     """
-    if np.random.default_rng(seed).random() < settings.random_share:
+    if np.random.default_rng((seed, 1)).random() < settings.random_share:  # not the numbers that `sample` begins with
         return "random", space.sample(1, seed)[0]
     if (only := space.only_point) is not None:
         return "improvement", only

@@ -24,6 +24,7 @@ from lowrank.model.losses import head_of, token_nll
 from lowrank.model.partial_forward import block_input, input_of, last_hidden_from
 from lowrank.ranks.budget import ALIGNMENT, Budget
 from lowrank.ranks.predicted_loss import MEANING
+from lowrank.search.objective import finite_losses
 from lowrank.search.sliced_model import SlicedModel
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,11 @@ def measure_truncations(
     log.info("rises of the loss in nats per token; predicted: %s; measured: on windows of other text", MEANING)
     with torch.inference_mode():
         walk = _Walk(sliced, windows, device)
-        dense = _finite(walk.losses(), "the dense model")
+        dense = finite_losses(walk.losses(), "the dense model")
         for truncation in truncations:
             walk.go_to(truncation.module.layer)
             sliced.set_ranks({truncation.module.name: truncation.rank})
-            rise = _finite(walk.losses(), f"{truncation.module.name} at rank {truncation.rank}") - dense
+            rise = finite_losses(walk.losses(), f"{truncation.module.name} at rank {truncation.rank}") - dense
             sliced.set_ranks({})
             records.append(_record(truncation, rise))
             log.info(
@@ -159,12 +160,6 @@ class _Walk:
             nll = token_nll(hidden.flatten(0, 1), head, ids[:, 1:].flatten())
             found.append(nll.double().view(len(ids), -1).mean(dim=1).cpu())
         return torch.cat(found)
-
-
-def _finite(losses: torch.Tensor, what: str) -> torch.Tensor:
-    if not bool(losses.isfinite().all()):
-        raise RankwiseError(f"{what}: its loss is not finite; set `dtype: float32` for this model in the config")
-    return losses
 
 
 def _record(truncation: Truncation, rise: torch.Tensor) -> dict[str, Any]:

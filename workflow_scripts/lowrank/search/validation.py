@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.calibration.corpora import Texts, sample_windows
 from lowrank.config.presets import Selection, Validation
 from lowrank.search.kept_ratios import SearchSpace
-from lowrank.search.objective import window_losses
+from lowrank.search.objective import finite_losses, window_losses
 from lowrank.search.sliced_model import SlicedModel
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,15 @@ def score_windows(
 
     Returns:
         allocations x n, in float64.
+
+    Raises:
+        RankwiseError: a loss is not finite.
     """
     rows = []
     for index, x in enumerate(space.sample(allocations, seed)):
         sliced.set_ranks(space.ranks(x))
-        rows.append(window_losses(sliced, windows, device).exp())
+        losses = finite_losses(window_losses(sliced, windows, device), f"validation: allocation {index + 1}")
+        rows.append(losses.exp())
         log.info("validation: allocation %d of %d, median perplexity %.2f", index + 1, allocations, rows[-1].median())
     return torch.stack(rows)
 
