@@ -120,9 +120,18 @@ def test_a_further_try_gets_more(submitted: list[list[Described]]) -> None:
             assert second["resources"]["runtime"] > first["resources"]["runtime"]
 
 
+def small_study(folder: Path) -> Path:
+    """A smaller study's config: the quickstart, with batches that eight processes can share."""
+    written = QUICKSTART.read_text(encoding="utf-8")
+    assert written.count("    batch_size: 4\n") == 1
+    path = folder / "small.yaml"
+    path.write_text(written.replace("    batch_size: 4\n", "    batch_size: 32\n"), encoding="utf-8")
+    return path
+
+
 def plan_small(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Of a smaller study, by our profile and further arguments."""
-    return plan(folder, "all", "--profile", "slurm", *arguments, "--configfile", str(QUICKSTART))
+    return plan(folder, "all", "--profile", "slurm", *arguments, "--configfile", str(small_study(folder)))
 
 
 def test_a_site_decides_number_and_type_of_gpus(tmp_path: Path) -> None:
@@ -134,7 +143,7 @@ def test_a_site_decides_number_and_type_of_gpus(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/profile.yaml").write_text(yaml.safe_dump(profile))
     jobs = [job for job, _ in jobs_of(plan_small(tmp_path, "--profile", str(tmp_path / "site"))) if not job["local"]]
-    estimator = Estimator(load_study(QUICKSTART), collect_statistics=30)
+    estimator = Estimator(load_study(small_study(tmp_path)), collect_statistics=30)
     for job in jobs:
         gpus = {"post_train": 4}.get(job["rule"], 1) if estimator.need(job["rule"], job["wildcards"]).gpu else 0
         assert (f" --gpus=a100:{gpus}" in job["line"]) == (" --nodes=1" in job["line"]) == bool(gpus), job
@@ -149,7 +158,7 @@ def test_a_cluster_without_gpus_is_asked_for_memory_instead(tmp_path: Path) -> N
     jobs = [
         job for job, _ in jobs_of(plan_small(tmp_path, "--default-resources", "gpus_per_job=0")) if not job["local"]
     ]
-    estimator = Estimator(load_study(QUICKSTART))
+    estimator = Estimator(load_study(small_study(tmp_path)))
     for job in jobs:
         assert "--gpus" not in job["line"]
         assert job["resources"]["mem_mb"] == memory_request(estimator.need(job["rule"], job["wildcards"]), 0), job

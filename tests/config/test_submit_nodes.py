@@ -11,7 +11,7 @@ import yaml
 from lowrank.cluster.needs import memory_request
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from tests.config.test_submit import QUICKSTART, jobs_of, plan_small
+from tests.config.test_submit import jobs_of, plan_small, small_study
 from tests.config.wrong import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def test_several_gpus_go_to_those_who_share_and_nodes_to_post_training(tmp_path:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/profile.yaml").write_text(yaml.safe_dump(profile))
     arguments = ("--profile", str(tmp_path / "site"))
-    estimator = Estimator(load_study(QUICKSTART))
+    estimator = Estimator(load_study(small_study(tmp_path)))
     seen = set()
     for job, _ in jobs_of(plan_small(tmp_path, *arguments)):
         need = estimator.need(job["rule"], job.get("wildcards", {}))

@@ -55,8 +55,9 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         elsewhere = error.filename and not Path(str(error.filename)).is_relative_to(target.parent)
-        if error.errno in NOT_ALLOWED and elsewhere:
-            raise RankwiseError(f"{error.filename}: not allowed ({error.strerror}). Check its permissions.") from error
+        if error.errno in NOT_ALLOWED and error.errno != errno.EROFS and elsewhere:  # a source that may not be read
+            said = f"{error.filename}: not allowed ({error.strerror}). Check its permissions"
+            raise RankwiseError(f"{said}; finished results are intact.") from error
         raise write_error(target, error) from error
     except Exception as error:
         problem = disk_error(error)

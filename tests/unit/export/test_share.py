@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank.config.sources import ModelShape
 from lowrank.export.numbers import measured
 from lowrank.export.wish import Export
-from lowrank.files import write_json
+from lowrank.files import sha256_file, write_json
 from lowrank.methods import method_modules
 from lowrank.model.card import base_of, model_card
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
@@ -107,6 +107,22 @@ def test_numbers_are_found_whatever_a_model_is_called(checkpoint: Path, tmp_path
     (results / "models").mkdir()
     write_json(results / "models/m.json", {"files": {}})
     assert measured(results / "models/m") == "", "a dense model has none"
+
+
+def test_numbers_of_a_checkpoint_that_was_made_anew_since_are_left_out(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, manifest = checkpoint.parents[5], checkpoint.with_name("manifest.json")
+    recorded = str(manifest.relative_to(run.parents[1]))
+    for rule, suite in (("perplexity", "held-out"), ("zero_shot", "zero-shot")):
+        record = run / f"records/evaluate_{rule}/tiny/m/20/none/seed0/{suite}.json"
+        write_json(record, {"inputs": {recorded: sha256_file(manifest), "other": "abc"}})
+    assert "c4-test" in measured(checkpoint)
+    write_json(record, {"inputs": {recorded: "of before"}})
+    numbers = measured(checkpoint)
+    assert "c4-test" in numbers
+    assert "piqa" not in numbers
+    assert "zero-shot.json: of a checkpoint that was made anew since" in caplog.text
 
 
 def test_same_is_the_checkpoint_with_its_numbers(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.files import manifest_of, read_record
+from lowrank.files import manifest_of, read_record, sha256_file
 from lowrank.paper.tables.rows import estimate_text
+
+log = logging.getLogger(__name__)
 
 
 def measured(checkpoint: Path) -> str:
@@ -37,7 +40,26 @@ def _evaluations(checkpoint: Path) -> list[Path]:
     if checkpoint.parts[-len(where) :] != where:
         return []
     run = checkpoint.parents[len(where) - 1]
-    return sorted(run.joinpath("evaluation", *named, f"seed{subject['seed']}").glob("*.json"))
+    found = sorted(run.joinpath("evaluation", *named, f"seed{subject['seed']}").glob("*.json"))
+    return [file for file in found if _is_of(file, run, manifest)]
+
+
+def _is_of(evaluation: Path, run: Path, manifest: Path) -> bool:
+    """Whether an evaluation is of the checkpoint as it is now, by the record of its job; one without a record is.
+
+    A checkpoint that was made anew, and not evaluated again, has those of the one before beside it.
+    """
+    ours = manifest.relative_to(run.parent).parts
+    made_from = {
+        checksum
+        for file in run.glob(f"records/evaluate_*/{evaluation.relative_to(run / 'evaluation')}")
+        for path, checksum in read_record(file)["inputs"].items()
+        if Path(path).parts[-len(ours) :] == ours
+    }
+    if made_from and sha256_file(manifest) not in made_from:
+        log.warning("%s: of a checkpoint that was made anew since, so the card leaves its numbers out", evaluation)
+        return False
+    return True
 
 
 def _rows(evaluation: Mapping[str, Any]) -> Iterator[str]:
