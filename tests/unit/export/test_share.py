@@ -270,3 +270,10 @@ def test_json_of_the_configuration_is_that_of_the_base(checkpoint: Path, tmp_pat
     found = json.loads((tmp_path / "dense/config.json").read_text())
     assert found["model_type"] == "llama"
     assert not {"recipe", "auto_map"} & set(found)
+
+
+def test_a_home_folder_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its sign, which shells leave alone after `CHECKPOINT=`."""
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    wish = Export.of("~/checkpoint", "dense", "~/dense")
+    assert (wish.checkpoint, wish.out) == (checkpoint, checkpoint.with_name("dense"))

@@ -156,3 +156,9 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RankwiseError, match=expected):
             fetch(tmp_path, name, reader, path)
+
+
+def test_a_row_with_half_a_character_is_named(tmp_path: Path) -> None:
+    rows = [ROWS["boolq"], ROWS["boolq"] | {"passage": "\ud83d"}]
+    with pytest.raises(RankwiseError, match="row 1 is no valid Unicode text"):
+        fetch(tmp_path, "boolq", "jsonl", write_lines(tmp_path / "rows.jsonl", rows))
