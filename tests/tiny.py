@@ -395,6 +395,7 @@ def config(folder: Path) -> dict[str, Any]:
                 "suite": "held-out",
                 "methods": ["svd", "lord", "bolaco"],
                 "ratios": [20],
+                "tolerance": 4,
             },
             "figure_4": {"kind": "heat-map", "title": "Rise of the loss", "suite": "held-out", "rows": rows[:3]},
             "figure_5": {"kind": "comparison", "title": "Comparison", "suite": "held-out", "rows": rows},

@@ -388,6 +388,23 @@ def test_differences_have_one_column_a_corpus() -> None:
     assert errors_of(changed(*changes, (("tables", "d", "suites"), ["more"]))) == []
 
 
+def test_tables_show_what_they_have_room_for() -> None:
+    again: Change = (("suites", "cost-again"), BASE["suites"]["cost"])
+    for kind in ("times", "statistics"):
+        table = next(name for name, table in BASE["tables"].items() if table["kind"] == kind)
+        assert errors_of(changed(again, (("tables", table, "suites"), ["cost", "cost-again"]))) == [
+            f"tables.{table}.suites[1]: a table of {kind} shows one suite; make a table for each"
+        ]
+    rows = [{"model": "smollm2-135m", "method": method, "ratio": 20} for method in ("lord", "svd")]
+    corpus = BASE["suites"]["held-out"]["corpora"][0]
+    named: Change = (("suites", corpus), BASE["suites"]["zero-shot"])
+    table = {"kind": "differences", "title": "D", "suites": ["held-out", corpus], "rows": rows}
+    assert errors_of(changed(named, (("tables", "d"), table))) == [
+        f"tables.d.suites[1]: '{corpus}' is the name of a suite of tasks and of a corpus, and a table of differences "
+        "has a column of that name for each; rename the suite"
+    ]
+
+
 def test_ranks_of_a_training_may_not_exceed_the_width() -> None:
     assert errors_of(changed((("tuning", "scales", "rank"), 577))) == [
         "tuning.scales.rank: 577, but no matrix of model 'smollm2-135m' has a rank of more than 576, its width"

@@ -15,10 +15,12 @@ import yaml
 from lowrank.config.__main__ import main
 from lowrank.config.load import json_schema, load_study
 from lowrank.config.reference import reference
+from lowrank.layout import Layout, named_groups
 from tests.config.wrong import QUICKSTART, REPOSITORY, ROW, changed
 
 SHIPPED = sorted((REPOSITORY / "config").glob("*.yaml"))
 SCHEMA = REPOSITORY / "config/schema.json"
+EVALUATION = r"results/[^/]+/" + named_groups("evaluation/{model}/{method}/{ratio}/{tuning}/seed{seed}/{suite}.json")
 
 
 def test_there_are_configs() -> None:
@@ -30,6 +32,16 @@ def test_shipped_config_is_right(path: Path) -> None:
     study = load_study(path)
     assert study.tables
     jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_report_has_a_manifest_of_every_checkpoint_that_is_judged(path: Path) -> None:
+    layout = Layout(load_study(path))
+    evidence = set(layout.evidence())
+    judged = [named.groupdict() for file in evidence if (named := re.fullmatch(EVALUATION, file))]
+    assert judged
+    for subject in judged:
+        assert f"{layout.checkpoint(subject['tuning']).format(**subject)}/manifest.json" in evidence
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

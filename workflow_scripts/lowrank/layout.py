@@ -182,12 +182,14 @@ class Layout:
 
     def manifests(self, row: Row) -> list[str]:
         """The account of a row's checkpoint; after post-training, also that of the checkpoint it began with."""
-        patterns = dict.fromkeys([self.compressed, self.checkpoint(row.tuning)])
-        named = {"model": row.model, "method": row.method, "ratio": row.ratio, "tuning": row.tuning}
+        return self._manifests(row.model, row.method, row.ratio, row.tuning)
+
+    def _manifests(self, model: str, method: str, ratio: object, tuning: str) -> list[str]:
+        named = {"model": model, "method": method, "ratio": ratio, "tuning": tuning}
         return [
             f"{pattern}/manifest.json".format(seed=seed, **named)
-            for pattern in patterns
-            for seed in self.seeds(row.method, row.tuning)
+            for pattern in dict.fromkeys([self.compressed, self.checkpoint(tuning)])
+            for seed in self.seeds(method, tuning)
         ]
 
     def checkpoints(self) -> dict[str, list[str]]:
@@ -285,14 +287,25 @@ class Layout:
             }
         suite = {"suite": self.study.suites[figure.suite].plain()}
         if isinstance(figure, ComparisonFigure):
-            rows = [(row, self.judged(row, [figure.suite])[figure.suite]) for row in figure.rows]
-            return suite | {"rows": [{"row": row.plain(), "evaluations": found} for row, found in rows]}
+            return suite | {
+                "rows": [
+                    {
+                        "row": row.plain(),
+                        "evaluations": self.judged(row, [figure.suite])[figure.suite],
+                        "manifests": self.manifests(row),
+                    }
+                    for row in figure.rows
+                ]
+            }
         dense = next((method for method in self.study.methods if self.study.method(method).kind == "dense"), None)
         return suite | {
             "dense": self.evaluations(figure.model, dense, 0, "none", figure.suite) if dense else [],
             "curves": {
                 method: {
-                    str(ratio): self.evaluations(figure.model, method, ratio, "none", figure.suite)
+                    str(ratio): {
+                        "evaluations": self.evaluations(figure.model, method, ratio, "none", figure.suite),
+                        "manifests": self._manifests(figure.model, method, ratio, "none"),
+                    }
                     for ratio in figure.ratios
                 }
                 for method in figure.methods
@@ -316,19 +329,23 @@ class Layout:
         return [f"{self.run}/figures/{name}.{kind}" for name in in_order(self.study.figures) for kind in FIGURE_FORMATS]
 
     def evidence(self) -> list[str]:
-        """Every result that a table, a figure or the report shows; for the log of a search, the account beside it."""
+        """Every result that a table, a figure or the report shows; for the log of a search, the account beside it.
+
+        The report says of every checkpoint what it keeps, so those that only a figure shows bring their manifests.
+        """
         shown = chain(
             chain.from_iterable(self.table_inputs(name) for name in in_order(self.study.tables)),
             chain.from_iterable(self.figure_inputs(name) for name in in_order(self.study.figures)),
         )
         found = _unique(path.replace("/trials.csv", "/allocation.json") for path in shown)
-        return _unique([*found, *self._searches_behind(found)])
+        return _unique([*found, *self._behind(found)])
 
-    def _searches_behind(self, paths: Iterable[str]) -> Iterable[str]:
-        """The searches of what was evaluated, which the report shows."""
+    def _behind(self, paths: Iterable[str]) -> Iterable[str]:
+        """The manifests and searches of what was evaluated."""
         evaluation = re.compile(named_groups(self.evaluation))
         matches = [found for path in paths if (found := evaluation.fullmatch(path))]
         for subject in dict.fromkeys(found.group("model", "method", "ratio", "tuning") for found in matches):
+            yield from self._manifests(*subject)
             yield from self._searches(*subject)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from snakemake.iocontainers import Snakemake
 
-from lowrank.config.outputs import Row
+from lowrank.config.outputs import PerplexityFigure, Row
 from lowrank.config.presets import Search
 from lowrank.config.suites import PerplexitySuite
 from lowrank.files import read_record
@@ -33,13 +33,15 @@ def sensitivity(settings: Settings) -> pd.DataFrame:
 
 def perplexity(settings: Settings) -> pd.DataFrame:
     """What a figure of perplexity against ratio shows."""
-    results = settings["results"]
+    figure, results = PerplexityFigure.model_validate(settings["figure"]), settings["results"]
     dense = [read_record(path) for path in results["dense"]]
-    curves = {
-        method: {ratio: [read_record(path) for path in paths] for ratio, paths in curve.items()}
+    suite = PerplexitySuite.model_validate(results["suite"])
+    points = [
+        _results(settings, figure.point(method, int(ratio)), found, f"methods ({method}, {ratio} %)")
         for method, curve in results["curves"].items()
-    }
-    return perplexity_frame(dense, curves, PerplexitySuite.model_validate(results["suite"]), settings["vocabulary"])
+        for ratio, found in curve.items()
+    ]
+    return perplexity_frame(dense, points, figure.suite, suite, settings["vocabulary"])
 
 
 def predicted_loss(settings: Settings) -> pd.DataFrame:
@@ -49,16 +51,21 @@ def predicted_loss(settings: Settings) -> pd.DataFrame:
 
 
 def _rows(settings: Settings) -> list[RowResults]:
-    """The rows of a comparison with their evaluations."""
-    results, suite = settings["results"], settings["figure"]["suite"]
+    """The rows of a comparison with what was measured of them."""
     return [
-        RowResults(
-            row=Row.model_validate(found["row"]),
-            evaluations={suite: [read_record(path) for path in found["evaluations"]]},
-            place=f"figures.{settings['name']}.rows[{index}]",
-        )
-        for index, found in enumerate(results["rows"])
+        _results(settings, Row.model_validate(found["row"]), found, f"rows[{index}]")
+        for index, found in enumerate(settings["results"]["rows"])
     ]
+
+
+def _results(settings: Settings, row: Row, found: dict[str, list[str]], place: str) -> RowResults:
+    """What was measured of a row, from its files."""
+    return RowResults(
+        row=row,
+        evaluations={settings["figure"]["suite"]: [read_record(path) for path in found["evaluations"]]},
+        manifests=[read_record(path) for path in found["manifests"]],
+        place=f"figures.{settings['name']}.{place}",
+    )
 
 
 def comparison(settings: Settings) -> pd.DataFrame:

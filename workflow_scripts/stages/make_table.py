@@ -14,7 +14,7 @@ from lowrank.files import read_record, write_text
 from lowrank.jobs.stage import run_stage
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, build_table
-from lowrank.paper.tables.agreement import read_compared
+from lowrank.paper.tables.agreement import read_table
 
 
 def work(job: Snakemake) -> None:
@@ -27,7 +27,7 @@ def work(job: Snakemake) -> None:
         smoke=settings["smoke"],
         shapes={name: ModelShape.model_validate(shape) for name, shape in settings["shape"].items()},
         published_folder=Path(settings["published_folder"]),
-        compared={Path(path).stem: read_compared(Path(path)) for path in job.input.compared},
+        compared={Path(path).stem: read_table(Path(path)) for path in job.input.compared},
     )
     folder = Path(job.output.csv).parent
     rows = [

@@ -181,6 +181,16 @@ def test_a_file_that_cannot_be_trusted_is_refused(tmp_path: Path, content: str, 
         find_published(tmp_path, PublishedRow(file="mine", model="a", method="b", ratio=20), "x")
 
 
+def test_a_file_of_a_spreadsheet_is_read_and_another_encoding_is_named(tmp_path: Path) -> None:
+    row = PublishedRow(file="mine", model="a", method="b", ratio=20)
+    text = "# source: Müller, 2026\nmodel,ratio,method,boolq\na,20,b,1\n"
+    (tmp_path / "mine.csv").write_text(text, encoding="utf-8-sig")
+    assert find_published(tmp_path, row, "x").citation == "Müller, 2026"
+    (tmp_path / "mine.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(RankwiseError, match=r"mine\.csv: no readable CSV file .* must be UTF-8"):
+        find_published(tmp_path, row, "x")
+
+
 def test_comments_do_not_become_rows() -> None:
     assert isinstance(read_published(FOLDER / "table_7.csv"), pd.DataFrame)
     assert set(read_published(FOLDER / "table_7.csv")["model"]) == {"llama-2-7b", "llama-2-13b"}

@@ -82,6 +82,7 @@ def perplexity(row: Row, level: float, seed: int = 0) -> Json:
             "tokens": 5100,
             "windows": 20,
             "window_nll": [math.log(level * (index + 1)) + shift for shift in SHIFTS],
+            "window_tokens": [255] * len(SHIFTS),
             "tokens_sha256": corpus,
         }
         for index, corpus in enumerate(PERPLEXITY.corpora)

@@ -130,6 +130,8 @@ def _table_suites(study: Study) -> Iterator[str]:
             if shown in study.tables and study.tables[shown].kind not in ("accuracy", "statistics"):
                 of = f"'{shown}' is a table of {study.tables[shown].kind}"
                 yield f"tables.{name}.tables[{index}]: {of}; name tables of accuracy or statistics"
+        if table.kind in ("statistics", "times") and len(table.suites) > 1:
+            yield f"tables.{name}.suites[1]: a table of {table.kind} shows one suite; make a table for each"
         yield from _rows_of_table(study, f"tables.{name}", table)
         if allowed[table.kind] and not table.suites:
             yield f"tables.{name}.suites: a table of {table.kind} needs at least one suite"
@@ -167,10 +169,16 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
 
 
 def _corpora_of_two_suites(study: Study, place: str, table: Table) -> Iterator[str]:
-    """A table of differences has one column a corpus."""
+    """A table of differences has one column a corpus, and of a suite of tasks one with its name."""
     owners: dict[str, str] = {}
+    corpora = {c for name in table.suites for c in getattr(study.suites.get(name), "corpora", ())}
     for index, name in enumerate(table.suites):
         suite = study.suites.get(name)
+        if isinstance(suite, ZeroShotSuite) and name in corpora:
+            yield (
+                f"{place}.suites[{index}]: '{name}' is the name of a suite of tasks and of a corpus, and a table of "
+                "differences has a column of that name for each; rename the suite"
+            )
         for corpus in suite.corpora if isinstance(suite, PerplexitySuite) else ():
             if owners.setdefault(corpus, name) != name:
                 yield (

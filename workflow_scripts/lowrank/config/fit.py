@@ -29,7 +29,7 @@ class Use:
         place: YAML path of its ratio.
         tuning: name of the post-training preset, or `none`.
         suites: names of the suites that judge it.
-        row: of a table, which asks whether what is removed meets the ratio; None where nothing does.
+        row: what asks whether that which is removed meets the ratio; None where nothing does, as in a search.
     """
 
     place: str
@@ -90,13 +90,14 @@ def _asked_for(study: Study) -> Iterator[Use]:
         if isinstance(figure, ComparisonFigure):
             for index, row in enumerate(figure.rows):
                 place = f"figures.{name}.rows[{index}].ratio"
-                yield Use(place, row.model, row.method, row.ratio, row.tuning, (figure.suite,))
+                yield Use(place, row.model, row.method, row.ratio, row.tuning, (figure.suite,), row)
         if isinstance(figure, PerplexityFigure | SearchFigure):
             suites = (figure.suite,) if isinstance(figure, PerplexityFigure) else ()
             for method in figure.methods:
                 for index, ratio in enumerate(figure.ratios):
                     place = f"figures.{name}.ratios[{index}]"
-                    yield Use(place, figure.model, method, ratio, "none", suites)
+                    point = figure.point(method, ratio) if isinstance(figure, PerplexityFigure) else None
+                    yield Use(place, figure.model, method, ratio, "none", suites, point)
 
 
 def _method_problems(study: Study, use: Use) -> Iterator[str]:
@@ -144,7 +145,8 @@ def _missed_ratios(study: Study) -> Iterator[str]:
         if use.row is None or (kept := _kept_percent(study, use)) is None or use.row.met_by(kept):
             continue
         method = study.method(use.method)
-        keeper, cure = "by the shapes alone, it", f"write `tolerance: {use.row.tolerance_for(kept):g}` on the row"
+        holder = "figure" if ".ratios[" in use.place else "row"
+        keeper, cure = "by the shapes alone, it", f"write `tolerance: {use.row.tolerance_for(kept):g}` on the {holder}"
         if method.sets_aside_ratio:
             keeper = f"`{method.beside_ratio}: {getattr(method, method.beside_ratio)}`"
             without = method.model_copy(update={method.beside_ratio: method.default_of(method.beside_ratio)})

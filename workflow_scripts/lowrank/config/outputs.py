@@ -10,6 +10,10 @@ from pydantic import Field
 
 from lowrank.config.base import Distinct, Name, Number, Percent, Positive, Section, Seed, Share, Text
 
+Tolerance = Annotated[
+    Number, Field(ge=0, description="percentage points by which the share truly removed may miss the ratio")
+]
+
 
 class PublishedRow(Section):
     """A row of `config/published/<file>.csv`: the value that somebody printed, never one of ours."""
@@ -27,9 +31,7 @@ class Row(Section):
     method: Name
     ratio: Annotated[int, Field(ge=0, le=90)] = Field(default=0, description="percent removed; 0 for the dense model")
     tuning: Name = "none"
-    tolerance: Annotated[Number, Field(ge=0)] = Field(
-        default=0.5, description="percentage points by which the share truly removed may miss the ratio"
-    )
+    tolerance: Tolerance = 0.5
     label: Text | None = None
     published: PublishedRow | None = None
 
@@ -140,6 +142,11 @@ class PerplexityFigure(Section):
     suite: Name
     methods: Distinct[Name] = Field(min_length=1)
     ratios: Distinct[Percent] = Field(min_length=1)
+    tolerance: Tolerance = 0.5
+
+    def point(self, method: str, ratio: int) -> Row:
+        """One of its points."""
+        return Row(model=self.model, method=method, ratio=ratio, tolerance=self.tolerance)
 
 
 class ComparisonFigure(Section):

@@ -88,8 +88,8 @@ def _read_published(path: Path, changed: int, size: int) -> pd.DataFrame:
     """Read once, since a study refers to a hundred rows of a few files."""
     try:
         frame = pd.read_csv(path, comment="#", dtype={"model": "str", "method": "str"})
-    except ValueError as error:
-        raise RankwiseError(f"{path}: no readable CSV file ({error}).") from error
+    except (ValueError, OSError) as error:
+        raise RankwiseError(f"{path}: no readable CSV file ({error}); it must be UTF-8.") from error
     if missing := [column for column in KEY_COLUMNS if column not in frame.columns]:
         raise RankwiseError(f"{path}: the column{'s' * (len(missing) > 1)} {', '.join(missing)} must be there.")
     for column in frame.columns.drop(["model", "method"]):
@@ -102,9 +102,13 @@ def read_comments(path: Path) -> tuple[str, tuple[str, ...]]:
     """Citation and notes of a file of published values.
 
     Raises:
-        RankwiseError: the first line does not cite a source.
+        RankwiseError: the file cannot be read, or the first line does not cite a source.
     """
-    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before the first line
+    except (UnicodeDecodeError, OSError) as error:
+        raise RankwiseError(f"{path}: no readable CSV file ({error}); it must be UTF-8.") from error
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
     if not lines or not lines[0].startswith("source: "):
         raise RankwiseError(f"{path}: the first line must cite where the values were printed: `# source: ...`.")
     return lines[0].removeprefix("source: "), tuple(lines[1:])

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from lowrank.paper.latex import LONG, latex_cell, latex_columns, latex_text
 from lowrank.paper.tables.data import Cell, Column, Grid, Line, TableData
+from lowrank.paper.tables.measures import ACCURACY
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -126,9 +127,10 @@ def groups_of(columns: tuple[Column, ...]) -> list[Heading]:
 
 
 def _full_title(column: Column) -> str:
-    """Markdown has one row of headings, so perplexities say there what they are."""
+    """Markdown has one row of headings, so perplexities say there what they are, and equal tasks their suites."""
     if not column.group.startswith("Perplexity"):
-        return column.title
+        accuracy, mark, suite = column.group.partition(f"{ACCURACY}: ")
+        return f"{column.title} ({suite})" if mark and not accuracy else column.title
     return f"{column.title} ({column.group.replace('Perplexity', 'ppl')})"
 
 

@@ -18,7 +18,7 @@ from lowrank.config.outputs import Row
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import Suite
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json
+from lowrank.files import read_record
 from lowrank.paper.page.board import leader_board
 from lowrank.paper.page.looks import colours, looks_of
 from lowrank.paper.page.progress import searches
@@ -87,7 +87,7 @@ def render_report(settings: Mapping[str, Any], provenance: Json, report: Path) -
         RankwiseError: an input is missing or damaged.
     """
     folder = report.parent
-    evidence = {Path(path): read_json(path) for path in settings["evidence"]}
+    evidence = {Path(path): read_record(path) for path in settings["evidence"]}
     results = [_result(path, content, folder) for path, content in evidence.items()]
     checksums = {path.as_posix(): provenance["artefacts"][relative_link(path, folder).href] for path in evidence}
     return (

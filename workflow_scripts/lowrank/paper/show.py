@@ -19,6 +19,7 @@ from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.layout import PROVENANCE, in_order, study_of
 from lowrank.paper.tables.accuracy import BEST, BEST_RULE
+from lowrank.paper.tables.agreement import read_table
 from lowrank.paper.tables.data import MISSING, Context
 from lowrank.paper.tables.measures import ACCURACY, PERPLEXITY, Measure, measures_of, without_lone_averages
 from lowrank.paper.tables.rows import estimate_text
@@ -91,7 +92,7 @@ def _suites(table: RowTable, study: Study) -> dict[str, ZeroShotSuite | Perplexi
 def _print_table(csv: Path, table: RowTable, study: Study, console: Console) -> None:
     if not csv.is_file():
         raise RankwiseError(f"{csv}: missing. Run the workflow again: it makes what is missing.")
-    records = [{str(key): value for key, value in row.items()} for row in pd.read_csv(csv).to_dict(orient="records")]
+    records = [{str(key): value for key, value in row.items()} for row in read_table(csv).to_dict(orient="records")]
     suites, measures = _suites(table, study), _measures(table, study)
     console.print(Text(table.title, style="bold"))
     limits = [suite.limit for suite in suites.values() if isinstance(suite, ZeroShotSuite) and suite.limit]

@@ -75,7 +75,8 @@ def compared(
         }
         for seed, level in enumerate(levels)
     ]
-    return RowResults(row=chosen, evaluations={SUITE: evaluations}, place=place)
+    manifests = [{"parameters": {"decoder_linears": 100 - chosen.ratio, "decoder_linears_dense": 100}} for _ in levels]
+    return RowResults(row=chosen, evaluations={SUITE: evaluations}, manifests=manifests, place=place)
 
 
 def dense(level: float = 5.5, model: str = "llama-2-7b") -> RowResults:

@@ -47,7 +47,8 @@ def names(axes: Axes) -> list[str]:
 def test_the_frame_holds_every_row_and_corpus_with_its_errors() -> None:
     frame = frame_of(MANY)
     assert list(frame.columns) == [
-        *("model", "label", "method", "tuning", "ratio", "corpus", "perplexity", "stderr", "sd_over_seeds")
+        *("model", "label", "method", "tuning", "ratio", "kept_percent", "corpus"),
+        *("perplexity", "stderr", "sd_over_seeds"),
     ]
     assert len(frame) == 3 * len(MANY)
     row = frame[(frame["label"] == "perplexity only") & (frame["corpus"] == "ptb-test")].iloc[0]
@@ -156,6 +157,10 @@ def test_wrong_rows_are_refused() -> None:
         frame_of([other])
     with pytest.raises(RankwiseError, match="no evaluation with suite 'other'"):
         comparison_frame([compared([7.0])], "other", samples.suite())
+    missed = compared([7.0])
+    missed.manifests[0]["parameters"]["decoder_linears"] = 82
+    with pytest.raises(RankwiseError, match=r"figures\.f\.rows\[0\]: bolaco removed 18\.00 %"):
+        frame_of([missed])
     lacking = compared([7.0])
     del lacking.evaluations[samples.SUITE][0]["corpora"]["ptb-test"]
     with pytest.raises(RankwiseError, match="holds no perplexity on 'ptb-test'"):

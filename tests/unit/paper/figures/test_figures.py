@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
+from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.axes import round_ticks, tick_text
 from lowrank.paper.figures.panels import DOUBLE_COLUMN, SINGLE_COLUMN, balanced
 from lowrank.paper.figures.perplexity import draw_perplexity, perplexity_frame
 from lowrank.paper.figures.sensitivity import draw_sensitivity, sensitivity_frame
 from lowrank.paper.figures.style import COLOURS, Outputs, save_figure, series_style
+from lowrank.paper.tables.data import RowResults
 from tests.unit.paper.figures import figure_samples as samples
 
 TWO = samples.suite(corpora=2)
@@ -29,11 +32,17 @@ def evaluations(*levels: float, stderr: float | None = 0.02) -> list[Any]:
     return list(samples.compared(levels, stderr=stderr).evaluations[samples.SUITE])
 
 
-def curves(**levels: list[float]) -> dict[str, dict[str, list[Any]]]:
-    return {
-        name: {str(10 * (index + 1)): evaluations(level) for index, level in enumerate(values)}
+def curves(**levels: list[float]) -> list[RowResults]:
+    """The points of methods at 10 %, 20 % and so on."""
+    return [
+        samples.compared([level], method=name, ratio=10 * (index + 1))
         for name, values in levels.items()
-    }
+        for index, level in enumerate(values)
+    ]
+
+
+def frame_of(dense: list[Any], points: list[RowResults], suite: PerplexitySuite = TWO) -> pd.DataFrame:
+    return perplexity_frame(dense, points, samples.SUITE, suite, VOCABULARY)
 
 
 def two_families() -> dict[str, Any]:
@@ -101,9 +110,8 @@ def test_sensitivity_is_logarithmic_only_where_the_range_is_wide(worst: float, s
 
 
 def test_perplexity_has_a_panel_a_corpus_and_averages_over_seeds() -> None:
-    data = curves(lord=[20, 30], svd=[50, 900])
-    data["lord"]["10"] += evaluations(22)
-    frame = perplexity_frame(evaluations(18), data, TWO, VOCABULARY)
+    data = [samples.compared([20, 22], method="lord", ratio=10), *curves(lord=[20, 30], svd=[50, 900])[1:]]
+    frame = frame_of(evaluations(18), data)
     figure = draw_perplexity(frame, "Title")
     assert [axes.get_title() for axes in figure.axes] == TWO.corpora
     assert samples.drawn(figure.axes[0])["lord"] == [(10, 21), (20, 30)]
@@ -116,9 +124,7 @@ def test_perplexity_has_a_panel_a_corpus_and_averages_over_seeds() -> None:
 
 
 def test_the_bar_of_the_seeds_is_as_long_as_their_standard_deviation() -> None:
-    figure = draw_perplexity(
-        perplexity_frame(evaluations(18), {"lord": {"10": evaluations(20, 21)}}, TWO, VOCABULARY), "Title"
-    )
+    figure = draw_perplexity(frame_of(evaluations(18), [samples.compared([20, 21], method="lord", ratio=10)]), "Title")
     (bars,) = [lines for lines in figure.axes[0].collections if lines.get_linewidth()[0] == 4.5]
     (_, low), (_, high) = bars.get_segments()[0]
     mean, sd = 20.5, 0.5**0.5
@@ -127,7 +133,7 @@ def test_the_bar_of_the_seeds_is_as_long_as_their_standard_deviation() -> None:
 
 def test_what_is_no_better_than_a_guess_stands_at_the_edge_and_does_not_stretch_the_axis() -> None:
     data = curves(lord=[30, 60], svd=[3e7, 2e8], afm=[50, 4e4])
-    frame = perplexity_frame(evaluations(18), data, TWO, VOCABULARY)
+    frame = frame_of(evaluations(18), data)
     figure = draw_perplexity(frame, "Title")
     for axes, factor in zip(figure.axes, (1.0, 1.4), strict=True):
         low, high = axes.get_ylim()
@@ -143,19 +149,19 @@ def test_what_is_no_better_than_a_guess_stands_at_the_edge_and_does_not_stretch_
 
 
 def test_where_all_is_no_better_than_a_guess_all_is_drawn() -> None:
-    figure = draw_perplexity(perplexity_frame([], curves(lord=[4e4, 5e5]), samples.suite(1), VOCABULARY), "Title")
+    figure = draw_perplexity(frame_of([], curves(lord=[4e4, 5e5]), samples.suite(1)), "Title")
     assert figure.axes[0].get_ylim()[1] > 5e5
     assert figure.legends[0].get_title().get_text() == ""
 
 
 def test_a_study_without_a_dense_preset_has_no_dense_line() -> None:
-    figure = draw_perplexity(perplexity_frame([], curves(lord=[20, 30]), TWO, VOCABULARY), "Title")
+    figure = draw_perplexity(frame_of([], curves(lord=[20, 30])), "Title")
     assert samples.legend(figure) == ["lord"]
 
 
 @pytest.mark.parametrize("levels", [[18.5, 19.0], [30.0, 60.0], [900.0, 90_000.0], [6.0, 3e7]])
 def test_every_range_gets_readable_ticks(levels: list[float]) -> None:
-    figure = draw_perplexity(perplexity_frame(evaluations(18), curves(lord=levels), TWO, VOCABULARY), "Title")
+    figure = draw_perplexity(frame_of(evaluations(18), curves(lord=levels)), "Title")
     for axes in figure.axes:
         assert 2 <= len(samples.tick_boxes(axes.yaxis)) <= 8
         assert samples.overlaps(samples.tick_boxes(axes.yaxis)) == 0
@@ -203,7 +209,7 @@ def test_a_smoke_run_says_so_in_the_figure() -> None:
 @pytest.mark.parametrize(("methods", "corpora"), [(1, 1), (8, 1), (8, 3)])
 def test_figures_fit_the_columns_of_a_page_with_readable_text(methods: int, corpora: int) -> None:
     data = curves(**{f"a-method-with-a-long-name-{index}": [20.0 + index, 3e5] for index in range(methods)})
-    figure = draw_perplexity(perplexity_frame(evaluations(6), data, samples.suite(corpora), VOCABULARY), "Title")
+    figure = draw_perplexity(frame_of(evaluations(6), data, samples.suite(corpora)), "Title")
     assert figure.get_figwidth() == (SINGLE_COLUMN if corpora == 1 else DOUBLE_COLUMN)
     assert samples.texts_outside(figure) == []
     assert min(text.get_fontsize() for text in samples.texts(figure)) >= 7
@@ -267,7 +273,7 @@ def test_colours_stay_apart_for_colour_blind_readers(blindness: str) -> None:
 
 def test_values_without_an_error_are_drawn_without_bars() -> None:
     bare = evaluations(18, stderr=None)
-    frame = perplexity_frame(bare, {"lord": {"10": bare}}, TWO, VOCABULARY)
+    frame = frame_of(bare, [samples.compared([18], stderr=None, method="lord", ratio=10)])
     figure = draw_perplexity(frame, "Title")
     samples.settle(figure)
     assert samples.drawn(figure.axes[0])["lord"] == [(10, 18)]
@@ -282,4 +288,13 @@ def test_wrong_results_are_refused() -> None:
     broken = evaluations(18)
     del broken[0]["corpora"][TWO.corpora[1]]
     with pytest.raises(RankwiseError, match=r"method bolaco, ratio 20.* holds no perplexity on 'c4-validation'"):
-        perplexity_frame(broken, curves(lord=[20]), TWO, VOCABULARY)
+        frame_of(broken, curves(lord=[20]))
+
+
+def test_a_point_that_missed_its_ratio_is_no_point() -> None:
+    point = samples.compared([20], method="lord", ratio=10, place="figures.f.methods (lord, 10 %)")
+    point.manifests[0]["parameters"]["decoder_linears"] = 91
+    with pytest.raises(RankwiseError, match=r"figures\.f\.methods \(lord, 10 %\): lord removed 9\.00 %"):
+        frame_of(evaluations(18), [point])
+    near = replace(point, row=point.row.model_copy(update={"tolerance": 1.0}))
+    assert list(frame_of(evaluations(18), [near])["kept_percent"]) == [100.0, 91.0] * 2

@@ -250,17 +250,21 @@ def stage_settings(kind: str, folder: Path) -> dict[str, Any]:
     evaluation = stored(folder, samples.compared([7.0]).evaluations[samples.SUITE][0])
     suite = samples.suite(1).plain()
     row = Row(model="llama-2-7b", method="bolaco", ratio=20)
+    manifest = stored(folder, {"parameters": {"decoder_linears": 80, "decoder_linears_dense": 100}})
+    found = {"evaluations": [evaluation], "manifests": [manifest]}
     if kind == "sensitivity":
         studies = [samples.sensitivity("llama-2-7b", "llama"), samples.sensitivity("opt-6.7b", "opt")]
         figure: Any = SensitivityFigure(kind="sensitivity", title="T", sensitivity=["one", "two"])
         return {"figure": figure.plain(), "results": {"sensitivity": [stored(folder, study) for study in studies]}}
     if kind == "perplexity":
-        figure = PerplexityFigure(kind=kind, title="T", model="m", suite="s", methods=["bolaco"], ratios=[20])
-        results = {"suite": suite, "dense": [evaluation], "curves": {"bolaco": {"20": [evaluation]}}}
+        figure = PerplexityFigure(
+            kind=kind, title="T", model="llama-2-7b", suite=samples.SUITE, methods=["bolaco"], ratios=[20]
+        )
+        results = {"suite": suite, "dense": [evaluation], "curves": {"bolaco": {"20": found}}}
         return {"figure": figure.plain(), "results": results, "vocabulary": 32_000}
     if kind == "comparison":
         figure = ComparisonFigure(kind=kind, title="T", suite=samples.SUITE, rows=[row])
-        results = {"suite": suite, "rows": [{"row": row.plain(), "evaluations": [evaluation]}]}
+        results = {"suite": suite, "rows": [{"row": row.plain()} | found]}
         return {"figure": figure.plain(), "results": results}
     figure = SearchFigure(kind="search", title="T", model="m", methods=["bolaco"], ratios=[20])
     return {

@@ -6,11 +6,14 @@ import math
 
 import pytest
 
+from lowrank.errors import RankwiseError
+from lowrank.paper.page.board import leader_board
 from lowrank.paper.page.results import checkpoints
 from lowrank.paper.page.scatter import Axis, Scatter, scatters
+from lowrank.paper.page.verdict import verdicts
 from lowrank.paper.tables.data import RowResults
 from lowrank.paper.tables.measures import measures_of
-from tests.unit.paper.paper_samples import context, dense_results, evidence, row_results
+from tests.unit.paper.paper_samples import PERPLEXITY, context, dense_results, evidence, row_results
 
 MEASURES = measures_of(context())
 
@@ -49,11 +52,31 @@ def test_points_have_error_bars_of_the_loss() -> None:
     [
         (row_results(), "weights (MiB)"),
         (unmeasured(row_results()), "parameters (M)"),
-        (unmeasured(row_results(), manifest=False), "linear weights kept (%)"),
     ],
 )
 def test_the_size_is_one_that_is_known_of_all(row: RowResults, label: str) -> None:
     assert drawn(dense_results(), row)[0].x_label == label
+    assert drawn(unmeasured(dense_results(), manifest=False), row)[0].x_label == "linear weights kept (%)"
+
+
+def test_a_compressed_row_without_its_manifest_is_not_taken_for_dense() -> None:
+    with pytest.raises(RankwiseError, match="no manifest of the compression"):
+        drawn(dense_results(), unmeasured(row_results(), manifest=False))
+
+
+def test_suites_of_one_corpus_are_drawn_each() -> None:
+    suites = {"ppl": PERPLEXITY, "long": PERPLEXITY.model_copy(update={"length": 512})}
+    measures = measures_of(context(suites=suites))
+    rows = [dense_results(0.8), row_results(0.5)]
+    for results in rows:
+        results.evaluations["long"] = results.evaluations["ppl"]  # type: ignore[index]
+    found = checkpoints(evidence(*rows), ["tiny"], measures)
+    corpora = [f"{corpus} ({suite})" for suite in suites for corpus in PERPLEXITY.corpora]
+    assert list(scatters(found, measures, {"tiny": 1000})["tiny"]) == corpora
+    titles = [column.title for column in leader_board(found, measures).columns]
+    assert [f"ppl {corpus}" for corpus in corpora] == [title for title in titles if title.startswith("ppl")]
+    (verdict,) = verdicts(found, measures, {"tiny": 1000})
+    assert [winner.corpus for winner in verdict.winners] == corpora
 
 
 def test_speeds_are_drawn_of_those_that_have_one() -> None:

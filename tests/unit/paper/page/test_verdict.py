@@ -65,6 +65,7 @@ def test_what_became_slower_is_a_cost(speed: float, worse: bool) -> None:
 def test_a_row_that_keeps_too_much_is_not_ranked() -> None:
     (verdict,) = told(row_results(0.9, removed=10.0, method="svd"), row_results(0.5))
     assert {winner.title for winner in verdict.winners} == {"lord"}
+    assert verdict.compared == 1
 
 
 @pytest.mark.parametrize("missing", ["dense", "cost"])

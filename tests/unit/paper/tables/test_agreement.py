@@ -19,7 +19,7 @@ from lowrank.config.outputs import AgreementTable, PublishedRow, RowTable
 from lowrank.errors import RankwiseError
 from lowrank.paper.render import to_csv, to_html, to_latex, to_markdown
 from lowrank.paper.tables import Context, RowResults, TableData, build_table
-from lowrank.paper.tables.agreement import combined_error, pairs_of, read_compared
+from lowrank.paper.tables.agreement import combined_error, pairs_of, read_table
 from tests.unit.paper.paper_samples import COST, context, row_results
 
 PUBLISHED = Path(__file__).parents[4] / "config" / "published"
@@ -190,11 +190,11 @@ def test_tables_of_ranks_are_refused() -> None:
 
 def test_a_model_called_na_has_a_name(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("source,row,model,x\nours,0,NA,1\npublished,0,null,\n")
-    frame = read_compared(tmp_path / "t.csv")
+    frame = read_table(tmp_path / "t.csv")
     assert frame["model"].tolist() == ["NA", "null"]
     assert frame["x"].isna().tolist() == [False, True]
     with pytest.raises(RankwiseError, match=r"gone\.csv: cannot be read"):
-        read_compared(tmp_path / "gone.csv")
+        read_table(tmp_path / "gone.csv")
 
 
 @given(

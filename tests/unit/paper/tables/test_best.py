@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
 
 from lowrank.config.outputs import RowTable
 from lowrank.paper.tables import RowResults, build_table
-from lowrank.paper.tables.best import difference
+from lowrank.paper.tables.best import best_row, difference, is_ahead
 from lowrank.paper.tables.data import Context
+from lowrank.paper.tables.differences import Difference
 from lowrank.paper.tables.measures import measures_of
 from lowrank.paper.tables.rows import Estimate
 from tests.unit.paper.paper_samples import PERPLEXITY, SHAPE, context, row_results
@@ -33,7 +35,7 @@ def losses(level: float, noise: list[float], method: str, tokens: str = "same") 
     stderr = math.sqrt(sum((w - mean) ** 2 for w in windows) / (len(windows) - 1) / len(windows))
     for found in results.evaluations["ppl"][0]["corpora"].values():
         found |= {"perplexity": math.exp(mean), "stderr": stderr * math.exp(mean)}
-        found |= {"window_nll": windows, "tokens_sha256": tokens}
+        found |= {"window_nll": windows, "window_tokens": [255] * len(windows), "tokens_sha256": tokens}
     return results
 
 
@@ -94,7 +96,23 @@ def test_the_spread_between_seeds_adds_to_the_error(seeds: int) -> None:
     ours, theirs = row_results(0.5, seeds=seeds), row_results(0.4, method="svd")
     given: tuple[Any, Any] = (Estimate(20.0, 0.4, sd_over_seeds=2.0), Estimate(25.0, 0.5))
     found = difference(ours, theirs, measure, *given)
-    assert found.stderr == pytest.approx(2.0 / 20.0 / math.sqrt(seeds)), "the pairs of the samples have no error"
+    losses = [math.log(20 + 0.01 * seed) for seed in range(seeds)]
+    expected = statistics.stdev(losses) / math.sqrt(seeds)
+    assert found.stderr == pytest.approx(expected), "the pairs of the samples have no error"
+    for part in theirs.evaluations["ppl"][0]["corpora"].values():
+        part["tokens_sha256"] = "others"
+    apart = difference(ours, theirs, measure, *given)
+    assert apart.stderr == pytest.approx(math.hypot(0.4 / 20, 0.5 / 25, 2.0 / 20.0 / math.sqrt(seeds)))
+
+
+def test_a_lower_mean_perplexity_with_a_higher_mean_loss_is_no_winner() -> None:
+    (measure, *_) = measures_of(Context(suites={"ppl": PERPLEXITY}))
+    assert is_ahead(Difference(-0.5, 0.1), measure)
+    assert not is_ahead(Difference(0.5, 0.1), measure)
+    assert not is_ahead(Difference(-0.15, 0.1), measure)
+    rows = [losses(3.0, [0.0] * 4, "lord"), losses(3.2, [0.0] * 4, "svd")]
+    assert best_row(rows, measure, {0: Estimate(20.0), 1: Estimate(21.0)}, {0: False, 1: False}) == 0
+    assert best_row(rows, measure, {0: Estimate(22.0), 1: Estimate(21.0)}, {0: False, 1: False}) is None
 
 
 def test_perplexities_stand_before_tasks_whatever_the_order_of_suites() -> None:

@@ -20,7 +20,9 @@ LOSSES = st.lists(st.floats(0.1, 12), min_size=6, max_size=6)
 SCORES = st.fixed_dictionaries({task: st.lists(st.integers(0, 1), min_size=5, max_size=5) for task in ZERO_SHOT.tasks})
 
 
-def results_of(method: str, *seeds: list[float], ratio: int = 20, tokens: str = "a") -> RowResults:
+def results_of(
+    method: str, *seeds: list[float], ratio: int = 20, tokens: str = "a", counts: list[int] | None = None
+) -> RowResults:
     """A row with these losses by window on the first corpus, one list a seed, and the same less 0.05 on the second."""
     results = row_results()
     row = results.row.model_copy(update={"method": method, "ratio": ratio, "label": None})
@@ -28,7 +30,11 @@ def results_of(method: str, *seeds: list[float], ratio: int = 20, tokens: str = 
     for seed, losses in enumerate(seeds):
         subject = {"model": row.model, "method": method, "ratio": ratio, "tuning": row.tuning, "seed": seed}
         corpora = {
-            corpus: {"window_nll": [loss - 0.05 * index for loss in losses], "tokens_sha256": tokens}
+            corpus: {
+                "window_nll": [loss - 0.05 * index for loss in losses],
+                "window_tokens": list(counts or [255] * len(losses)),
+                "tokens_sha256": tokens,
+            }
             for index, corpus in enumerate(PERPLEXITY.corpora)
         }
         evaluations.append({"kind": "perplexity", "subject": subject, "corpora": corpora})
@@ -68,13 +74,34 @@ def test_differences_are_paired_by_windows_and_averaged_over_seeds(
     table = build(results_of("first", ours), results_of("second", theirs, again))
     first, second = table.frame.to_dict(orient="records")
     mean = [(a + b) / 2 for a, b in zip(theirs, again, strict=True)]
-    value, stderr = by_hand(mean, ours)
+    value, paired = by_hand(mean, ours)
+    seeds = abs(statistics.fmean(theirs) - statistics.fmean(again)) / 2  # sd of two over sqrt(2)
+    stderr = math.hypot(paired, seeds)
     corpus = PERPLEXITY.corpora[0]
     assert second[f"{corpus}_difference"] == pytest.approx(value, abs=1e-12)
     assert second[f"{corpus}_difference_stderr"] == pytest.approx(stderr, abs=1e-12)
     assert second[f"{corpus}_perplexity_ratio"] == pytest.approx(math.exp(value))
     assert first[f"{corpus}_difference"] == 0
     assert second["reference"] == "first"
+
+
+@settings(deadline=None, max_examples=40)
+@given(ours=LOSSES, theirs=LOSSES, counts=st.lists(st.integers(1, 2047), min_size=6, max_size=6))
+def test_windows_count_by_their_tokens(ours: list[float], theirs: list[float], counts: list[int]) -> None:
+    rows = [results_of("first", ours, counts=counts), results_of("second", theirs, counts=counts)]
+    second = build(*rows).frame.to_dict(orient="records")[1]
+    corpus = PERPLEXITY.corpora[0]
+    tokens = [(a - b, n) for a, b, n in zip(theirs, ours, counts, strict=True)]
+    mean = sum(d * n for d, n in tokens) / sum(counts)
+    spread = sum((n * (d - mean)) ** 2 for d, n in tokens) * 6 / 5
+    assert second[f"{corpus}_difference"] == pytest.approx(mean, abs=1e-9)
+    assert second[f"{corpus}_difference_stderr"] == pytest.approx(math.sqrt(spread) / sum(counts), abs=1e-9)
+
+
+def test_seeds_that_differ_make_no_difference_clear() -> None:
+    steady, wild = [2.0, 2.1, 2.2], [[2.1, 2.2, 2.3], [2.7, 2.8, 2.9]]
+    shown = build(results_of("first", *wild), results_of("second", steady)).lines[1].cells[3].text
+    assert shown == "-0.400 ± 0.300"
 
 
 def test_what_is_common_to_all_windows_is_no_uncertainty() -> None:
@@ -116,12 +143,15 @@ def test_accuracy_is_paired_by_documents_and_averaged_over_tasks(
         for task in ours
     ]
     mean = statistics.fmean(value for value, _ in by_task)
-    stderr = math.sqrt(sum(error**2 for _, error in by_task)) / len(by_task)
+    paired = math.sqrt(sum(error**2 for _, error in by_task)) / len(by_task)
+    accuracies = [statistics.fmean(statistics.fmean(found) for found in seed.values()) for seed in (theirs, again)]
+    stderr = math.hypot(paired, abs(accuracies[0] - accuracies[1]) / 2)
     assert second["zs_difference"] == pytest.approx(100 * mean, abs=1e-9)
     assert second["zs_difference_stderr"] == pytest.approx(100 * stderr, abs=1e-9)
     for task, (value, error) in zip(ours, by_task, strict=True):
         assert second[f"zs.{task}_difference"] == pytest.approx(100 * value, abs=1e-9)
-        assert second[f"zs.{task}_difference_stderr"] == pytest.approx(100 * error, abs=1e-9)
+        seeds = abs(statistics.fmean(theirs[task]) - statistics.fmean(again[task])) / 2
+        assert second[f"zs.{task}_difference_stderr"] == pytest.approx(100 * math.hypot(error, seeds), abs=1e-9)
 
 
 def test_how_differences_of_accuracy_are_shown() -> None:

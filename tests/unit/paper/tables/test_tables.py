@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from lowrank.config.outputs import PublishedRow, Row, RowTable
 from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
+from lowrank.model.families import linear_modules
+from lowrank.paper.render import to_markdown
 from lowrank.paper.tables import Context, RowResults, TableData, build_table
 from lowrank.paper.tables.allocations import group_layers, layer_ranks
+from lowrank.paper.tables.rows import estimate_text
 from tests.unit.paper.paper_samples import (
     COST,
     PERPLEXITY,
@@ -207,6 +210,14 @@ def test_a_name_that_two_suites_share_is_told_apart() -> None:
     assert {"ppl.wiki_test_perplexity", "long.wiki_test_perplexity", "speeches_perplexity"} <= set(frame.columns)
 
 
+def test_tasks_that_two_suites_share_are_told_apart_in_markdown() -> None:
+    rows = [row_results()]
+    rows[0].evaluations["again"] = rows[0].evaluations["zs"]  # type: ignore[index]
+    heading = to_markdown(build("accuracy", rows, context(suites={"zs": ZERO_SHOT, "again": ZERO_SHOT})))
+    for title in ("BoolQ (zs)", "BoolQ (again)", "Average (zs)", "Average (again)"):
+        assert heading.count(f" {title} ") == 1
+
+
 def test_a_row_that_missed_its_ratio_is_refused() -> None:
     build("accuracy", [row_results(removed=20.5)])
     counted = {"cost": COST}
@@ -303,6 +314,14 @@ def test_times_take_each_stage_from_its_manifest() -> None:
     assert any("Measured on: cpu, 2 threads" in note for note in table.notes)
 
 
+def test_a_peak_that_one_seed_has_is_none_of_the_row() -> None:
+    results = row_results(seeds=2)
+    results.evaluations["cost"][0]["measured"]["peak_mib"] = {"host": 800.0, "gpu": 70.0}
+    line = shown(build("times", [results], context(suites={"cost": COST})), 0)
+    assert "Peak gpu (MiB)" not in line
+    assert line["Peak host (MiB)"] == "806.2"
+
+
 def test_a_manifest_without_seconds_is_refused() -> None:
     results = replace(row_results(), manifests=[{"variables": {}}])
     with pytest.raises(RankwiseError, match="manifest of the search lacks `seconds`"):
@@ -339,6 +358,39 @@ def test_tied_types_share_a_column_and_differ_in_it_under_grouped_queries() -> N
 def test_each_seed_has_its_own_allocation() -> None:
     table = build("allocations", [row_results(seeds=2)], context(suites={}))
     assert [shown(table, i)["Method"] for i in range(2)] == ["lord, seed 0", "lord, seed 1"]
+
+
+def test_families_share_a_table_and_lack_each_others_types() -> None:
+    shape = SHAPE.model_copy(update={"family": "opt", "kv_heads": 4})
+    ranks = {module.name: 8 for module in linear_modules(shape)}
+    opt = row_results(model="opt")
+    rows = [row_results(), replace(opt, manifests=[manifest(row_results().row, 20, 0) | {"ranks": ranks}])]
+    table = build("allocations", rows, context(suites={}, shapes={"tiny": SHAPE, "opt": shape}))
+    assert [(shown(table, i)["gate"], shown(table, i)["fc1"], shown(table, i)["v"]) for i in range(2)] == [
+        ("20", "–", "NA"),
+        ("–", "8", "8"),
+    ]
+    assert table.frame["rank_fc1"].tolist() == [None, 8]
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "digits", "text"),
+    [
+        (62.13, 1.26, 1, "62.1 ± 1.3"),
+        (1234.4, 0.31, 2, "1234 ± 0.3"),
+        (1234.4, 31.0, 2, "1234 ± 31"),
+        (99_960.0, 12.0, 2, "99960 ± 12"),
+        (999_960.0, 12.0, 2, "(1.0 ± 0.00001)e6"),
+        (7.9e6, 3.6e6, 2, "(7.9 ± 3.6)e6"),
+        (0.5, 0.0, 2, "0.50 ± 0.00"),
+        (0.5, 1e-12, 2, "0.50 ± 0.00"),
+        (0.5, None, 2, "0.50"),
+    ],
+)
+def test_an_error_that_is_there_is_not_shown_as_none(
+    value: float, stderr: float | None, digits: int, text: str
+) -> None:
+    assert estimate_text(value, stderr, digits) == text
 
 
 def test_published_ranks_stand_beside_ours() -> None:

@@ -37,7 +37,7 @@ from lowrank.paper.figures.panels import (
 from lowrank.paper.figures.style import DENSE_COLOUR, DENSE_DASHES, TEXT, series_style, style
 from lowrank.paper.figures.values import NUMBERS, perplexity_over_seeds
 from lowrank.paper.tables.data import RowResults
-from lowrank.paper.tables.rows import evaluations_of, number_text
+from lowrank.paper.tables.rows import evaluations_of, kept_percent, number_text
 
 UNTUNED = "none"
 ROW_HEIGHT, LINE_HEIGHT = 0.2, 0.12  # inches: of a row, and of each further line of its label
@@ -64,16 +64,16 @@ class Entry:
 
 
 def comparison_frame(rows: Sequence[RowResults], suite_name: str, suite: PerplexitySuite) -> pd.DataFrame:
-    """What is drawn: model, label, method, tuning, ratio, corpus, perplexity, stderr, sd over seeds.
+    """What is drawn: model, label, method, tuning, ratio, kept percent, corpus, perplexity, stderr, sd over seeds.
 
     Args:
-        rows: each with its evaluations, one a seed.
+        rows: each with its evaluations and manifests, one a seed.
         suite_name: the suite that judges them.
         suite: its corpora are the panels.
 
     Raises:
-        RankwiseError: there are no rows, an evaluation is not of its row or lacks a corpus, or two rows would stand
-            there under one name.
+        RankwiseError: there are no rows, an evaluation is not of its row or lacks a corpus, a row missed its ratio, or
+            two rows would stand there under one name.
     """
     if not rows:
         raise RankwiseError("a comparison needs at least one row; write some in the figure's `rows`.")
@@ -85,6 +85,7 @@ def comparison_frame(rows: Sequence[RowResults], suite_name: str, suite: Perplex
             "method": results.row.method,
             "tuning": results.row.tuning,
             "ratio": results.row.ratio,
+            "kept_percent": kept_percent(results).value,
             "corpus": corpus,
             **perplexity_over_seeds(evaluations_of(results, suite_name, "perplexity"), corpus),
         }

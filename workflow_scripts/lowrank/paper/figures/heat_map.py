@@ -25,7 +25,7 @@ from lowrank.paper.figures.style import TEXT, style
 from lowrank.paper.figures.values import perplexity_over_seeds
 from lowrank.paper.tables.data import RowResults
 from lowrank.paper.tables.differences import loss_difference
-from lowrank.paper.tables.rows import evaluations_of, number_text
+from lowrank.paper.tables.rows import evaluations_of, kept_percent, number_text
 
 ROW_HEIGHT, AROUND_ROWS = 0.24, 0.75  # inches: of a row, and of a panel's title and the names of its corpora
 LABEL_CHARACTERS, CORPUS_CHARACTERS = 24, 11
@@ -44,19 +44,20 @@ NOTES = (
 
 
 def heat_map_frame(rows: Sequence[RowResults], suite_name: str, suite: PerplexitySuite) -> pd.DataFrame:
-    """What is drawn: model, ratio, label, method, tuning, corpus, perplexity, loss_rise, behind, behind_stderr, mark.
+    """What is drawn: model, ratio, kept_percent, label, method, tuning, corpus, perplexity, `loss_rise`, `behind`,
+    `behind_stderr`, `mark`.
 
     `loss_rise` is the loss less that of the model's dense row, `behind` less that of the best row of the same model,
     ratio and corpus, with its paired standard error, both in nats per token; `mark` is `best`, `level` or empty.
 
     Args:
-        rows: each with its evaluations, one a seed; the dense row of each model among them.
+        rows: each with its evaluations and manifests, one a seed; the dense row of each model among them.
         suite_name: the suite that judges them.
         suite: its corpora are the columns.
 
     Raises:
-        RankwiseError: no compressed row, a model without its dense row, two rows of one name, or rows that were not
-            judged on the same windows.
+        RankwiseError: no compressed row, a model without its dense row, two rows of one name, a row that missed its
+            ratio, or rows that were not judged on the same windows.
     """
     refuse_equal_names(rows)
     dense = {results.row.model: results for results in rows if not results.row.ratio}
@@ -110,6 +111,7 @@ def _column(block: Sequence[RowResults], dense: RowResults, suite: str, corpus: 
             {
                 "model": results.row.model,
                 "ratio": results.row.ratio,
+                "kept_percent": kept_percent(results).value,
                 "label": results.row.title,
                 "method": results.row.method,
                 "tuning": results.row.tuning,

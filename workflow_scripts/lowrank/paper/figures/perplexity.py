@@ -24,7 +24,8 @@ from lowrank.paper.figures.axes import (
 from lowrank.paper.figures.panels import label_axes, legend_below, legend_entries, panel_grid, write_title
 from lowrank.paper.figures.style import TEXT, line_style, method_looks, series_style, style
 from lowrank.paper.figures.values import NUMBERS, perplexity_over_seeds
-from lowrank.paper.tables.data import Json
+from lowrank.paper.tables.data import Json, RowResults
+from lowrank.paper.tables.rows import evaluations_of, kept_percent
 
 DENSE_METHOD = "dense"
 PANEL_HEIGHT = 2.3  # inches
@@ -34,25 +35,38 @@ ARROW = 6.0  # points from the middle of a mark at the edge to that of its arrow
 
 
 def perplexity_frame(
-    dense: Sequence[Json], curves: Mapping[str, Mapping[str, Sequence[Json]]], suite: PerplexitySuite, vocabulary: int
+    dense: Sequence[Json], curves: Sequence[RowResults], name: str, suite: PerplexitySuite, vocabulary: int
 ) -> pd.DataFrame:
-    """What is drawn: corpus, method, removed percent, perplexity, standard error, spread over seeds, whether a guess.
+    """What is drawn, a line a corpus and point.
+
+    Columns: corpus, method, removed percent, kept percent, perplexity, standard error, spread over seeds, whether a
+    guess.
 
     Args:
         dense: evaluations of the dense model; none if the config has no dense preset.
-        curves: method -> removed percent -> evaluations, one a seed.
+        curves: the points of all methods, each with its evaluations and manifests, one a seed.
+        name: the suite that judges them.
         suite: its corpora are the panels.
         vocabulary: number of tokens, the perplexity of a guess.
 
     Raises:
-        RankwiseError: an evaluation is of another kind or lacks a corpus.
+        RankwiseError: an evaluation is of another kind or lacks a corpus, or a point missed its ratio.
     """
-    points = [(DENSE_METHOD, 0, dense)] if dense else []
-    points += [(method, int(ratio), found) for method, curve in curves.items() for ratio, found in curve.items()]
+    points = [(DENSE_METHOD, 0, 100.0, dense)] if dense else []
+    points += [
+        (each.row.method, each.row.ratio, kept_percent(each).value, evaluations_of(each, name, "perplexity"))
+        for each in curves
+    ]
     records = [
-        {"corpus": corpus, "method": method, "removed_percent": ratio, **perplexity_over_seeds(evaluations, corpus)}
+        {
+            "corpus": corpus,
+            "method": method,
+            "removed_percent": ratio,
+            "kept_percent": kept,
+            **perplexity_over_seeds(evaluations, corpus),
+        }
         for corpus in suite.corpora
-        for method, ratio, evaluations in points
+        for method, ratio, kept, evaluations in points
     ]
     frame = pd.DataFrame(records).astype(NUMBERS)
     return frame.assign(**{GUESS: frame["perplexity"] >= vocabulary})

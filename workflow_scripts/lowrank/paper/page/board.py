@@ -66,7 +66,8 @@ def _shown(measures: Sequence[Measure]) -> list[Measure]:
 def _columns(measures: Sequence[Measure]) -> Iterator[BoardColumn]:
     yield BoardColumn("kept", "kept (%)", False)
     for measure in _shown(measures):
-        title = f"ppl {measure.title}" if measure.kind == "perplexity" else "tasks (%)"
+        tasks = f"tasks ({measure.suite}, %)" if measure.shares_title else "tasks (%)"
+        title = f"ppl {measure.name}" if measure.kind == "perplexity" else tasks
         yield BoardColumn(measure.key, title, measure.lower_is_better)
     yield BoardColumn(PARAMETERS, "params (M)", True)
     yield BoardColumn(SIZE, "weights", True)

@@ -103,9 +103,9 @@ def _checkpoint(results: RowResults, measures: Sequence[Measure]) -> Checkpoint:
 def _counted(results: RowResults) -> tuple[float, dict[str, float]]:
     """Percent kept, and what it costs: measured, or counted by its manifests."""
     costs = [e for found in results.evaluations.values() for e in found if e["kind"] == "cost"]
-    counted = costs or (checkpoints_of(results) if manifests_of(results, "compression") else [])
-    if not counted:
+    if not results.row.ratio and not costs and not manifests_of(results, "compression"):
         return 100.0, {}  # a dense model of which nothing but text was judged
+    counted = costs or checkpoints_of(results)
     cost = {PARAMETERS: over_seeds([each["parameters"]["total"] for each in counted]).value}
     if costs:
         cost |= {key: over_seeds([each[key] for each in costs]).value for key in (SIZE, "disk_bytes")}

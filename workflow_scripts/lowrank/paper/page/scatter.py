@@ -86,7 +86,7 @@ class Quantity:
 
 
 def quantities(found: Sequence[Checkpoint]) -> list[Quantity]:
-    """Size and speed as far as they are known: of sizes that of which most is known, else the true kept share."""
+    """Size and speed as far as they are known: of sizes the first that is known of all, else the true kept share."""
     size = Quantity("weights (MiB)", lambda each: each.cost[SIZE] / MIB if SIZE in each.cost else None)
     count = Quantity("parameters (M)", lambda each: each.cost[PARAMETERS] / 1e6 if PARAMETERS in each.cost else None)
     kept = Quantity("linear weights kept (%)", lambda each: each.kept)
@@ -108,7 +108,7 @@ def scatters(
             judged = [each for each in members if measure.key in each.values]
             if measure.kind == "perplexity" and len(judged) > 1:
                 made = [_scatter(judged, measure, quantity, vocabularies[model]) for quantity in quantities(judged)]
-                drawn.setdefault(model, {})[measure.title] = made
+                drawn.setdefault(model, {})[measure.name] = made
     return drawn
 
 
@@ -120,7 +120,7 @@ def _scatter(found: Sequence[Checkpoint], measure: Measure, quantity: Quantity, 
     y = axis_of(useful, HEIGHT - BOTTOM, TOP, logarithmic=True)
     inside = Box(x.start, 0, x.end, y.start)  # and above, where marks stand at the edge
     points = _labelled(list(_points(known, measure, quantity, x, y)), inside)
-    return Scatter(measure.title, quantity.label, x, y, points, len(found) - len(known))
+    return Scatter(measure.name, quantity.label, x, y, points, len(found) - len(known))
 
 
 def axis_of(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:

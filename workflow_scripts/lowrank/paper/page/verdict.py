@@ -21,7 +21,7 @@ class Winner:
     """The lowest perplexity of a block on one corpus.
 
     Attributes:
-        corpus: its name.
+        corpus: its name, with the suite where several judge by it.
         row: what has it.
         perplexity: with its error.
         price: what it is of the dense model's (`× 1.88`), and `rise`, of the loss; empty if that was not measured.
@@ -67,7 +67,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winners of one model and ratio, and what those change that are no guess: title -> sizes and speeds."""
+    """The winners of one model and ratio, and what those change that are no guess: title -> sizes and speeds.
+
+    Attributes:
+        compared: number of rows that were ranked on some corpus.
+    """
 
     model: str
     ratio: int
@@ -92,16 +96,18 @@ def verdicts(
         dense = next((each for each in found if each.row.model == block[0] and each.row.ratio == 0), None)
         winners: list[Winner] = []
         best: dict[str, Checkpoint] = {}
+        compared: set[tuple[str, str]] = set()
         for measure in measures:
             rivals = [each for each in members if measure.key in each.values and each.kept <= 100 - block[1] + LEEWAY]
             if measure.kind == "perplexity" and rivals:
                 first = min(rivals, key=lambda each: each.values[measure.key].value)
+                compared |= {(each.row.method, each.row.tuning) for each in rivals}
                 winners.append(_winner(first, rivals, dense, measure, vocabularies[block[0]]))
                 if not winners[-1].guess:
                     best[first.row.title] = first
         if winners:
             changes = {title: list(_changes(dense, each)) for title, each in best.items()} if dense else {}
-            made.append(Verdict(*block, len(members), winners, changes))
+            made.append(Verdict(*block, len(compared), winners, changes))
     return made
 
 
@@ -117,9 +123,9 @@ def _winner(
     guess = no_better_than_a_guess(estimate, measure, vocabulary)
     others = sorted((each for each in rivals if each is not first), key=lambda each: each.values[measure.key].value)
     behind = [(each, _difference(each, first, measure)) for each in others]
-    alike = [each.row.title for each, found in behind if not found.clear]
+    alike = [each.row.title for each, found in behind if not (found.clear and found.value > 0)]
     return Winner(
-        measure.title,
+        measure.name,
         first.row,
         estimate_text(estimate.value, estimate.stderr, measure.digits),
         *_price(first, dense, measure),

@@ -55,6 +55,11 @@ class Pair:
         return self.ours - self.published
 
     @property
+    def percent(self) -> float | None:
+        """The difference in percent of the published value; None of zero."""
+        return 100 * self.difference / self.published if self.published else None
+
+    @property
     def standard_errors(self) -> float | None:
         """The difference in standard errors of ours; None without one."""
         return self.difference / self.stderr if self.stderr else None
@@ -91,8 +96,8 @@ def build_agreement(table: AgreementTable, rows: Sequence[RowResults], context: 
     )
 
 
-def read_compared(path: Path) -> pd.DataFrame:
-    """The CSV of a table that is compared; only empty cells are missing, since a model may be called `NA`."""
+def read_table(path: Path) -> pd.DataFrame:
+    """The CSV of a table; only empty cells are missing, since a model or a label may be called `NA`."""
     try:
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
@@ -184,7 +189,7 @@ def _record(pair: Pair) -> dict[str, Any]:
         "ours": pair.ours,
         "published": pair.published,
         "difference": pair.difference if compared else None,
-        "difference_percent": 100 * pair.difference / pair.published if compared else None,
+        "difference_percent": pair.percent if compared else None,
         "stderr": pair.stderr,
         "standard_errors": pair.standard_errors if compared else None,
         "status": pair.status,
@@ -212,7 +217,7 @@ def _lines(pairs: Sequence[Pair], several_models: bool) -> Iterator[Line]:
             f"{pair.ours / factor:.2f}",
             f"{pair.published / factor:.2f}",
             f"{pair.difference / factor:+.2f}",
-            f"{100 * pair.difference / pair.published:+.1f}",
+            "" if pair.percent is None else f"{pair.percent:+.1f}",
             "" if errors is None else f"{errors:+.1f}",
         ]
         yield Line(tuple(map(Cell, texts)), starts_block=previous is not None and row != previous)

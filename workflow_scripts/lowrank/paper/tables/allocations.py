@@ -40,7 +40,7 @@ def build_allocations(table: RowTable, rows: Sequence[RowResults], context: Cont
                 starts_block = False
                 record = shared.record_start(results, number)
                 record |= {"seed": seed, "first_layer": first, "last_layer": last}
-                records.append(record | {f"rank_{t}": ranks[t] for t in types} | shared.evidence_record(results))
+                records.append(record | {f"rank_{t}": ranks.get(t) for t in types} | shared.evidence_record(results))
         published = shared.published_of(results, context)
         if published is not None:
             lines += _published_lines(rows, published, headings)
@@ -137,8 +137,9 @@ def _headings(rows: Sequence[RowResults], context: Context, types: Sequence[str]
 def _rank_texts(headings: Mapping[str, tuple[str, ...]], ranks: Ranks) -> list[str]:
     texts = []
     for members in headings.values():
-        shown = [DENSE if ranks.get(name) is None else str(ranks[name]) for name in members]
-        texts.append(shown[0] if len(set(shown)) == 1 else "/".join(shown))
+        shown = [DENSE if ranks[name] is None else str(ranks[name]) for name in members if name in ranks]
+        # Types of another family, where a table has several, are none of this model's.
+        texts.append(MISSING if not shown else shown[0] if len(set(shown)) == 1 else "/".join(shown))
     return texts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import RowResults
-from lowrank.paper.tables.differences import Difference, loss_difference, mean_difference, task_differences
+from lowrank.paper.tables.differences import Difference, average_difference, loss_difference, task_differences
 from lowrank.paper.tables.measures import Measure
 from lowrank.paper.tables.rows import Estimate
 
@@ -36,10 +36,20 @@ def best_row(
     if guesses[first]:
         return None
     others = (number for number in estimates if number != first)
-    clear = all(
-        difference(rows[first], rows[other], measure, estimates[first], estimates[other]).clear for other in others
+    ahead = all(
+        is_ahead(difference(rows[first], rows[other], measure, estimates[first], estimates[other]), measure)
+        for other in others
     )
-    return first if clear else None
+    return first if ahead else None
+
+
+def is_ahead(found: Difference, measure: Measure) -> bool:
+    """Whether a difference is clear and says that the first of the two is the better one.
+
+    The order of two values may be another than the difference's sign: a mean of perplexities over seeds follows the
+    largest, the mean of the losses does not.
+    """
+    return found.clear and (found.value < 0 if measure.lower_is_better else found.value > 0)
 
 
 def no_better_than_a_guess(estimate: Estimate, measure: Measure, vocabulary: int | None) -> bool:
@@ -60,8 +70,10 @@ def difference(ours: RowResults, theirs: RowResults, measure: Measure, one: Esti
     of the mean losses, nats per token. Of others, as those of two tokenizers, both errors count. The spread between
     seeds adds to either.
     """
-    paired = _paired(ours, theirs, measure) if _tested_alike(ours, theirs, measure) else _apart(measure, one, other)
-    return Difference(paired.value, _with_seeds(paired, ours, theirs, measure, one, other))
+    if _tested_alike(ours, theirs, measure):
+        return _paired(ours, theirs, measure)
+    apart = _apart(measure, one, other)
+    return Difference(apart.value, _with_seeds(apart, ours, theirs, measure, one, other))
 
 
 def _tested_alike(ours: RowResults, theirs: RowResults, measure: Measure) -> bool:
@@ -76,8 +88,9 @@ def _tested_alike(ours: RowResults, theirs: RowResults, measure: Measure) -> boo
 def _paired(ours: RowResults, theirs: RowResults, measure: Measure) -> Difference:
     if measure.kind == "perplexity":
         return loss_difference(ours, theirs, measure.suite, measure.part)
-    tasks = task_differences(ours, theirs, measure.suite)
-    return tasks[measure.part] if measure.part else mean_difference(list(tasks.values()))
+    if not measure.part:
+        return average_difference(ours, theirs, measure.suite)
+    return task_differences(ours, theirs, measure.suite)[measure.part]
 
 
 def _apart(measure: Measure, one: Estimate, other: Estimate) -> Difference:

@@ -7,8 +7,8 @@ a difference is that of the paired differences, and much smaller than two separa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,15 @@ CLEAR = 2.0
 """Standard errors from which on a difference is marked."""
 LOSS_NOTE = (
     "Loss less that of the first method of the block, in nats per token; positive: the first is better. The "
-    "exponential of a difference is the ratio of perplexities."
+    "exponential of a difference is the ratio of perplexities (of their geometric means over seeds)."
 )
 ACCURACY_NOTE = (
     "Mean accuracy of the tasks less that of the first method of the block, in percentage points; negative: the first "
     "is better. The CSV has each task's."
 )
 ERROR_NOTE = (
-    "± is the standard error of the mean of paired differences, of the same windows and the same documents; * marks "
-    "more than two of them."
+    "± is the standard error of the mean of paired differences, of the same windows and the same documents, with the "
+    "spread between seeds where there are several; * marks more than two of them."
 )
 
 
@@ -41,7 +41,8 @@ class Difference:
 
     Attributes:
         value: of the mean loss in nats per token, or of the mean accuracy in percentage points.
-        stderr: standard error of the mean of paired differences; None with one window or document.
+        stderr: standard error of the mean of paired differences, and of the means over seeds; None with one window or
+            document.
     """
 
     value: float
@@ -73,7 +74,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         kept, reference = shared.kept_percent(results), references[results.row.model, results.row.ratio]
         of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
         of_tasks = {suite: task_differences(results, reference, suite) for suite in tasks}
-        of_means = {suite: mean_difference(list(found.values())) for suite, found in of_tasks.items()}
+        of_means = {suite: average_difference(results, reference, suite) for suite in tasks}
         texts = [
             *shared.leading_texts(rows, results),
             f"{kept.value:.1f}",
@@ -120,13 +121,17 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
 def loss_difference(results: RowResults, reference: RowResults, suite: str, corpus: str) -> Difference:
     """The paired difference of one row and its reference on one corpus; a row's seeds are averaged first.
 
+    Windows count by their scored tokens, as in the perplexity: with a stride below the length the first of a corpus
+    has more than the others.
+
     Raises:
         RankwiseError: an evaluation is missing, or they were made on different windows.
     """
 
-    def losses(row: RowResults) -> tuple[np.ndarray, str]:
+    def losses(row: RowResults) -> _Scores:
         found = [evaluation["corpora"][corpus] for evaluation in shared.evaluations_of(row, suite, "perplexity")]
-        return _over_seeds(row, [(result["window_nll"], result["tokens_sha256"]) for result in found], corpus)
+        scored = [(result["window_nll"], result["tokens_sha256"]) for result in found]
+        return _over_seeds(row, scored, corpus, found[0]["window_tokens"])
 
     return _paired(results, reference, losses(results), losses(reference), corpus)
 
@@ -138,22 +143,72 @@ def task_differences(results: RowResults, reference: RowResults, suite: str) -> 
         RankwiseError: an evaluation is missing, or they were made on different documents.
     """
 
-    def scores(row: RowResults, task: str) -> tuple[np.ndarray, str]:
-        found = [evaluation["tasks"][task] for evaluation in shared.evaluations_of(row, suite, "zero-shot")]
-        values, documents = _over_seeds(row, [(part["scores"], part["documents_sha256"]) for part in found], task)
-        return 100 * values, documents
-
-    tasks = shared.evaluations_of(reference, suite, "zero-shot")[0]["tasks"]
-    return {task: _paired(results, reference, scores(results, task), scores(reference, task), task) for task in tasks}
+    scored = {task: _scored(results, reference, suite, task) for task in _tasks(reference, suite)}
+    return {task: _paired(results, reference, *pair, task) for task, pair in scored.items()}
 
 
-def mean_difference(found: Sequence[Difference]) -> Difference:
-    """Of independent tasks: the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`."""
-    errors = [difference.stderr for difference in found if difference.stderr is not None]
+def average_difference(results: RowResults, reference: RowResults, suite: str) -> Difference:
+    """The paired difference of one row and its reference in the mean accuracy of a suite's tasks, percentage points.
+
+    Tasks are independent, so the error of the mean of `T` differences is `sqrt(sum_t se_t^2) / T`; a row's seeds are
+    not, each makes one checkpoint for all tasks, so that the spread is that of the means.
+
+    Raises:
+        RankwiseError: an evaluation is missing, or they were made on different documents.
+    """
+    pairs = {task: _scored(results, reference, suite, task) for task in _tasks(reference, suite)}
+    alone = [
+        _paired(results, reference, ours.without_seeds(), theirs.without_seeds(), task)
+        for task, (ours, theirs) in pairs.items()
+    ]
+    errors = [difference.stderr for difference in alone if difference.stderr is not None]
+    seeds = [seeds_error(np.mean([pair[side].of_seeds for pair in pairs.values()], axis=0)) for side in (0, 1)]
     return Difference(
-        math.fsum(difference.value for difference in found) / len(found),
-        math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
+        math.fsum(difference.value for difference in alone) / len(alone),
+        math.hypot(math.hypot(*errors) / len(alone), *seeds) if len(errors) == len(alone) else None,
     )
+
+
+def seeds_error(of_seeds: np.ndarray) -> float:
+    """The standard error of a mean over seeds, whose spread the windows or documents do not know of; 0 with one."""
+    return float(of_seeds.std(ddof=1)) / math.sqrt(len(of_seeds)) if len(of_seeds) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What one row scored on one text or task.
+
+    Attributes:
+        values: mean over seeds for each window or document.
+        weights: how much each counts, 1 on average.
+        tested: hash of what was tested.
+        of_seeds: mean of each seed.
+    """
+
+    values: np.ndarray
+    weights: np.ndarray
+    tested: str
+    of_seeds: np.ndarray
+
+    def without_seeds(self) -> _Scores:
+        """The same, as if there were one seed."""
+        return replace(self, of_seeds=self.of_seeds.mean(keepdims=True))
+
+
+def _tasks(reference: RowResults, suite: str) -> Iterable[str]:
+    tasks: dict[str, Any] = shared.evaluations_of(reference, suite, "zero-shot")[0]["tasks"]
+    return tasks
+
+
+def _scored(results: RowResults, reference: RowResults, suite: str, task: str) -> tuple[_Scores, _Scores]:
+    """The percent that a row and its reference have right, by document."""
+
+    def scores(row: RowResults) -> _Scores:
+        found = [evaluation["tasks"][task] for evaluation in shared.evaluations_of(row, suite, "zero-shot")]
+        points = [([100 * score for score in part["scores"]], part["documents_sha256"]) for part in found]
+        return _over_seeds(row, points, task)
+
+    return scores(results), scores(reference)
 
 
 def _references(rows: Sequence[RowResults]) -> dict[tuple[str, int], RowResults]:
@@ -163,32 +218,39 @@ def _references(rows: Sequence[RowResults]) -> dict[tuple[str, int], RowResults]
     return first
 
 
-def _over_seeds(results: RowResults, found: Sequence[tuple[Sequence[float], str]], name: str) -> tuple[np.ndarray, str]:
-    """The mean over seeds for each window or document, and the hash of what was tested."""
+def _over_seeds(
+    results: RowResults, found: Sequence[tuple[Sequence[float], str]], name: str, counts: Sequence[int] = ()
+) -> _Scores:
+    """Scores with the hash of what was tested, one pair a seed, averaged; `counts` of tokens, where these differ."""
     hashes = {tested for _, tested in found}
     if len(hashes) > 1:
         raise RankwiseError(f"{results.place}: its seeds were scored on different parts of '{name}'; run again.")
-    return np.mean([values for values, _ in found], axis=0), hashes.pop()
+    scores = np.array([values for values, _ in found], dtype=float)
+    weights = np.array(counts or np.ones(scores.shape[1]), dtype=float)
+    weights /= weights.mean()
+    return _Scores(scores.mean(axis=0), weights, hashes.pop(), (scores * weights).mean(axis=1))
 
 
 def _paired(
     results: RowResults,
     reference: RowResults,
-    ours: tuple[np.ndarray, str],
-    theirs: tuple[np.ndarray, str],
+    ours: _Scores,
+    theirs: _Scores,
     name: str,
 ) -> Difference:
-    """The mean of the differences, and its standard error."""
-    (one, tested), (other, same) = ours, theirs
-    if tested != same:
+    """The mean of the differences, and its standard error: that of a ratio of sums, where weights differ."""
+    if ours.tested != theirs.tested:
         raise RankwiseError(
             f"{results.place}: '{name}' was scored on other texts than for '{reference.row.title}', the "
             "first row of the block, so that no differences can be taken. Rows of different tokenizers cannot stand in "
             "one block; else delete the older evaluation and run the workflow again."
         )
-    difference = one - other
-    stderr = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else None
-    return Difference(float(difference.mean()), stderr)
+    difference, count = ours.values - theirs.values, len(ours.values)
+    value = float((ours.weights * difference).mean())
+    if count < 2 or results is reference:
+        return Difference(value, None if count < 2 else 0.0)
+    spread = math.sqrt(((ours.weights * (difference - value)) ** 2).sum() / (count - 1) / count)
+    return Difference(value, math.hypot(spread, seeds_error(ours.of_seeds), seeds_error(theirs.of_seeds)))
 
 
 def _text(results: RowResults, reference: RowResults, difference: Difference, digits: int) -> str:

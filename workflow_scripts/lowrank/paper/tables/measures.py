@@ -54,6 +54,7 @@ class Measure:
         part: the task or corpus; empty for the mean of all tasks.
         chance: percent that a guess gets, where it is known.
         lower_is_better: for perplexity.
+        shares_title: whether another suite has a column of this title.
     """
 
     key: str
@@ -67,6 +68,12 @@ class Measure:
     part: str = ""
     chance: float | None = None
     lower_is_better: bool = False
+    shares_title: bool = False
+
+    @property
+    def name(self) -> str:
+        """The title, with the suite where another has a column of this title too."""
+        return f"{self.title} ({self.suite})" if self.shares_title else self.title
 
     @property
     def digits(self) -> int:
@@ -93,7 +100,12 @@ def measures_of(context: Context, tasks: Literal["each", "mean"] = "each") -> li
     return [
         measure
         if counts[measure.key] == 1
-        else replace(measure, key=f"{measure.suite}.{measure.key}", group=f"{measure.group}: {measure.suite}")
+        else replace(
+            measure,
+            key=f"{measure.suite}.{measure.key}",
+            group=f"{measure.group}: {measure.suite}",
+            shares_title=True,
+        )
         for measure in measures
     ]
 

@@ -15,6 +15,7 @@ from lowrank.errors import RankwiseError
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
 
 SCIENTIFIC = 1e5  # from here on with an exponent
+ERROR_DIGITS = 6  # at most, of standard errors
 NAMING = ("source", "row", "model", "method", "label", "tuning", "target_removed_percent", "citation", "evidence")
 """The columns of a CSV that name a line; all others hold its values."""
 
@@ -243,8 +244,8 @@ def frame_of(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def number_text(value: float, digits: int) -> str:
     """A rounded number; large ones lose digits that say nothing."""
     if abs(value) >= SCIENTIFIC:
-        exponent = math.floor(math.log10(abs(value)))
-        return f"{value / 10**exponent:.1f}e{exponent}"
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
     if abs(value) >= 1000:
         digits = 0
     elif abs(value) >= 100:
@@ -259,5 +260,11 @@ def estimate_text(value: float, stderr: float | None, digits: int) -> str:
         return text
     mantissa, mark, exponent = text.partition("e")
     if mark:
-        return f"({mantissa} ± {stderr / 10 ** int(exponent):.1f})e{exponent}"
-    return f"{text} ± {stderr:.{len(text.partition('.')[2])}f}"
+        return f"({mantissa} ± {_error_text(stderr / 10 ** int(exponent), 1)})e{exponent}"
+    return f"{text} ± {_error_text(stderr, len(text.partition('.')[2]))}"
+
+
+def _error_text(stderr: float, digits: int) -> str:
+    """With as many digits as its value, or as it takes to see that it is not zero."""
+    texts = [f"{stderr:.{more}f}" for more in range(digits, max(digits, ERROR_DIGITS) + 1)]
+    return next((text for text in texts if float(text)), texts[0])

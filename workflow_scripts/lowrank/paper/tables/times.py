@@ -69,7 +69,8 @@ def _measured(results: RowResults, suite: str) -> dict[str, float | None]:
     for key in SPEEDS:
         values[key] = shared.over_seeds([measured[key] for measured in evaluations]).value
     for memory in evaluations[0]["peak_mib"]:
-        values[f"peak_mib_{memory}"] = shared.over_seeds([m["peak_mib"][memory] for m in evaluations]).value
+        if all(memory in measured["peak_mib"] for measured in evaluations):  # one on a processor has none of a GPU
+            values[f"peak_mib_{memory}"] = shared.over_seeds([m["peak_mib"][memory] for m in evaluations]).value
     return values
 
 
@@ -97,6 +98,6 @@ def _notes(rows: Sequence[RowResults], context: Context, suite: str) -> tuple[st
         f"Throughput: batch {settings.batch_size}, prompt of {settings.prompt_tokens} tokens, {settings.new_tokens} "
         f"new tokens, median of {settings.repeats}. Compression: making and writing the checkpoint; the statistics, "
         "bases and eliminations of neurons, which methods and ratios share, are not in it. "
-        f"{MISSING}: no such stage, or its time stands in the row without post-training.",
+        f"{MISSING}: no such stage. A post-trained row repeats the times of the checkpoint that it began with.",
         *shared.seeds_note(rows),
     )
