@@ -24,17 +24,18 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: envs/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv "$(VENV)"
 	@echo "installing into $(VENV): about 2 GB; nothing more is said for about three minutes"
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r envs/requirements.txt
+	"$(BIN)/python" -m pip install --quiet --no-compile --disable-pip-version-check -r envs/requirements.txt
 	@# pip compiles on one processor. (Some packages bring files that no Python 3 compiles.)
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-	touch $@
+	@"$(BIN)/python" -m compileall -qq -j 0 "$(VENV)/lib" || true
+	touch "$@"
 
 quickstart: setup
 	@python workflow_scripts/run.py --configfile config/quickstart.yaml --profile profiles/local
 	@PYTHONPATH=workflow_scripts python -m lowrank.paper.show results/quickstart
 
+quoted = '$(subst ','\'',$($(1)))'
 # A variable of the environment is no option: `OUT` and `TEST` are common names.
 option = $(if $(filter command,$(firstword $(origin $(1)))),'$(2)$(subst ','\'',$($(1)))')
 
@@ -42,7 +43,7 @@ option = $(if $(filter command,$(firstword $(origin $(1)))),'$(2)$(subst ','\'',
 compress: setup
 	@MAKE_WAS_GIVEN="$$MAKEFLAGS" python workflow_scripts/compress.py $(call option,METHOD,--method=) $(call option,OUT,--out=) \
 		$(call option,CALIBRATION,--calibration=) $(call option,TEST,--test=) $(call option,DTYPE,--dtype=) \
-		-- '$(subst ','\'',$(MODEL))' '$(RATIO)'
+		-- $(call quoted,MODEL) '$(RATIO)'
 
 export: setup
 	@python workflow_scripts/export.py $(call option,TO,--to=) -- $(call option,CHECKPOINT,) $(call option,OUT,)
@@ -76,15 +77,15 @@ lint: setup
 CONFIG ?= config/paper.yaml
 
 plan: setup
-	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(call option,GPUS,--gpus-per-job=) $(CONFIG)
+	PYTHONPATH=workflow_scripts python -m lowrank.cluster.plan $(call option,GPUS,--gpus-per-job=) $(call quoted,CONFIG)
 
 RUN ?= results/quickstart
 
 status: setup
-	@PYTHONPATH=workflow_scripts python -m lowrank.progress.status $(RUN)
+	@PYTHONPATH=workflow_scripts python -m lowrank.progress.status $(call quoted,RUN)
 
 why: setup
-	@python workflow_scripts/why.py $(TARGET) --configfile $(CONFIG) --cores 1
+	@python workflow_scripts/why.py $(TARGET) --configfile $(call quoted,CONFIG) --cores 1
 
 # With MODEL=folder also the peaks of `make memory`, which take their own time.
 bench: setup
@@ -96,7 +97,7 @@ benchmark: setup
 
 # Peaks of the stages on a small model, beside the plan's estimates: make memory MODEL=folder
 memory: setup
-	python tests/benchmarks/memory.py $(MODEL)
+	python tests/benchmarks/memory.py $(call option,MODEL,)
 
 # After a change of the config's sections: the schema that editors use, and the page of all keys.
 schema: setup
@@ -113,10 +114,10 @@ rulegraph: setup
 # is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a host:
 # make docs SOURCES=https://host/owner/rankwise/blob/main
 docs: $(VENV)/docs/.installed
-	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) $(VENV)/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) "$(VENV)/docs/bin/mkdocs" build --strict --quiet
 	@echo "site/index.html; with its search: python -m http.server --directory site"
 
 $(VENV)/docs/.installed: envs/docs.txt
-	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -r envs/docs.txt
-	touch $@
+	$(PYTHON) -m venv "$(VENV)/docs"
+	"$(VENV)/docs/bin/python" -m pip install --quiet --disable-pip-version-check -r envs/docs.txt
+	touch "$@"

@@ -1,13 +1,14 @@
 # Needs the network (or paths of this machine); makes the model, texts, instructions and tasks that the rest reads, and
 # compares the texts.
 # All of it runs on the head node, so that compute nodes may be offline. The clients retry a bad connection themselves;
-# rules do not retry, since a wrong hash or name stays wrong.
+# rules do not retry, whatever the profile says, since a wrong hash or name stays wrong.
 
 
 localrules:
     compare_texts,
     fetch_model,
     fetch_corpus,
+    fetch_token_corpus,
     fetch_instructions,
     fetch_task,
 
@@ -20,6 +21,7 @@ rule fetch_model:
         manifest=f"{RUN}/models/{{model}}.json",
     log:
         f"{LOGS}/fetch_model/{{model}}.log",
+    retries: 0
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -40,6 +42,7 @@ rule fetch_corpus:
         data=f"{RUN}/corpora/data/{{corpus}}.jsonl",
     log:
         f"{LOGS}/fetch_corpus/{{corpus}}.log",
+    retries: 0
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -70,6 +73,7 @@ rule fetch_instructions:
         rows=f"{RUN}/instructions/{{instructions}}.jsonl",
     log:
         f"{LOGS}/fetch_instructions/{{instructions}}.log",
+    retries: 0
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -91,6 +95,7 @@ rule fetch_task:
         rows=directory(f"{RUN}/tasks/{{task}}"),
     log:
         f"{LOGS}/fetch_task/{{task}}.log",
+    retries: 0
     conda:
         "../envs/rankwise.yaml"
     params:
@@ -111,6 +116,7 @@ rule compare_texts:
     log:
         f"{LOGS}/compare_texts.log",
     priority: 100
+    retries: 0
     conda:
         "../envs/rankwise.yaml"
     params:

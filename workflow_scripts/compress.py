@@ -129,7 +129,7 @@ def _held(path: Path, own: Own) -> TextIO:
                 file.seek(0)
                 holder = file.read().strip()
             raise RankwiseError(
-                f"OUT: a run goes on in {own.out}, {holder}. Follow it: make status RUN={own.out}"
+                f"OUT: a run goes on in {own.out}, {holder}. Follow it: make status RUN={shlex.quote(str(own.out))}"
             ) from error
         except OSError:  # a file system without locks: Snakemake's own stands
             return file

@@ -31,7 +31,7 @@ from lowrank.reruns.reasons import Planned, explained
 NO_SUCH = re.compile(r"No rule to produce (.+?) \(if you use input functions")
 A_PATTERN = "Target rules may not contain wildcards."
 """What Snakemake says of a file that no rule makes, and of a rule that makes many."""
-TARGETS = ("all", "data")
+TARGETS = ("all", "data", "checkpoints")
 CONFIG = Path(__file__).parents[1] / "config/quickstart.yaml"
 
 
@@ -119,9 +119,13 @@ def _no_target(arguments: list[str], unknown: str) -> str:
     _, options = _parsed(arguments)
     if not unknown:
         rules = [target for target in options.targets if "/" not in target and target not in TARGETS]
-        return f"{', '.join(rules)}: a rule for many results; name one of them, or `all` or `data`"
+        return f"{', '.join(rules)}: a rule for many results; name one of them, or `all`, `data` or `checkpoints`"
     close = _close(unknown, _results(options.configfile or [CONFIG]))
-    hint = f" - did you mean {', '.join(close)}?" if close else "; targets are `all`, `data` and files of the results"
+    hint = (
+        f" - did you mean {', '.join(close)}?"
+        if close
+        else "; targets are `all`, `data`, `checkpoints` and files of the results"
+    )
     return f"{unknown}: nothing makes it in this study{hint}"
 
 

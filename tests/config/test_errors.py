@@ -108,6 +108,11 @@ CHOICES: list[tuple[tuple[str | int, ...], Any, str]] = [
         "suites.zero-shot.tasks.boolq: 'f1' is not one of acc, acc_norm",
     ),
     (
+        ("suites", "zero-shot", "max_length"),
+        1,
+        "suites.zero-shot.max_length: must be a whole number of at least 2, not 1",
+    ),
+    (
         (*SOURCE, "path"),
         "x",
         "models.smollm2-135m.source: has `pypi` and `path`; "

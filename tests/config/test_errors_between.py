@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from lowrank.config.load import check_study
+from lowrank.config.suites import METRICS
+from lowrank.config.used import used_entries
 from tests.config.wrong import BASE, GONE, ROW, SELECT, SHAPE, Change, changed, errors_of
 
 OPT = {**BASE["models"]["smollm2-135m"]["shape"], "family": "opt"}
@@ -402,6 +405,36 @@ def test_tables_show_what_they_have_room_for() -> None:
     assert errors_of(changed(named, (("tables", "d"), table))) == [
         f"tables.d.suites[1]: '{corpus}' is the name of a suite of tasks and of a corpus, and a table of differences "
         "has a column of that name for each; rename the suite"
+    ]
+
+
+def test_tasks_are_those_whose_rows_are_known_by_what_is_computed_of_them() -> None:
+    (name, task) = next(iter(BASE["tasks"].items()))
+    assert errors_of(changed((("tasks", "mmlu"), task))) == [
+        "tasks.mmlu: the scored rows of this task are not known here; known are: boolq, piqa, hellaswag, winogrande, "
+        "arc_easy, arc_challenge, openbookqa"
+    ]
+    assert name in METRICS
+    assert errors_of(changed((("suites", "zero-shot", "tasks"), {"boolq": "acc_norm"}))) == [
+        "suites.zero-shot.tasks.boolq: 'acc_norm' is not computed of it, only acc"
+    ]
+
+
+def test_an_entry_whose_name_goes_on_with_a_dot_does_not_need_what_another_does() -> None:
+    method = BASE["methods"]["bolaco-5x1"]
+    alone = {**BASE["methods"]["svd"]}
+    raw = changed((("methods", "svd.searched"), method), (("methods", "svd"), alone))
+    study = check_study(raw, "x")
+    without = check_study(changed(), "x")
+    assert used_entries(study) - {("methods", "svd.searched")} == used_entries(without)
+
+
+def test_a_lora_names_layers_that_the_model_has() -> None:
+    tuning = {"kind": "lora", "instructions": next(iter(BASE["instructions"])), "targets": ["q", "query"]}
+    place = ("tables", "table_1", "rows", 1, "tuning")
+    assert errors_of(changed((("tuning", "lora"), tuning), (place, "lora"))) == [
+        "tuning.lora.targets: model 'smollm2-135m' has no linear layers of type query (there are: q, k, v, o, "
+        "gate, up, down)"
     ]
 
 

@@ -77,6 +77,18 @@ def test_only_the_head_node_fetches_and_writes_tables(submitted: list[list[Descr
     assert {job["rule"] for job, _ in submitted if job["local"]} == ON_THE_HEAD - {"fetch_token_corpus"}
 
 
+def test_every_rule_of_the_head_node_is_said_to_be_local() -> None:
+    """Also those that no job of the shipped configs is of, and those that another rule stands for."""
+    local: set[str] = set()
+    rules: set[str] = set()
+    for file in (REPOSITORY / "rules/data.smk", REPOSITORY / "rules/paper.smk"):
+        text = file.read_text(encoding="utf-8")
+        local |= set(re.findall(r"^    (\w+),$", text.partition("localrules:")[2].partition("\n\n\n")[0], re.MULTILINE))
+        rules |= set(re.findall(r"^(?:use rule \w+ as|rule) (\w+)", text, re.MULTILINE))
+    assert "fetch_token_corpus" in rules
+    assert rules == local == ON_THE_HEAD - {"all", "give_up_checkpoint"}
+
+
 def test_every_job_asks_for_what_is_estimated_for_it(submitted: list[list[Described]]) -> None:
     estimator = Estimator(load_study(PAPER))
     for tries in submitted:

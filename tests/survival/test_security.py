@@ -314,6 +314,7 @@ OTHER = "a-token-of-another-form-1234"
         f"headers={{'authorization': 'Bearer {OTHER}'}}",
         f"https://me:{OTHER}@mirror.example/simple",
         f"https://{OTHER}@host/path",
+        f"https://me:p@{OTHER}@host/path",
         f"HF_TOKEN={OTHER}",
     ],
 )

@@ -27,8 +27,8 @@ RUN = "results/quickstart"
             f"{RUN}/tuned/smollm2-135m/svd/20/none/seed0/manifest.json",
             f"nothing makes it in this study - did you mean {RUN}/compressed/smollm2-135m/svd/20/seed0/manifest.json",
         ),
-        ("make_table", "a rule for many results; name one of them, or `all` or `data`"),
-        ("xyz", "nothing makes it in this study; targets are `all`, `data` and files of the results"),
+        ("make_table", "a rule for many results; name one of them, or `all`, `data` or `checkpoints`"),
+        ("xyz", "nothing makes it in this study; targets are `all`, `data`, `checkpoints` and files of the results"),
     ],
 )
 def test_a_target_that_is_none(target: str, says: str, tmp_path: Path) -> None:

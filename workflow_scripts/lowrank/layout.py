@@ -66,7 +66,7 @@ def study_of(run: Path) -> Study:
 def _study(config: Any, path: Path) -> Study:
     """A study of the config that a run has left in a file."""
     try:
-        return Study.model_validate(config)
+        return Study.model_validate(_without_missing_shapes(config))
     except ValidationError as error:
         first, *_ = error.errors(include_url=False)
         at = ".".join(map(str, first["loc"]))
@@ -74,6 +74,18 @@ def _study(config: Any, path: Path) -> Study:
             f"{path}: another version of rankwise made these results: their config is none of this version "
             f"({f'{at}: ' if at else ''}{first['msg']}). Look at them with that version, or run the workflow again."
         ) from error
+
+
+def _without_missing_shapes(config: Any) -> Any:
+    """Before its models are fetched, a run knows no shape of those whose config leaves it out."""
+    try:
+        models = {
+            name: {key: value for key, value in model.items() if key != "shape" or value is not None}
+            for name, model in config["models"].items()
+        }
+    except (TypeError, KeyError, AttributeError):
+        return config  # which is told
+    return config | {"models": models}
 
 
 class Layout:

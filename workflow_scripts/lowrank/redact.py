@@ -12,7 +12,7 @@ _SHORTEST = 6  # a shorter value of such a variable would blacken words of ordin
 _PATTERNS = (
     re.compile(r"\bhf_[A-Za-z0-9]{10,}"),
     re.compile(r"(?<=Bearer )[^\s\"']+", re.IGNORECASE),
-    re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user and password of a URL
+    re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user and password of a URL
 )
 
 

@@ -189,6 +189,7 @@ def test_who_keeps_every_window_needs_no_model() -> None:
 def test_memory_moves_to_the_host_without_a_gpu() -> None:
     need = Need(gpu=True, device={"weights": 10 * GIB}, host={"program": GIB, "texts": 2 * GIB}, loading=10 * GIB)
     assert need.host_bytes(0) == 13 * GIB
+    assert need.host_bytes(0, 2) == 25 * GIB  # each process loads the model
     assert need.host_bytes(1) == (1 + 3 + 10) * GIB  # the weights pass through, the texts come afterwards
     assert need.host_bytes(4) == (1 + 12 + 40) * GIB
     assert need.largest(0) == need.largest(1) == ("weights", 10 * GIB)

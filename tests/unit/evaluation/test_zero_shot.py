@@ -17,10 +17,12 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lowrank.config import suites
 from lowrank.config.suites import ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.task_files import SCHEMAS, find_rows, find_tasks, write_tasks
 from lowrank.evaluation.zero_shot import evaluate_zero_shot
+from lowrank.sources import tasks as sources
 
 CHOICES = {"text": ["a long answer", "no", "a cup", "the sun"], "label": ["A", "B", "C", "D"]}
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -230,6 +232,8 @@ def test_the_schemas_name_the_splits_that_lm_eval_scores() -> None:
             text = file.read_text(encoding="utf-8").replace("!function", "")
             config |= yaml.safe_load(text)
         assert SCHEMAS[task].split == (config.get("test_split") or config["validation_split"])
+        assert suites.METRICS[task] == tuple(metric["metric"] for metric in config["metric_list"])
+    assert set(suites.METRICS) == set(sources.SCHEMAS)
 
 
 def test_an_unknown_task_gets_near_names() -> None:

@@ -52,6 +52,15 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_run_whose_model_is_not_fetched_yet_has_a_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((root / LAYOUT.used_config).read_text())
+    for model in config["models"].values():
+        model["shape"] = None
+    (root / LAYOUT.used_config).write_text(json.dumps(config))
+    assert main([str(root / LAYOUT.run)]) == 0
+    assert "another version" not in capsys.readouterr().out
+
+
 def test_the_folder_of_make_compress_stands_for_the_run_in_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(root / LAYOUT.run)]) == 0
     expected = capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
+from pydantic import ValidationError
 
 from lowrank.config.sources import TaskFile
 from lowrank.errors import RankwiseError
@@ -110,9 +111,9 @@ def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = TaskFile.model_validate({"source": source, "reader": "hub"})
     index = fetch_task("winogrande", task, tmp_path, tmp_path / "winogrande.json", tmp_path / "winogrande")
     assert rows_of(tmp_path, "winogrande", index) == [ROWS["winogrande"]]
-    wrong = TaskFile.model_validate({"source": source, "reader": "arrow"})
-    with pytest.raises(RankwiseError, match="a `hub:` source has `reader: hub`"):
-        fetch_task("winogrande", wrong, tmp_path, tmp_path / "w.json", tmp_path / "w")
+    for wrong in ({"source": source, "reader": "arrow"}, {"source": {"path": "x"}, "reader": "hub"}):
+        with pytest.raises(ValidationError, match="`reader: hub` goes with a `hub:` source, and only with it"):
+            TaskFile.model_validate(wrong)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,6 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         ("piqa", "jsonl", empty, "the source has no rows"),
         ("piqa", "arrow", lines, "no folder that `datasets` saved"),
         ("piqa", "arrow", tmp_path / "splits", "choose the folder of one"),
-        ("piqa", "hub", lines, "`reader: hub` reads a `hub:` source"),
         ("piqa", "olmes-requests", lines, "arc_easy, arc_challenge and openbookqa only"),
         ("arc_easy", "olmes-requests", odd, r"odd\.jsonl, line 1: no OLMES request"),
         ("mmlu", "jsonl", lines, "known are: boolq, piqa"),

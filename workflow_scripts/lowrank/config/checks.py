@@ -14,7 +14,7 @@ from lowrank.config.references import references
 from lowrank.config.renaming import with_name
 from lowrank.config.sources import RandomSource
 from lowrank.config.study import Study
-from lowrank.config.suites import CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
+from lowrank.config.suites import METRICS, CostSuite, GenerationSuite, PerplexitySuite, ZeroShotSuite
 
 
 def problems_of(
@@ -38,6 +38,7 @@ def _misuses(study: Study) -> Iterator[str]:
     yield from _own_tokenizers(study)
     yield from _table_suites(study)
     yield from _limits(study)
+    yield from _tasks(study)
     yield from _overlaps(study)
     yield from _covariance_groups(study)
     yield from _transfers(study)
@@ -193,6 +194,17 @@ def _limits(study: Study) -> Iterator[str]:
             yield f"suites.{name}.limit: a limit on documents is allowed only in a config with `smoke: true`"
 
 
+def _tasks(study: Study) -> Iterator[str]:
+    """Tasks whose rows are not known here, and metrics that the harness does not compute of them."""
+    for name in study.tasks:
+        if name not in METRICS:
+            yield f"tasks.{name}: the scored rows of this task are not known here; known are: {', '.join(METRICS)}"
+    for name, suite in study.suites.items():
+        for task, metric in suite.tasks.items() if isinstance(suite, ZeroShotSuite) else ():
+            if metric not in METRICS.get(task, (metric,)):
+                yield f"suites.{name}.tasks.{task}: '{metric}' is not computed of it, only {', '.join(METRICS[task])}"
+
+
 def _overlaps(study: Study) -> Iterator[str]:
     """No perplexity is reported on text that calibration or validation saw, no loss on what predicted it."""
     seen = {corpus: f"calibration.{name}" for name, c in study.calibration.items() for corpus in c.corpora}
@@ -232,7 +244,10 @@ def _transfers(study: Study) -> Iterator[str]:
         if method.transfer is None:
             continue
         if method.search is None:
-            yield f"methods.{name}.search: a transfer needs it; one with `evaluations: 1` takes the ratios as they are"
+            yield (
+                f"methods.{name}.search: a transfer needs it; one with `evaluations: 1, initial: 1, start: []` takes "
+                "the ratios as they are"
+            )
         source = method.transfer.method
         if source in study.methods and (study.method(source).search is None or study.method(source).transfer):
             yield f"methods.{name}.transfer.method: '{source}' has no search of its own to take an allocation from"

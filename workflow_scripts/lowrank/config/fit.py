@@ -235,6 +235,12 @@ def _tuning_problems(study: Study) -> Iterator[str]:
                 f"tuning.{use.tuning}.rank: {rank}, but no matrix of model '{use.model}' has a rank of more than "
                 f"{widest}, its width"
             )
+        known = list(dict.fromkeys(linear.name for linear in FAMILIES[study.models[use.model].shape.family].types))
+        if unknown := [name for name in getattr(tuning, "targets", None) or [] if name not in known]:
+            yield (
+                f"tuning.{use.tuning}.targets: model '{use.model}' has no linear layers of type {_listed(unknown)} "
+                f"(there are: {_listed(known)})"
+            )
         place = f"{use.place.removesuffix('ratio')}tuning"
         if tuning.needs_pairs and not method.has_pairs and method.kind != "dense":  # which is refused elsewhere
             yield (

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank.config.base import Distinct, Name, Number, Percent, Positive, Section, Seed, Share, Text
+from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Percent, Positive, Section, Seed, Share, Text
 
 Tolerance = Annotated[
     Number, Field(ge=0, description="percentage points by which the share truly removed may miss the ratio")
@@ -191,7 +191,7 @@ class PredictedLossFigure(Section):
     covariance: Distinct[Name] = Field(min_length=1, description="presets that name `gradients`")
     corpus: Name = Field(description="measured on; no text that the calibration saw")
     windows: Positive
-    length: Positive
+    length: AtLeastTwo
     seed: Seed = 0
     matrices: Positive = Field(default=42, description="how many are truncated, each alone; as many of every type")
     kept: Distinct[Share] = Field(

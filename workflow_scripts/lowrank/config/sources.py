@@ -217,3 +217,9 @@ class TaskFile(Section):
     reader: Literal["hub", "arrow", "olmes-requests", "jsonl"] = Field(
         description="hub: the layout lm-eval expects; arrow: a `datasets` folder; olmes-requests: OLMES request files"
     )
+
+    @model_validator(mode="after")
+    def _the_hub_has_a_reader_of_its_own(self) -> TaskFile:
+        if (self.reader == "hub") != isinstance(self.source, HubSource):
+            raise wrong("reader", "`reader: hub` goes with a `hub:` source, and only with it")
+        return self

@@ -28,6 +28,18 @@ class PerplexitySuite(Section):
         return self
 
 
+METRICS = {
+    "boolq": ("acc",),
+    "piqa": ("acc", "acc_norm"),
+    "hellaswag": ("acc", "acc_norm"),
+    "winogrande": ("acc",),
+    "arc_easy": ("acc", "acc_norm"),
+    "arc_challenge": ("acc", "acc_norm"),
+    "openbookqa": ("acc", "acc_norm"),
+}
+"""Task whose scored rows are known here -> what the harness computes of it."""
+
+
 class ZeroShotSuite(Section):
     """Zero-shot accuracy by the Language Model Evaluation Harness."""
 
@@ -39,7 +51,7 @@ class ZeroShotSuite(Section):
         description="tokens of a forward pass, padding included; fewer if a GPU's memory does not hold them",
     )
     add_bos: bool = True
-    max_length: Positive = 2048
+    max_length: AtLeastTwo = 2048
     seed: Seed = 0
 
 

@@ -26,9 +26,10 @@ def used_entries(study: Study) -> set[Entry]:
     entries = [(section, name) for section in _sections(study) for name in getattr(study, section)]
     needs: dict[Entry, set[Entry]] = {entry: set() for entry in entries}
     for place, section, name in references(study):
-        for entry in entries:
-            if place.startswith(".".join((*entry, ""))):
-                needs[entry].add((section, name))
+        # Names may hold dots, so that one begins another: the longest is meant.
+        owners = [entry for entry in entries if place.startswith(".".join((*entry, "")))]
+        if owners:
+            needs[max(owners, key=lambda entry: len(entry[1]))].add((section, name))
     used: set[Entry] = set()
     pending = [entry for entry in entries if entry[0] in ("tables", "figures")]
     while pending:

@@ -150,8 +150,6 @@ def _convert(row: Record, number: int, schema: Schema) -> Record:
 def _rows(task: TaskFile, schema: Schema, cache: Path) -> Iterator[Iterable[Record]]:
     """The rows of a task's source, as they are there."""
     if isinstance(task.source, HubSource):
-        if task.reader != "hub":
-            raise RankwiseError(f"`reader: {task.reader}` reads files; a `hub:` source has `reader: hub`.")
         yield hub.load_rows(task.source)
         return
     with source_files(task.source, cache) as files:
@@ -159,10 +157,8 @@ def _rows(task: TaskFile, schema: Schema, cache: Path) -> Iterator[Iterable[Reco
             yield _arrow(files)
         elif task.reader == "olmes-requests":
             yield _olmes(files, schema)
-        elif task.reader == "jsonl":
-            yield (row for _, row in iter_records(files, "jsonl", ()))
         else:
-            raise RankwiseError("`reader: hub` reads a `hub:` source; files have `jsonl`, `arrow` or `olmes-requests`.")
+            yield (row for _, row in iter_records(files, "jsonl", ()))
 
 
 def _arrow(files: list[Path]) -> Iterable[Record]:
