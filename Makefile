@@ -4,7 +4,7 @@
 # make check        before a commit: style, types and the fast tests that run no whole model
 # make test         the checks and the tests; for root, apt installs SLURM and Chromium if they are missing, else their tests are skipped
 # make test-slurm   of these, the tests on a throw-away SLURM cluster, 9 minutes
-# make bench        how fast parts are against plain forward passes, within 8 minutes: make bench (SIZE=7b on a GPU; FILE=bench.json)
+# make bench        how fast parts are against plain forward passes, within 8 minutes: make bench (SIZE=7b on a GPU, within 10; FILE=bench.json)
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml (GPUS=0 without GPUs)
 # make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
 # make docs         the pages as a site in site/, to be opened at site/index.html
