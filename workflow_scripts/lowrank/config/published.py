@@ -18,6 +18,7 @@ from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 
 KEY_COLUMNS = ("model", "ratio", "method")
+Values = tuple[dict[str, float | None], ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Published:
     reference: PublishedRow
     citation: str
     notes: tuple[str, ...]
-    values: tuple[dict[str, float | None], ...]
+    values: Values
 
     @property
     def title(self) -> str:
@@ -55,22 +56,23 @@ def find_published(folder: str | Path, reference: PublishedRow, place: str) -> P
     """
     path = _file_of(Path(folder), reference, place)
     citation, notes = read_comments(path)
-    frame = read_published(path)
+    values = _values_by_row(path, *_state(path)).get((reference.model, reference.ratio, reference.method))
+    if values is None:
+        raise _not_there(read_published(path), path, reference, place)
+    return Published(reference, citation, notes, values)
+
+
+def _not_there(frame: pd.DataFrame, path: Path, reference: PublishedRow, place: str) -> RankwiseError:
+    """Which key of a reference leads nowhere, after those before it."""
     for column in KEY_COLUMNS:
         wanted = getattr(reference, column)
         chosen = frame[frame[column] == wanted]
         if chosen.empty:
-            known = [str(value) for value in dict.fromkeys(frame[column])]
-            raise RankwiseError(
-                f"{place}.{column}: '{wanted}' is not in {path}{_of_row(reference, column)}"
-                f"{suggestion(str(wanted), known)}"
-            )
+            break
         frame = chosen
-    records = frame.drop(columns=list(KEY_COLUMNS)).to_dict(orient="records")
-    values = tuple(
-        {str(key): None if pd.isna(value) else float(value) for key, value in row.items()} for row in records
-    )
-    return Published(reference, citation, notes, values)
+    known = [str(value) for value in dict.fromkeys(frame[column])]
+    hint = suggestion(str(wanted), known)
+    return RankwiseError(f"{place}.{column}: '{wanted}' is not in {path}{_of_row(reference, column)}{hint}")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -79,13 +81,28 @@ def read_published(path: Path) -> pd.DataFrame:
     Raises:
         RankwiseError: a key column is missing, or a value is no number.
     """
+    return _read_published(path, *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with a file: it is read once, since a study refers to a hundred rows of a few files."""
     state = path.stat()
-    return _read_published(path, state.st_mtime_ns, state.st_size)
+    return state.st_mtime_ns, state.st_size
+
+
+@cache
+def _values_by_row(path: Path, changed: int, size: int) -> dict[tuple[str, int, str], Values]:
+    """(model, ratio, method) -> the values of its lines."""
+    found: dict[tuple[str, int, str], Values] = {}
+    for line in _read_published(path, changed, size).to_dict(orient="records"):
+        key = (line.pop("model"), line.pop("ratio"), line.pop("method"))
+        values = {str(name): None if pd.isna(value) else float(value) for name, value in line.items()}
+        found[key] = (*found.get(key, ()), values)
+    return found
 
 
 @cache
 def _read_published(path: Path, changed: int, size: int) -> pd.DataFrame:
-    """Read once, since a study refers to a hundred rows of a few files."""
     try:
         frame = pd.read_csv(path, comment="#", dtype={"model": "str", "method": "str"})
     except (ValueError, OSError) as error:
@@ -104,6 +121,11 @@ def read_comments(path: Path) -> tuple[str, tuple[str, ...]]:
     Raises:
         RankwiseError: the file cannot be read, or the first line does not cite a source.
     """
+    return _read_comments(path, *_state(path))
+
+
+@cache
+def _read_comments(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before the first line
     except (UnicodeDecodeError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from lowrank.config.references import references
@@ -26,10 +27,8 @@ def used_entries(study: Study) -> set[Entry]:
     entries = [(section, name) for section in _sections(study) for name in getattr(study, section)]
     needs: dict[Entry, set[Entry]] = {entry: set() for entry in entries}
     for place, section, name in references(study):
-        # Names may hold dots, so that one begins another: the longest is meant.
-        owners = [entry for entry in entries if place.startswith(".".join((*entry, "")))]
-        if owners:
-            needs[max(owners, key=lambda entry: len(entry[1]))].add((section, name))
+        if owner := _owner(place, needs):
+            needs[owner].add((section, name))
     used: set[Entry] = set()
     pending = [entry for entry in entries if entry[0] in ("tables", "figures")]
     while pending:
@@ -38,6 +37,14 @@ def used_entries(study: Study) -> set[Entry]:
             used.add(entry)
             pending.extend(needs[entry])
     return used
+
+
+def _owner(place: str, entries: Container[Entry]) -> Entry | None:
+    """The entry that a YAML path leads into. Names may hold dots, so that one begins another: the longest is meant."""
+    section, _, rest = place.partition(".")
+    parts = rest.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next(((section, name) for name in names if (section, name) in entries), None)
 
 
 def _sections(study: Study) -> list[str]:

@@ -272,18 +272,22 @@ def linear_modules(dimensions: Dimensions) -> Iterator[LinearModule]:
         yield from linear_modules_of_block(dimensions, layer)
 
 
-def linear_modules_of_block(dimensions: Dimensions, layer: int) -> Iterator[LinearModule]:
+def linear_modules_of_block(dimensions: Dimensions, layer: int) -> tuple[LinearModule, ...]:
     """The linear layers of one block; those of the others have the same sizes."""
-    family = family_for(dimensions)
-    sizes = {
-        "hidden": dimensions.hidden,
-        "intermediate": dimensions.intermediate,
-        "query": dimensions.heads * dimensions.head_dim,
-        "key_value": dimensions.kv_heads * dimensions.head_dim,
-    }
-    for linear in family.types:
-        name = f"{family.blocks}.{layer}.{linear.path}"
-        yield LinearModule(name, layer, linear, sizes[linear.output], sizes[linear.input])
+    query, key_value = dimensions.heads * dimensions.head_dim, dimensions.kv_heads * dimensions.head_dim
+    sizes = (dimensions.hidden, dimensions.intermediate, query, key_value)
+    return _modules_of_block(dimensions.family, dimensions.experts, sizes, layer)
+
+
+@cache
+def _modules_of_block(family: str, experts: int, widths: tuple[int, ...], layer: int) -> tuple[LinearModule, ...]:
+    """Made once: the check of a config asks for them hundreds of times."""
+    entry = family_with(family, experts)
+    sizes = dict(zip(("hidden", "intermediate", "query", "key_value"), widths, strict=True))
+    return tuple(
+        LinearModule(f"{entry.blocks}.{layer}.{linear.path}", layer, linear, sizes[linear.output], sizes[linear.input])
+        for linear in entry.types
+    )
 
 
 def unknown_family(config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES, Dimensions, LinearModule, has_native_bias, linear_modules
@@ -69,7 +70,7 @@ class Budget:
         """The budget of a model from its shape alone."""
         return cls(dimensions, tuple(linear_modules(dimensions)))
 
-    @property
+    @cached_property
     def dense_parameters(self) -> int:
         """Weights of all linear layers of the dense decoder."""
         return sum(module.parameters for module in self.modules)
