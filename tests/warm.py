@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import psutil
 
+from tests.workflow.clones import SNAKEMAKE
+
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Without the hub, and with one thread a process: the models are tiny."""
@@ -38,7 +40,7 @@ LOADED = (
     ),
     *("safetensors.torch", "datasets", "accelerate", "deepspeed", "botorch.optim", "gpytorch"),
     *("lm_eval.models.huggingface", "lm_eval.evaluator", "pandas", "matplotlib.figure", "matplotlib.font_manager"),
-    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "snakemake.cli"),
+    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", *SNAKEMAKE),
 )
 
 

@@ -18,9 +18,24 @@ from typing import Any, NamedTuple
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
+MADE = ("results", ".snakemake")
 PARTS = ("Snakefile", "rules", "config", "profiles", "envs", "workflow_scripts")
 BEING_WRITTEN = ("*.pyc.*", "fingerprints.json.*")
 """Temporary names, which may be gone before they are copied; Python's caches themselves are valid in a copy."""
+SNAKEMAKE = (
+    *("snakemake.cli", "snakemake.profiles", "snakemake.assets", "snakemake.storage"),
+    *(
+        "snakemake.report.html_reporter",
+        "requests",
+        "chardet",
+        "smart_open",
+        "yte",
+        "platformdirs",
+        "pandas",
+        "pydantic",
+    ),
+)
+"""What a run of Snakemake imports, but for the code of a checkout."""
 LARGE = 1_100_000
 """Bytes of a pretended file of tensors: more than Snakemake compares by content unless told to."""
 
@@ -44,19 +59,31 @@ class Given(NamedTuple):
 def pool() -> ProcessPoolExecutor:
     """Two processes at a time, each for one task."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["snakemake.cli"])
+    context.set_forkserver_preload(list(SNAKEMAKE))
     return ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1)
 
 
 def clone(source: Path, target: Path) -> Path:
-    """A copy of a checkout with the times of all files; of this repository without its results, else with them."""
-    for part in (*PARTS, *(() if source == REPOSITORY else ("results", ".snakemake"))):
+    """A copy of a checkout with the times of all files; of this repository without its results, else with them.
+
+    Results, what Snakemake has noted of them and Python's caches are links, since nobody writes into such a file.
+    """
+    for part in (*PARTS, *(() if source == REPOSITORY else MADE)):
         if (source / part).is_dir():
-            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("log", *BEING_WRITTEN))
+            ignore = shutil.ignore_patterns("log", *BEING_WRITTEN)
+            how = os.link if part in MADE else _copy
+            shutil.copytree(source / part, target / part, ignore=ignore, copy_function=how)
         elif (source / part).is_file():
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / part, target / part)
     return target
+
+
+def _copy(source: str, target: str) -> None:
+    if source.endswith(".pyc") and not source.startswith(str(REPOSITORY)):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 # --- in processes of their own ---
@@ -83,7 +110,7 @@ def pretend_finished(checkout: Path, config: str) -> None:
     touch.Executor.run_job = pretend  # type: ignore[method-assign]
     touch.Executor.SLEEPING_TIME = 0  # type: ignore[assignment]
     _silence(checkout)
-    _snakemake(checkout, config, "--touch", "--forceall")
+    _snakemake(checkout, config, "--touch", "--forceall", "--cores", "1000")  # a round of the scheduler for many jobs
 
 
 def reruns(checkout: Path, config: str, *arguments: str) -> list[Rerun]:

@@ -14,6 +14,8 @@ Node = tuple[str, str]
 """A module, and a name in it (or `name.attribute`); `*` for all of it, and nothing for what its import does."""
 WHOLE, ON_IMPORT = "*", ""
 
+_SILENT = {"ctx", "kind", "type_comment"}
+"""Fields of a syntax tree that follow from others, or say nothing."""
 INERT = {"dataclass", "cache", "lru_cache", "contextmanager", "no_grad", "inference_mode", "overload"}
 """Decorators that hand what they decorate to nobody."""
 
@@ -70,16 +72,17 @@ class Module:
         """What code of this module refers to, wherever it stands in a statement, imports inside functions included."""
         found = Uses()
         for statement in statements:
-            nodes = list(_walked(statement))
-            for _, origin in (pair for node in nodes for pair in _imported(node)):
-                self._add(found, "", origin, "")
-            owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-            names = [(node.id, "") for node in nodes if isinstance(node, ast.Name) and id(node) not in owners]
-            names += [
-                (node.value.id, node.attr)
-                for node in nodes
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            ]
+            names: set[tuple[str, str]] = set()
+            owners: set[int] = set()
+            for node in _walked(statement):  # an attribute comes before the name that has it
+                if isinstance(node, ast.Name) and id(node) not in owners:
+                    names.add((node.id, ""))
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owners.add(id(node.value))
+                    names.add((node.value.id, node.attr))
+                elif isinstance(node, ast.Import | ast.ImportFrom):
+                    for _, origin in _imported(node):
+                        self._add(found, "", origin, "")
             for name, attribute in names:
                 if name in self.definitions:
                     found.nodes.add((self.name, name))
@@ -126,11 +129,11 @@ def last_name(decorator: ast.expr) -> str:
 
 def _spelled(value: object) -> str:
     if isinstance(value, ast.AST):
-        fields = [
-            f"{name}={_spelled(inner)}"
-            for name, inner in ast.iter_fields(value)
-            if name not in ("ctx", "kind", "type_comment") and inner is not None and inner != []
-        ]
+        fields = []
+        for name in value._fields:
+            inner = getattr(value, name, None)
+            if inner is not None and inner != [] and name not in _SILENT:
+                fields.append(f"{name}={_spelled(inner)}")
         return f"{type(value).__name__}({' '.join(fields)})"
     if isinstance(value, list):
         return f"[{','.join(_spelled(each) for each in value if not _says_nothing(each))}]"
@@ -138,11 +141,19 @@ def _spelled(value: object) -> str:
 
 
 def _walked(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those for type checkers."""
-    if not _is_type_checking(tree):
-        yield tree
-        for child in ast.iter_child_nodes(tree):
-            yield from _walked(child)
+    """All nodes but those for type checkers, each before its children; without contexts, which say nothing."""
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if _is_type_checking(node):
+            continue
+        yield node
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, list):
+                pending.extend(each for each in value if isinstance(each, ast.AST))
+            elif isinstance(value, ast.AST) and name != "ctx":
+                pending.append(value)
 
 
 def _is_type_checking(node: object) -> bool:
