@@ -67,9 +67,10 @@ def snakemake(arguments: Sequence[str]) -> int:
 
 
 def arguments_of(own: Own) -> list[str]:
-    """Snakemake's arguments for a study."""
+    """Snakemake's arguments for a study: of one model, so that what the profile gives one thread may have more."""
     folder = own.out.absolute()
     return [
+        *("--set-threads", "compress_model=8", "evaluate_perplexity=8", "sample_calibration=1"),
         *("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(folder)),
         *("--configfile", str(own.config.absolute()), "--profile", str(REPOSITORY / "profiles/local")),
     ]

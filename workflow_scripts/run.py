@@ -26,6 +26,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.errors import RankwiseError
+from lowrank.jobs.gpus import usable_gpus
 from lowrank.jobs.log_file import ending
 from lowrank.jobs.record import LOGS
 from lowrank.layout import study_of
@@ -88,7 +89,8 @@ class Watch(logging.Filter):
         """Learn what jobs are expected to take, from the config that the run has left beside its logs."""
         if not self.course.plan and LOGS in log:
             with contextlib.suppress(RankwiseError):  # without it, no time left is told
-                self.course.plan = planned_seconds(study_of(Path(log.partition(LOGS)[0])))
+                study = study_of(Path(log.partition(LOGS)[0]))
+                self.course.plan = planned_seconds(study, gpu=bool(usable_gpus(os.environ)))
 
     def _error(self, record: logging.LogRecord) -> None:
         """Show the job's own error; Snakemake's block of a failed job has it as its message, too."""

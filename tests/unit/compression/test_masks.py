@@ -14,7 +14,7 @@ from lowrank.compression.masks import MaskedLinear, MaskTraining
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
 from tests import tiny
-from tests.unit.model.factor_samples import TOKENS
+from tests.unit.model.factor_samples import CPU, TOKENS
 
 
 def a_layer(k: int) -> MaskedLinear:
@@ -28,7 +28,7 @@ def test_a_mask_is_one_as_often_as_the_logit_says(temperature: float) -> None:
     masks._draw_masks({"a": layer}, logits, [len(logits)], temperature, torch.Generator().manual_seed(0))
     assert set(layer.mask.unique().tolist()) == {0.0, 1.0}
     means = layer.mask.view(3, -1).mean(1)
-    assert torch.allclose(means, torch.sigmoid(torch.tensor([-2.0, 0.0, 1.0])), atol=0.02)
+    assert torch.allclose(means, 1 - torch.exp(-torch.exp(torch.tensor([-2.0, 0.0, 1.0]))), atol=0.02)
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_sigmoid_at_the_noise(seed: int, temperature
     layers = {"a": a_layer(3), "b": a_layer(4)}
     masks._draw_masks(layers, logits, [3, 4], temperature, torch.Generator().manual_seed(seed))
     uniform = torch.rand(7, generator=torch.Generator().manual_seed(seed))
-    noise = torch.log(uniform) - torch.log1p(-uniform)
+    noise = -torch.log(-torch.log(uniform))
     p = 1 / (1 + torch.exp(-(logits.detach() + noise) / temperature))
     found = torch.cat([layer.mask for layer in layers.values()])
     assert torch.equal(found.detach().round(), (logits.detach() + noise > 0).float())
@@ -61,13 +61,64 @@ def test_the_distance_is_of_the_states_that_transformers_shows(kind: str) -> Non
     dense.weight.data = (u * s * layer.mask) @ vh
     wrong = model(TOKENS[:3], output_hidden_states=True).hidden_states
     middle, last = (tiny.LAYERS - 1) // 2 + 1, tiny.LAYERS
-    by_hand = sum(float((wrong[i] - right[i]).square().mean() / right[i].square().mean()) for i in (middle, last))
+    by_hand = sum(
+        float(((wrong[i] - right[i]).norm(dim=-1) / right[i].norm(dim=-1)).square().mean()) for i in (middle, last)
+    )
     assert found == pytest.approx(by_hand, rel=1e-5)
     assert found > 0
 
 
+def test_a_token_with_huge_states_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token's states are a thousand times as large as others: a share of all would see nothing else."""
+    right = torch.ones(1, 4, 8)
+    right[:, 0] *= 1000
+    wrong = right.clone()
+    wrong[:, 1:] += 0.5
+    states = iter([[right, right], [wrong, wrong]])
+    monkeypatch.setattr(masks, "_states", lambda model, ids: next(states))
+    assert float(masks._distance(tiny.model("llama"), TOKENS[:1], {})) == pytest.approx(2 * 0.25 * 3 / 4)
+
+
+def test_when_the_budget_is_met_pressure_acts_only_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss that draws all logits up again, those that met the budget last are taken."""
+    model = tiny.model("llama")
+    name = "model.layers.0.self_attn.q_proj"
+    layer = MaskedLinear(torch.randn(8, tiny.HIDDEN), torch.randn(tiny.HIDDEN, 8), None)
+    pressures: list[float] = []
+    asked: list[bool] = []
+
+    def pressure(training: MaskTraining, step: int) -> float:
+        pressures.append(step)
+        return 100.0
+
+    def enough(counts: dict[str, int]) -> bool:
+        asked.append(counts[name] <= 4)
+        return asked[-1]
+
+    monkeypatch.setattr(masks, "_pressure", pressure)
+    pull = torch.linspace(3, 5, 8)
+    monkeypatch.setattr(masks, "_distance", lambda model, ids, layers: (pull - layers[name].mask).square().sum())
+    training = MaskTraining(400, 1, 0.2, 0.4, 0.1, 0.01, 20, 0)
+    monkeypatch.setattr(masks, "FIRST_LOGIT", 2.0)
+    monkeypatch.setattr(masks, "LAST_LOGIT", -1.0)
+    monkeypatch.setattr(masks, "_draw_masks", _as_they_are)
+    found = masks.trained_masks(model, TOKENS[:2], {name: layer}, enough, training, CPU)[name]
+    met = asked.index(True)
+    assert len(asked) == met + 20 + 1
+    assert int((found > 0).sum()) <= 4
+    assert not all(asked[met:])
+    assert pressures == [*range(met), *[met] * asked[met:-1].count(False)]
+
+
+def _as_they_are(layers: Any, logits: torch.Tensor, sizes: Any, temperature: float, generator: Any) -> None:
+    """Logits in the place of masks, so that a loss may pull them."""
+    with torch.enable_grad():
+        for layer, part in zip(layers.values(), torch.split(logits, sizes), strict=True):
+            layer.mask = part * 1.0
+
+
 def test_a_pressure_that_outgrows_numbers_says_what_to_lower() -> None:
-    training = MaskTraining(10_000, 1, 0.1, 0.4, 1e-3, 0.2, 0)
+    training = MaskTraining(10_000, 1, 0.1, 0.4, 1e-3, 0.2, 0, 0)
     assert masks._pressure(training, 100) == pytest.approx(1e-3 * 1.2**100)
     with pytest.raises(RankwiseError, match=r"by step 9000 .* lower `growth`"):
         masks._pressure(training, 9000)

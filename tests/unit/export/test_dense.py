@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,46 @@ def test_one_width_costs_no_zeros_but_biases(kind: str, tmp_path: Path) -> None:
     assert stock.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert stock.config["ffn_dim" if kind == "opt" else "intermediate_size"] == 96
     assert opened(model, tmp_path / "dense").num_parameters() == stock.parameters
+
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "qwen2": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_readers_of_other_versions_find_the_rotation(kind: str, tmp_path: Path) -> None:
+    """Those of before transformers 5 look for other keys, and take 10,000 where there are none."""
+    rope = ROTATIONS[kind]
+    base = tiny.model(kind)
+    model = type(base)(type(base.config)(**(base.config.to_dict() | {"rope_parameters": dict(rope)})))
+    model.load_state_dict(base.state_dict())
+    stock = opened(model, tmp_path / "dense")
+    assert stock.config.rope_parameters == rope
+    written = json.loads((tmp_path / "dense/config.json").read_text())
+    assert written["rope_theta"] == rope["rope_theta"]
+    scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert written["rope_scaling"] == (None if rope["rope_type"] == "default" else scaled)
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    assert torch.allclose(stock(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_two_rotations_are_found_by_readers_of_other_versions(tmp_path: Path) -> None:
+    model = tiny.model("gemma3_text")
+    stock = opened(model, tmp_path / "dense")
+    written = json.loads((tmp_path / "dense/config.json").read_text())
+    rope = model.config.rope_parameters
+    assert stock.config.rope_parameters == rope
+    assert written["rope_theta"] == rope["full_attention"]["rope_theta"]
+    assert written["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
 
 
 def test_zeros_are_counted() -> None:

@@ -56,6 +56,15 @@ def test_tokens_stand_at_their_places(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.merges"] == merges
 
 
+def test_a_special_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:
+    """As the one for images in the tokenizer of Gemma's text models."""
+    tokenizer = tiny.tokenizer()
+    count = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<image>", special=True)], special_tokens=True)
+    texts = fields(tokenizer, tmp_path, count)["tokenizer.ggml.tokens"]
+    assert texts == tokenizer.convert_ids_to_tokens(range(count))
+
+
 def _model(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
     found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]

@@ -283,6 +283,20 @@ def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     refused(folder, tmp_path, "one `config.json`, and here are 0")
 
 
+def test_special_tokens_without_an_embedding(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer of Gemma's text models has one for images; many fine-tunes have one for padding."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<filled{index}>" for index in range(VOCABULARY - len(tokenizer))])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == VOCABULARY + 1
+    tokenizer.save_pretrained(folder)
+    fetch(folder, tmp_path)
+    assert "no embedding of <image>" in caplog.text
+    tokenizer.add_tokens(["ordinary"])
+    tokenizer.save_pretrained(folder)
+    refused(folder, tmp_path / "again", "They do not belong together")
+
+
 def test_a_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()

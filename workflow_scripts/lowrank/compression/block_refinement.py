@@ -24,6 +24,9 @@ from lowrank.model.partial_forward import exchanged, output_of
 
 log = logging.getLogger(__name__)
 
+SEEDS_APART = 1_000_003
+"""Between the draws of a seed's blocks and those of the next seed: no block draws as one of another seed does."""
+
 
 @dataclass(frozen=True)
 class BlockRefinement:
@@ -85,7 +88,7 @@ class BlockRefinement:
         for weight in weights:
             weight.requires_grad_(True)
         optimiser = torch.optim.AdamW(weights, lr=self.learning_rate)
-        generator = torch.Generator().manual_seed(self.seed + layer)
+        generator = torch.Generator().manual_seed(self.seed * SEEDS_APART + layer)
         with torch.enable_grad():
             for _ in range(self.epochs):
                 for chosen in torch.split(torch.randperm(len(ids), generator=generator), self.batch_size):

@@ -3,12 +3,14 @@
 Each matrix is W = B A with all of its directions, and runs as B diag(m) A. Each direction has a logit w; in training
 its mask is drawn anew in every step,
 
-    m = 1 if sigmoid((w + g) / t) > 1/2 else 0,    g the difference of two Gumbel variates,
+    m = 1 if sigmoid((w + g) / t) > 1/2 else 0,    g a Gumbel variate,
 
-so that it is 1 with probability sigmoid(w), and the gradient goes through as if m were the sigmoid itself (straight
-through). The loss is the mean square error of the hidden states after the middle block and in front of the head, each
-as a share of their mean square, plus `pressure` times the mean logit, directions weighed by their parameters. The
-pressure grows from step to step until the directions with w > 0 meet the budget; then training ends.
+so that it is 1 with probability 1 - exp(-exp(w)), and the gradient goes through as if m were the sigmoid itself
+(straight through). The loss is the square error of the hidden states after the middle block and in front of the head,
+of each token as a share of its own size (the first token's states are a thousand times as large as others), plus
+`pressure` times the mean logit, directions weighed by their parameters. The pressure grows from step to step until the
+directions with w > 0 meet the budget; then it acts only where they do not, for some steps more, in which the loss alone
+exchanges directions.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class MaskTraining:
         learning_rate: of Adam, on the logits.
         temperature: t.
         pressure: on the mean logit, in the first step.
-        growth: by which share it grows from step to step.
+        growth: by which share it grows from step to step, until the budget is met.
+        settle: steps from then on.
         seed: of windows and masks.
     """
 
@@ -82,7 +85,23 @@ class MaskTraining:
     temperature: float
     pressure: float
     growth: float
+    settle: int
     seed: int
+
+
+@dataclass
+class _Course:
+    """How far the training is.
+
+    Attributes:
+        step: the next one.
+        met: the first step before which the budget was met; None before that.
+        best: the logits that met it last.
+    """
+
+    step: int = 0
+    met: int | None = None
+    best: torch.Tensor | None = None
 
 
 def trained_masks(
@@ -117,32 +136,39 @@ def trained_masks(
     ).to(device)  # fmt: skip
     weight /= weight.sum()
     optimiser = torch.optim.Adam([logits], lr=training.learning_rate)
-    begin = _restored(parts, optimiser, logits)
-    for step in range(begin, training.steps + 1):
-        if enough(_counts(layers, logits, sizes)):
+    course = _restored(parts, optimiser, logits)
+    while True:
+        step, meets = course.step, enough(_counts(layers, logits, sizes))
+        if meets:
+            course.best = logits.detach().clone()
+        if meets and course.met is None:
             log.info("masks: the budget is met after %d steps", step)
-            return dict(zip(layers, torch.split(logits.detach().cpu(), sizes), strict=True))
-        if step == training.steps:
+            course.met = step
+        if step == training.steps or (course.met is not None and step == course.met + training.settle):
             break
         generator = torch.Generator().manual_seed(training.seed * training.steps + step)
         chosen = torch.randint(len(tokens), (training.batch_size,), generator=generator)
         _draw_masks(layers, logits, sizes, training.temperature, generator)
         with torch.enable_grad():
             loss = _distance(model, tokens[chosen].to(device), layers)
-            pressure = _pressure(training, step)
+            pressure = 0.0 if meets else _pressure(training, step if course.met is None else course.met)
             total = loss + pressure * (weight * logits).sum()
         if not math.isfinite(float(total.detach())):
             raise RankwiseError(f"masks: the loss of step {step} is not finite; set `dtype: float32` for this model")
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward([total])
         optimiser.step()
-        if step % STEPS_KEPT == STEPS_KEPT - 1:
-            log.info("masks: step %d, distance of hidden states %.3g", step + 1, float(loss.detach()))
+        course.step += 1
+        if course.step % STEPS_KEPT == 0:
+            log.info("masks: step %d, distance of hidden states %.3g", course.step, float(loss.detach()))
             if parts is not None:
-                parts.save("masks", _state(optimiser, logits, step + 1))
-    raise RankwiseError(
-        f"masks: after {training.steps} steps they do not meet the budget yet; raise `steps`, `pressure` or `growth`"
-    )
+                parts.save("masks", _state(optimiser, logits, course))
+    if course.best is None:
+        raise RankwiseError(
+            f"masks: after {training.steps} steps they do not meet the budget yet; raise `steps`, `pressure` or "
+            "`growth`"
+        )
+    return dict(zip(layers, torch.split(course.best.cpu(), sizes), strict=True))
 
 
 def _pressure(training: MaskTraining, step: int) -> float:
@@ -174,24 +200,25 @@ def _draw_masks(
 ) -> None:
     """Give every layer a mask, with a gradient to its logits."""
     uniform = torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
+    gumbel = -torch.log(-torch.log(uniform))
     with torch.enable_grad():
-        soft = torch.sigmoid((logits + uniform.logit()) / temperature)
+        soft = torch.sigmoid((logits + gumbel) / temperature)
         masks = (soft > 0.5).to(soft) + (soft - soft.detach())
         for layer, mask in zip(layers.values(), torch.split(masks, sizes), strict=True):
             layer.mask = mask
 
 
 def _distance(model: PreTrainedModel, ids: torch.Tensor, layers: Mapping[str, MaskedLinear]) -> torch.Tensor:
-    """Mean square errors of hidden states after the middle block and in front of the head, as shares of their size."""
+    """Square errors of hidden states after the middle block and before the head, as shares of each token's size."""
     with torch.no_grad():
         right = _states(model, ids)
     with exchanged(model, layers):
         found = _states(model, ids)
     shares = [
-        functional.mse_loss(one.float(), other.float()) / other.float().square().mean()
+        (one.float() - other.float()).square().sum(-1) / other.float().square().sum(-1)
         for one, other in zip(found, right, strict=True)
     ]
-    return torch.stack(shares).sum()
+    return torch.stack([share.mean() for share in shares]).sum()
 
 
 def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -209,26 +236,29 @@ def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     return caught
 
 
-def _state(optimiser: torch.optim.Adam, logits: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+def _state(optimiser: torch.optim.Adam, logits: torch.Tensor, course: _Course) -> dict[str, torch.Tensor]:
     """All that the next step depends on."""
     moments = optimiser.state[logits]
-    return {
+    met = {} if course.met is None or course.best is None else {"met": torch.tensor([course.met]), "best": course.best}
+    return met | {
         "logits": logits.detach(),
         "first": moments["exp_avg"],
         "second": moments["exp_avg_sq"],
-        "step": torch.tensor([step]),
+        "step": torch.tensor([course.step]),
     }
 
 
-def _restored(parts: Parts | None, optimiser: torch.optim.Adam, logits: torch.Tensor) -> int:
-    """Put a kept state back, if there is one; returns the step to begin with."""
+def _restored(parts: Parts | None, optimiser: torch.optim.Adam, logits: torch.Tensor) -> _Course:
+    """Put a kept state back, if there is one; returns where to go on."""
     kept = parts.load("masks") if parts is not None else None
     if kept is None:
-        return 0
+        return _Course()
     step = int(kept["step"])
     with torch.no_grad():
         logits.copy_(kept["logits"])
     moments = {name: kept[key].to(logits) for name, key in (("exp_avg", "first"), ("exp_avg_sq", "second"))}
     optimiser.state[logits] = {**moments, "step": torch.tensor(float(step))}
     log.info("masks: going on with step %d", step)
-    return step
+    if "met" not in kept:
+        return _Course(step)
+    return _Course(step, int(kept["met"]), kept["best"].to(logits.device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,26 @@ def _config(model: PreTrainedModel, family: str, numbers: dict[str, Any]) -> dic
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     config.dtype = model.dtype
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return found
+    return found | _names_of_before(found)
+
+
+def _names_of_before(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as transformers named them before version 5, which other readers, and older ones, still look for.
+
+    One that finds no `rope_theta` takes 10,000 without a word, and writes nonsense.
+    """
+    names: dict[str, Any] = {"torch_dtype": config["dtype"]}
+    rope = config.get("rope_parameters")
+    if not rope:
+        return names
+    if "full_attention" in rope:  # Gemma 3: one rotation for global blocks, one for those of a window
+        names["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    names["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        names["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaled = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return names | {"rope_scaling": None if scaled.get("rope_type", "default") == "default" else scaled}
 
 
 def _require_fit(stock: Stock) -> None:
@@ -181,7 +202,7 @@ def _require_fit(stock: Stock) -> None:
     Raises:
         RankwiseError: it has not; a tensor is named.
     """
-    config = CONFIG_MAPPING[stock.config["model_type"]](**stock.config)
+    config = CONFIG_MAPPING[stock.config["model_type"]](**copy.deepcopy(stock.config))  # which it fills in
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     family = FAMILIES[config.model_type]

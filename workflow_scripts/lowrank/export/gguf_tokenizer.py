@@ -71,6 +71,8 @@ def _tokens(tokenizer: dict[str, Any], vocabulary: int) -> tuple[list[bytes], li
         if model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[index] = int(TokenType.BYTE)
     for added in tokenizer.get("added_tokens", []):
+        if added["id"] >= vocabulary:  # without an embedding, see `sources.checks`
+            continue
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         texts[added["id"]], types[added["id"]] = added["content"].encode(), int(kind)
     if (unknown := model.get("unk_token")) in model["vocab"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lowrank.errors import RankwiseError
 from lowrank.export.blocks import base_shape
 from lowrank.export.dense import Stock, stock_model, write_stock
 from lowrank.export.gguf import write_gguf
@@ -94,7 +95,10 @@ def _opened(wish: Export) -> PreTrainedModel:
 def _dtype(checkpoint: Path) -> torch.dtype:
     """The dtype in which a checkpoint is stored."""
     built = read_record(checkpoint / "config.json")
-    return parse_dtype(str(built["dtype"] if "dtype" in built else built["torch_dtype"]))  # its name in older files
+    named = [built[key] for key in ("dtype", "torch_dtype") if built.get(key) is not None]  # the latter in older files
+    if not named:
+        raise RankwiseError(f"{checkpoint / 'config.json'}: states no `dtype`; add that of the weights.")
+    return parse_dtype(str(named[0]))
 
 
 def _card(checkpoint: Path) -> tuple[str, str]:

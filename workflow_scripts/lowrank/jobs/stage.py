@@ -33,6 +33,9 @@ PROJECT = Path(__file__).resolve().parents[3]
 FETCHING = "fetch_"
 """Rules of this name, and no others, may use the network; they run on the head node."""
 
+PASSES = ("collect_statistics", "collect_gradients")
+"""Rules that hold the sums of some blocks at a time."""
+
 ENVIRONMENT = "RANKWISE_ENVIRONMENT"
 """The variable that hands the head node's environment to its jobs."""
 
@@ -222,9 +225,14 @@ def memory_hint(job: Job, error: BaseException) -> str:
         more = f"{{gpu: {asked}, processes: 1}}` in the profile one process has all of them"
     else:
         more = f"{{gpu: {asked + 1}}}` in the profile it has one more"
+    fewer = (
+        f"`--set-resources {job.rule}:layers_per_pass=1` holds the sums of one block at a time; "
+        if job.rule in PASSES
+        else ""
+    )
     return (
-        f". The memory of a GPU is too small: with `set-resources: {job.rule}: {more}; which rules have their model on "
-        "several GPUs, and that `gpus_per_job: auto` counts them, is in docs/cluster.md."
+        f". The memory of a GPU is too small: {fewer}with `set-resources: {job.rule}: {more}; which rules have their "
+        "model on several GPUs, and that `gpus_per_job: auto` counts them, is in docs/cluster.md."
     )
 
 

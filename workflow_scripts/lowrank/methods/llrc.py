@@ -2,13 +2,13 @@
 
 Directions are ASVD's: W diag(s) = U E V', s_j = mean(|x_j|)^alpha, and all of them at the start. Masks over them are
 trained so that hidden states stay those of the dense model while the directions that are left become fewer
-(`compression.masks`). They need not be the first ones of a matrix. Training ends when the directions that are left meet
-the budget; a matrix that has as many as break-even or more is dense.
+(`compression.masks`). They need not be the first ones of a matrix. Training ends some steps after the directions that
+are left meet the budget; a matrix that has as many as break-even or more is dense.
 
-Ours beyond the paper: the noise is the difference of two Gumbel variates, so that a logit is the log-odds of its mask
-(the authors' program adds one); distances are shares of the states' own size; the pressure on the logits grows until
-the budget is met, where theirs oscillates; no term for smooth masks; ranks are multiples of 8, those with the largest
-logits, with what rounding frees given back.
+Ours beyond the paper: distances are shares of each token's own size; the pressure on the logits grows until the budget
+is met, where theirs is constant, and from then on it acts as theirs does, where the budget is not met; no term for
+smooth masks; ranks are multiples of 8, those with the largest logits (two versions of the program keep as many first
+directions instead), with what rounding frees given back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowrank.config.base import Name, Number, Positive
+from lowrank.config.base import Name, NotNegative, Number, Positive
 from lowrank.config.low_rank import LowRankSettings
 from lowrank.config.presets import Reads
 
@@ -55,6 +55,9 @@ class Settings(LowRankSettings):
     growth: Annotated[Number, Field(ge=0)] = Field(
         default=0.01, description="by which share the pressure grows from step to step, until the budget is met"
     )
+    settle: NotNegative = Field(
+        default=100, description="steps more from then on, with pressure only where the budget is not met"
+    )
 
     @property
     def is_random(self) -> bool:
@@ -87,7 +90,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     layers = _masked(task, device)
     training = MaskTraining(
         settings.steps, settings.batch_size, settings.learning_rate, settings.temperature, settings.pressure,
-        settings.growth, task.seed,
+        settings.growth, settings.settle, task.seed,
     )  # fmt: skip
     with on_devices(task.model, device):
         logits = trained_masks(task.model, task.required_tokens(), layers, enough, training, device, task.parts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank.cluster.plan import THREADS
-from lowrank.cluster.planned_jobs import planned_jobs
+from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import models_without_shape
 from lowrank.config.study import Study
@@ -22,35 +23,40 @@ STARTING = 10
 """Seconds at most that a job takes beside what it computes: to start, to open a small model."""
 BELIEVED = 20
 """Seconds of computing for which the plan is believed until more has been measured."""
+ALIKE = 2
+"""Planned computing of a rule's jobs that differs by no more is the same: then they take as long as one another."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What the plan expects of a job of a rule on average, in seconds: to start, and to compute."""
+    """What the plan expects of a job, in seconds: to start, and to compute."""
 
-    starting: float
-    computing: float
+    starting: float = 0.0
+    computing: float = 0.0
 
 
-def planned_seconds(study: Study) -> dict[str, Planned]:
-    """What the plan expects of each rule's jobs without a GPU, to an order of magnitude.
+UNPLANNED = Planned()
+
+
+def planned_seconds(study: Study, gpu: bool = False) -> dict[Job, Planned]:
+    """What the plan expects of each job, to an order of magnitude.
 
     What it allows a job of a cluster for its start is ten times what a small model takes. Empty if the config leaves
     out the shape of a model.
+
+    Args:
+        study: what runs.
+        gpu: whether jobs that compute on a GPU have one, and not the processor.
     """
     if models_without_shape(study):
         return {}
     estimator = Estimator(study)
-    found: dict[str, list[Planned]] = {}
+    found = {}
     for job in planned_jobs(study):
         need = estimator.need(job.rule, job.wildcards)
         allowed = need.work.seconds
-        planned = Planned(min(allowed / 10, STARTING), need.seconds(0, THREADS) - allowed)
-        found.setdefault(job.rule, []).append(planned)
-    return {
-        rule: Planned(sum(one.starting for one in each) / len(each), sum(one.computing for one in each) / len(each))
-        for rule, each in found.items()
-    }
+        found[job] = Planned(min(allowed / 10, STARTING), need.seconds(int(gpu and need.gpu), THREADS) - allowed)
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,29 @@ class Running:
     wildcards: Mapping[str, str]
     since: float
 
+    @property
+    def job(self) -> Job:
+        """Its name in the plan."""
+        return Job.of(self.rule, **self.wildcards)
+
 
 class Course:
     """What has been done of a run, told event by event; one thread may tell events while another reads.
 
     Attributes:
         waiting: rule -> jobs that have not ended yet.
-        plan: rule -> what a job is expected to take, before any has been measured.
+        plan: job -> what it is expected to take, before any like it has been measured.
         running: number of a job -> the job.
+        measured: rule -> its jobs that have ended well, with the seconds that they took.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.began = clock()
         self.waiting: dict[str, int] = {}
-        self.plan: Mapping[str, Planned] = {}
+        self.plan: Mapping[Job, Planned] = {}
         self.running: dict[int, Running] = {}
-        self.measured: dict[str, list[float]] = {}
+        self.measured: dict[str, dict[Job, float]] = {}
         self._lock = threading.RLock()
 
     def will_run(self, jobs: Mapping[str, int]) -> None:
@@ -96,7 +108,7 @@ class Course:
             if (job := self.running.pop(number, None)) is None or not well:
                 return
             self.waiting[job.rule] -= 1
-            self.measured.setdefault(job.rule, []).append(self.clock() - job.since)
+            self.measured.setdefault(job.rule, {})[job.job] = self.clock() - job.since
 
     @property
     def done(self) -> int:
@@ -113,53 +125,74 @@ class Course:
     def left(self) -> float | None:
         """Seconds until the end, about; None before a job has been measured that the plan knows.
 
-        A rule's jobs take as long as those of it that were measured; those of other rules as long as the plan says,
-        with all computing as much slower than planned as it has been so far. Of those that ran beside another so far
-        half will do so, since the last ones wait for each other.
+        A job takes as long as those of its rule that were measured, if the plan has them alike; else as long as the
+        plan says, with all computing as much slower than planned as that of its rule has been so far, or of all. Of
+        those that ran beside another so far half will do so, since the last ones wait for each other.
         """
         with self._lock:
             return self._left()
 
     def _left(self) -> float | None:
-        if not any(rule in self.plan for rule in self.measured):
+        if not any(job in self.plan for jobs in self.measured.values() for job in jobs):
             return None
         now, slower = self.clock(), self._slower()
-        each = {rule: self._expected(rule, slower) for rule in self.waiting}
-        work = sum(count * each[rule] for rule, count in self.waiting.items())
-        so_far = {number: now - job.since for number, job in self.running.items()}
-        work -= sum(min(so_far[number], each[job.rule]) for number, job in self.running.items())
-        busy = sum(map(sum, self.measured.values())) + sum(so_far.values())
+        work = 0.0
+        for rule, (still, count) in self._still().items():
+            expects = self._expects(rule, slower)
+            work += count * _mean([expects(job) for job in still])
+        for running in self.running.values():
+            expected = self._expects(running.rule, slower)(running.job)
+            work += max(0.0, expected - (now - running.since))
+        busy = sum(sum(jobs.values()) for jobs in self.measured.values())
+        busy += sum(now - running.since for running in self.running.values())
         return work / (1 + max(0.0, busy / max(now - self.began, 1e-9) - 1) / 2)
 
-    def _expected(self, rule: str, slower: float) -> float:
-        """Seconds of a job."""
-        if rule in self.measured:
-            return sum(self.measured[rule]) / len(self.measured[rule])
-        planned = self.plan.get(rule, Planned(0, 0))
-        return planned.starting + slower * planned.computing
+    def _still(self) -> dict[str, tuple[list[Job], int]]:
+        """Rule -> its jobs that may not have begun yet, and how many have not; some may have ended before this run."""
+        begun = {running.job for running in self.running.values()}.union(*self.measured.values())
+        jobs: dict[str, list[Job]] = {rule: [] for rule in self.waiting}
+        for job in self.plan:
+            if job.rule in jobs and job not in begun:
+                jobs[job.rule].append(job)
+        running = Counter(job.rule for job in self.running.values())
+        return {rule: (jobs[rule], count - running[rule]) for rule, count in self.waiting.items()}
 
-    def _slower(self) -> float:
-        """How many times as long as planned computing takes here: of jobs that ended, and of those that are late."""
-        taken = expected = float(BELIEVED)
-        for rule, seconds in self.measured.items():
-            planned = self.plan.get(rule, Planned(0, 0))
+    def _expects(self, rule: str, slower: float) -> Callable[[Job], float]:
+        """What gives the seconds of a job of a rule."""
+        measured = self.measured.get(rule, {})
+        planned = [planned.computing for job, planned in self.plan.items() if job.rule == rule]
+        if measured and (not planned or max(planned) <= ALIKE * min(planned)):
+            mean = _mean(list(measured.values()))
+            return lambda job: mean
+        own = self._slower_than(slower, [(self._planned(job), seconds) for job, seconds in measured.items()])
+        return lambda job: self._planned(job).starting + own * self._planned(job).computing
+
+    def _planned(self, job: Job) -> Planned:
+        return self.plan.get(job, UNPLANNED)
+
+    @staticmethod
+    def _slower_than(before: float, measured: Iterable[tuple[Planned, float]]) -> float:
+        """How many times as long as planned computing takes: as before, as far as what was measured does not say."""
+        taken, expected = before * BELIEVED, float(BELIEVED)
+        for planned, seconds in measured:
             if planned.computing:
-                taken += sum(max(0.0, one - planned.starting) for one in seconds)
-                expected += len(seconds) * planned.computing
-        slower = taken / expected
-        for job in self.running.values():
-            planned = self.plan.get(job.rule, Planned(0, 0))
-            late = self.clock() - job.since - planned.starting
-            if planned.computing and late > slower * planned.computing:
-                taken += late
+                taken += max(0.0, seconds - planned.starting)
                 expected += planned.computing
         return taken / expected
 
+    def _slower(self) -> float:
+        """The same, of all jobs that ended, and of those that are late."""
+        found = [(self._planned(job), seconds) for jobs in self.measured.values() for job, seconds in jobs.items()]
+        slower = self._slower_than(1.0, found)
+        so_far = [(self._planned(job.job), self.clock() - job.since) for job in self.running.values()]
+        late = [(planned, now) for planned, now in so_far if now - planned.starting > slower * planned.computing]
+        return self._slower_than(1.0, [*found, *late])
+
     def _measured_share(self) -> float:
-        done, still = (
-            sum(planned.computing * count for rule, count in jobs.items() if (planned := self.plan.get(rule)))
-            for jobs in ({rule: len(each) for rule, each in self.measured.items()}, self.waiting)
-        )
+        done = sum(self._planned(job).computing for jobs in self.measured.values() for job in jobs)
+        still = sum(self._planned(job.job).computing for job in self.running.values())
+        for jobs, count in self._still().values():
+            still += count * _mean([self._planned(job).computing for job in jobs])
         return done / (done + still) if done else 0.0
 
     def __str__(self) -> str:
@@ -178,3 +211,7 @@ class Course:
             duration(self.clock() - self.began) + (f", {word} {duration(left)} left" if left is not None else "")
         )
         return " | ".join(parts)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

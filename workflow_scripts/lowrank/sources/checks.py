@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lowrank.model.checkpoint import stored_name
 from lowrank.model.families import FAMILIES, Family, has_native_bias, linear_modules, unknown_family
 from lowrank.model.modeling_rankwise import separate_projections
 from lowrank.model.shapes import bias_options, expert_numbers, intermediate_of, require_experts_everywhere
+
+log = logging.getLogger(__name__)
 
 SHOWN = 14  # more than the keys of `shape`, so that all of those are listed
 CHUNK = 2**22  # numbers of a tensor that are compared at once
@@ -254,11 +257,15 @@ def _check_tokenizer(name: str, model: Model, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # ValueError, OSError, KeyError, ... by what is missing
         raise RankwiseError(f"its tokenizer cannot be loaded ({error}). Add the tokenizer's files.") from error
-    if len(tokenizer) > model.shape.vocabulary:
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= model.shape.vocabulary}
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if beyond - special:
         raise RankwiseError(
             f"models.{name}.shape.vocabulary: the tokenizer has {len(tokenizer)} tokens, the model only "
             f"{model.shape.vocabulary}. They do not belong together."
         )
+    if beyond:  # as for images, in text models of Gemma 3; or one for padding that was added later
+        log.warning("the model has no embedding of %s; no text may hold them", ", ".join(sorted(beyond)))
 
 
 def _listing(title: str, problems: list[str]) -> str:

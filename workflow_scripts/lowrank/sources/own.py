@@ -25,7 +25,7 @@ from lowrank.config.study import Study
 from lowrank.config.use import SHIPPED
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
-from lowrank.files import write_error
+from lowrank.files import write_error, write_text
 from lowrank.model.shapes import model_config, shape_numbers
 from lowrank.sources.own_texts import absolute, text_sections, validation_section
 
@@ -136,7 +136,7 @@ def write_config(own: Own) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise RankwiseError(f"OUT: {out} holds other files; choose a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
-        config.write_text(own.text.replace("{again}", again(own)), encoding="utf-8")
+        write_text(config, own.text.replace("{again}", again(own)))
     except OSError as error:
         raise write_error(config, error) from error
 
