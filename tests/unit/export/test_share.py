@@ -224,7 +224,8 @@ def test_the_preset_on_a_card_makes_the_same_method(tmp_path: Path) -> None:
 def test_a_card_says_what_a_config_needs_to_make_it_again(tmp_path: Path) -> None:
     named = {"kind": "lord", "calibration": "c4", "covariance": "naive"}
     card = model_card(described("pairs") | {"method": named}, tmp_path)
-    shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+    own = "its study may have had its own by these names"
+    shipped = f"`use: presets/default.yaml` brings those that rankwise ships; {own}"
     assert f"this preset and those that it names (calibration `c4`, covariance `naive`; {shipped}) makes it" in card
     alone = model_card(described("pairs"), tmp_path)
     assert "A config with the model and this preset makes it again. Where" in alone

@@ -117,7 +117,8 @@ def _config(method: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> str:
     shown, name = ("these presets", "they name") if tuning else ("this preset", "it names")
     needs = f"the model and {shown}"
     if named:
-        shipped = "`use: presets/default.yaml` brings those that rankwise ships"
+        own = "its study may have had its own by these names"  # as a text that `make compress` was given
+        shipped = f"`use: presets/default.yaml` brings those that rankwise ships; {own}"
         needs = f"the model, {shown} and those that {name} ({', '.join(named)}; {shipped})"
     return f"A config with {needs} makes it again. Where it is `my.yaml`, and its `run:` is RUN:"
 
