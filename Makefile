@@ -8,7 +8,8 @@
 # make plan         what a study will need of memory, disk and time: make plan CONFIG=config/paper.yaml (GPUS=0 without GPUs)
 # make status       what of a run is done, runs, failed and is missing: make status RUN=results/quickstart
 # make docs         the pages as a site in site/, to be opened at site/index.html
-# make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv
+# make why          what would run and why: make why CONFIG=config/paper.yaml TARGET=results/paper/tables/table_1.csv (DIRECTORY=OUT for
+#                   the OUT/study.yaml of make compress)
 # All set up ./.venv first if it is missing.
 
 PYTHON ?= python3
@@ -85,7 +86,7 @@ status: setup
 	@PYTHONPATH=workflow_scripts python -m lowrank.progress.status $(call quoted,RUN)
 
 why: setup
-	@python workflow_scripts/why.py $(TARGET) --configfile $(call quoted,CONFIG) --cores 1
+	@python workflow_scripts/why.py $(TARGET) --configfile $(call quoted,CONFIG) $(call option,DIRECTORY,--directory=) --cores 1
 
 # With MODEL=folder also the peaks of `make memory`, which take their own time.
 bench: setup

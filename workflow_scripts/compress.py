@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from typing import TextIO
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
+from lowrank.cluster.needs import GIB
+from lowrank.cluster.plan import make_plan
 from lowrank.config.messages import did_you_mean
 from lowrank.errors import RankwiseError
 from lowrank.files import write_error
@@ -155,6 +158,18 @@ def _is_at(file: TextIO, path: Path) -> bool:
         return False
 
 
+def disk_remark(own: Own) -> list[str]:
+    """A line if more will lie in OUT than there is room for, by the plan: it would be noticed after hours."""
+    there = sum(path.lstat().st_size for path in own.out.rglob("*") if path.is_file() and not path.is_symlink())
+    needed, free = make_plan(own.study).disk - there, shutil.disk_usage(own.out).free
+    if needed <= free:
+        return []
+    return [
+        f"OUT: by the plan {needed / GIB:,.1f} GiB more will lie in {own.out}, and {free / GIB:,.1f} GiB are free "
+        "there; the run may stop on the way, and goes on when there is room"
+    ]
+
+
 def how_to_go_on(own: Own, wish: Wish, began: float) -> str:
     """What to do after a run that has stopped.
 
@@ -203,7 +218,8 @@ def main(given: Sequence[str], run: Callable[[Sequence[str]], int] = snakemake) 
         write_config(own)
         with alone(own):
             print(f"compressing {wish.model} by {wish.method}, {wish.ratio} %, in {own.out}", file=sys.stderr)
-            print(*own.remarks, sep="\n", end="\n" * len(own.remarks), file=sys.stderr)
+            for remark in [*own.remarks, *disk_remark(own)]:
+                print(remark, file=sys.stderr)
             began = time.time()
             code = run(arguments_of(own))
         if code:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(inputs: Path, out: Path, *more: str) -> list[str]:
     texts = ("--calibration", str(inputs / "calibration.txt"), "--test", str(inputs / "test.jsonl"))
     return ["--out", str(out), *texts, *more, "--", str(inputs / "model"), "20"]
+
+
+def test_too_small_a_disk_is_told_before_anything_runs(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = 2 * 10**6
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    for named in (True, False):
+        assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: 3) == 3
+        assert ("GiB are free there; the run may stop on the way" in capsys.readouterr().err) == named
+        free = 10**12
 
 
 def test_a_folder_becomes_a_checkpoint_and_a_table(

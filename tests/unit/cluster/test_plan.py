@@ -276,7 +276,7 @@ def test_make_plan_takes_the_number_of_gpus_and_the_plan_says_so(tmp_path: Path)
         text=True,
         check=True,
     )
-    assert made.stdout.rstrip().endswith("lowrank.cluster.plan '--gpus-per-job=0' config/quickstart.yaml")
+    assert made.stdout.rstrip().endswith("lowrank.cluster.plan '--gpus-per-job=0' 'config/quickstart.yaml'")
     assert "make plan CONFIG=... GPUS=0" in " ".join(run(str(ROOT / "config/quickstart.yaml")).stdout.split())
     assert "must be a whole number or `auto`, not 'none'" in run("x.yaml", "--gpus-per-job=none").stderr
 

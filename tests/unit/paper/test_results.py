@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 def test_each_number_is_a_line_with_what_it_is_of(run: Path) -> None:
     results = load_results(run)
     assert tuple(results.columns) == COLUMNS
-    assert len(results) == 2 * 2 + 7 + 5
+    assert len(results) == 2 * 2 + 7 + 6
     (line,) = results[(results["of"] == "speeches") & (results["seed"] == 1)].to_dict(orient="records")
     expected = {"model": "tiny", "method": "svd", "ratio": 20, "tuning": "none", "seed": 1, "suite": "ppl"}
     assert line == expected | {"of": "speeches", "measure": "perplexity", "value": 22.0, "stderr": pytest.approx(0.22)}

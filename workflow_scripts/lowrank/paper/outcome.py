@@ -74,6 +74,7 @@ def _measured(results: pd.DataFrame, row: Row) -> dict[str, str]:
     texts = mine[mine.index == "perplexity"]
     costs = mine["value"].drop(index="perplexity")
     unit, size = size_unit(costs["disk_bytes"])
+    loaded, of_weights = size_unit(costs["weight_bytes"])
     return {
         **{
             f"perplexity ({of})": estimate_text(value, stderr, 2)
@@ -81,6 +82,8 @@ def _measured(results: pd.DataFrame, row: Row) -> dict[str, str]:
         },
         "parameters": f"{costs['parameters'] / 1e6:,.2f} M",
         "linear weights removed": f"{100 * (1 - costs['linears_kept']):.1f} %",
+        # The model that came may be stored in another dtype than it runs in.
+        "weights in memory": f"{costs['weight_bytes'] / of_weights:.2f} {loaded}",
         "size on disk": f"{costs['disk_bytes'] / size:.2f} {unit}",
         "prompt, tokens/s": f"{costs['prefill_tokens_per_second']:,.0f}",
         "generation, tokens/s": f"{costs['decode_tokens_per_second']:,.1f}",

@@ -27,9 +27,9 @@ def load_results(run: str | Path) -> pd.DataFrame:
         A frame with these columns: `model`, `method`, `ratio` (percent removed, 0: dense), `tuning` ("none" without
         post-training) and `seed` say what was evaluated, `suite` by what, `of` on which corpus or task (empty for
         costs), `measure` what `value` is: `perplexity`; `acc` or `acc_norm`, from 0 to 1, the one that the config asks
-        for; of costs `parameters`, `linears_kept` (0 to 1), `disk_bytes`, `prefill_tokens_per_second` and
-        `decode_tokens_per_second`. `stderr` is the standard error of `value`, NaN where there is none. Generated texts
-        have no numbers and are left out.
+        for; of costs `parameters`, `linears_kept` (0 to 1), `weight_bytes` (as it runs), `disk_bytes` (as it is
+        stored), `prefill_tokens_per_second` and `decode_tokens_per_second`. `stderr` is the standard error of `value`,
+        NaN where there is none. Generated texts have no numbers and are left out.
 
     Raises:
         RankwiseError: the folder has no evaluations, or one of them is damaged.
@@ -62,6 +62,7 @@ def _values(evaluation: Record) -> Iterator[tuple[str, str, float, float | None]
             counts, speed = evaluation["parameters"], evaluation["measured"]
             yield "", "parameters", counts["total"], None
             yield "", "linears_kept", linears_kept(counts), None
+            yield "", "weight_bytes", evaluation["weight_bytes"], None
             yield "", "disk_bytes", evaluation["disk_bytes"], None
             for measure in ("prefill_tokens_per_second", "decode_tokens_per_second"):
                 yield "", measure, speed[measure], None
