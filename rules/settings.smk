@@ -24,7 +24,7 @@ def method_module(method):
 
 def untracked_cache(wildcards, output):
     """Where downloads are kept. Snakemake does not compare what a function of `output` gives: moving it reruns nothing."""
-    return str(Path(STUDY.cache).expanduser())
+    return str(STUDY.cache_folder)
 
 
 def untracked_max_length(wildcards, output):

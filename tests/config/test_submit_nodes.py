@@ -27,6 +27,14 @@ def written_profile() -> dict[str, dict[str, object]]:
     return profile
 
 
+def test_processes_on_processors_ask_for_the_memory_of_all(tmp_path: Path) -> None:
+    arguments = ("--default-resources", "gpus_per_job=0", "--set-resources", "collect_statistics:processes=2")
+    estimator = Estimator(load_study(small_study(tmp_path)))
+    (job,) = [j for j, _ in jobs_of(plan_small(tmp_path, *arguments)) if j["rule"] == "collect_statistics"]
+    need = estimator.need(job["rule"], job["wildcards"])
+    assert job["resources"]["mem_mb"] == memory_request(need, 0, processes=2) > memory_request(need, 0)
+
+
 def test_several_gpus_go_to_those_who_share_and_nodes_to_post_training(tmp_path: Path) -> None:
     profile = written_profile() | {"default-resources": {"gpus_per_job": 4, "launcher": "deepspeed"}}
     (tmp_path / "site").mkdir()

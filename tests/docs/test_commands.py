@@ -5,10 +5,13 @@ What is not read here needs a network (git, pip, hf), SLURM (squeue, scancel) or
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from snakemake.cli import get_argument_parser
@@ -69,6 +72,25 @@ def test_make_hands_on_every_option(command: str) -> None:
         assert name in OPTIONS
         assert value in made.stdout, f"{name} changes nothing"
         assert name != "CONFIG" or value in YOURS or (REPOSITORY / value).is_file()
+
+
+@pytest.mark.parametrize("option", ["plan CONFIG", "why CONFIG", "status RUN"])
+def test_make_hands_on_a_path_with_a_space(option: str) -> None:
+    target, name = option.split()
+    words = ["make", target, f"{name}=my studies/a b", "--dry-run", "--no-print-directory"]
+    assert "my studies/a b" in shlex.split(subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout)
+
+
+def test_make_sets_up_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    (place / "envs").mkdir(parents=True)
+    for name in ("Makefile", "envs/requirements.txt"):
+        shutil.copy2(REPOSITORY / name, place / name)
+    words = ["make", "--dry-run", "--no-print-directory", "setup"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True).stdout
+    python = [shlex.split(line)[0] for line in made.splitlines() if " -m pip " in line or " -m compileall " in line]
+    assert python == [str(place / ".venv/bin/python")] * 2
 
 
 @pytest.mark.parametrize("command", named("python3?"))

@@ -89,6 +89,8 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
         assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.06)
         assert f"{cost['measured']['decode_tokens_per_second']:,.1f}" in "".join(lines["generation, tokens/s"])
     assert f"test:       {inputs / 'test.jsonl'}\n" in said
+    log = (out / "results/model/logs/compress_model/model/rankwise/20/seed0.log").read_text()
+    assert f", {min(8, len(os.sched_getaffinity(0)))} threads, torch" in log
     assert not (out / compress.RUNNING).exists()
     assert (out / "results/model/report.html").is_file()
     assert compress.main(command(inputs, out), run) == 0

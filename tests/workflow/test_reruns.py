@@ -95,8 +95,9 @@ NAMED = {change.name: change for change in CHANGES}
             ["5 jobs would run.", "search_allocation, model", "    the code that it runs has changed", "1 make_table"],
         ),
         ((NAMED["comments and formatting"], "quickstart"), "", ["Nothing would run"]),
+        ((NAMED["comments and formatting"], "quickstart"), "checkpoints", ["Nothing would run"]),
     ],
-    ids=["all", "a target", "nothing"],
+    ids=["all", "a target", "nothing", "nothing of checkpoints"],
 )
 def test_make_why(case: tuple[Change, str], target: str, words: list[str], tried: dict[tuple[str, str], Tried]) -> None:
     """The command behind `make why`, without the set-up of an environment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_what_cannot_be_is_one_line(checkpoint: Path, tmp_path: Path, capsys: py
         assert said.startswith(message)
         assert said.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_without_a_dtype_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if not k.endswith("dtype")}))
+    assert command.main(["--to=same", "--", str(folder), str(tmp_path / "out")]) == 1
+    assert "config.json: states no `dtype`" in capsys.readouterr().err
 
 
 def test_a_changed_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:

@@ -111,6 +111,21 @@ def test_seeds_order_the_windows_and_nothing_else() -> None:
     assert Settings.model_validate(PRESET | REFINED).is_random
 
 
+def test_no_block_draws_as_one_of_another_seed_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[int, set[int]] = {0: set(), 1: set()}
+    permuted = torch.randperm
+    for seed, seeds in drawn.items():
+
+        def randperm(count: int, generator: torch.Generator, seeds: set[int] = seeds) -> torch.Tensor:
+            seeds.add(generator.initial_seed())
+            return permuted(count, generator=generator)
+
+        monkeypatch.setattr(torch, "randperm", randperm)
+        compressed("llama", 30, seed=seed, **REFINED)
+    assert len(drawn[0]) == len(drawn[1]) == tiny.LAYERS
+    assert not drawn[0] & drawn[1]
+
+
 @pytest.mark.parametrize("more", [{}, REFINED], ids=str)
 def test_a_stopped_compression_goes_on_after_the_last_block(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

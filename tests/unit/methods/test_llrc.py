@@ -111,7 +111,8 @@ def test_nothing_but_masks_is_trained_and_the_seed_draws_them() -> None:
     assert Settings.model_validate({"kind": "llrc", "calibration": "c"}).is_random
 
 
-def test_a_stopped_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stopped", [14, 84], ids=["before the budget is met", "while masks settle"])
+def test_a_stopped_training_goes_on(stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, ranks = compressed("llama-gqa", 30)
     monkeypatch.setattr(masks, "STEPS_KEPT", 7)
     parts, steps = Parts(tmp_path), []
@@ -126,7 +127,8 @@ def test_a_stopped_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def stop(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save(name, tensors)
-        if int(tensors["step"]) == 14:
+        if int(tensors["step"]) == stopped:
+            assert ("met" in tensors) == (stopped == 84)
             raise KeyboardInterrupt
 
     def counted(*arguments: Any) -> None:
@@ -137,7 +139,7 @@ def test_a_stopped_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parts, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert len(steps) == 14
+    assert len(steps) == stopped
     monkeypatch.setattr(parts, "save", save)
     again = run()
     whole, steps[:] = len(steps), []

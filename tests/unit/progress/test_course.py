@@ -205,6 +205,19 @@ def test_a_job_is_shown_although_its_study_cannot_be_planned(monkeypatch: pytest
     assert "fetch: m, seed 0" in str(watch.course)
 
 
+@pytest.mark.parametrize("gpus", [{}, {"0": "GPU-1"}])
+def test_the_plan_of_a_run_is_for_the_gpus_that_there_are(
+    gpus: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(QUICKSTART)
+    monkeypatch.setattr(command, "study_of", lambda folder: study)
+    monkeypatch.setattr(command, "usable_gpus", lambda environment: gpus)
+    watch = command.Watch(Console())
+    started = {"event": LogEvent.JOB_INFO, "rule_name": "fetch_model", "jobid": 1, "wildcards": {}}
+    watch.filter(logging.makeLogRecord(started | {"log": ["results/x/logs/fetch.log"]}))
+    assert watch.course.plan == planned_seconds(study, gpu=bool(gpus))
+
+
 def test_events_wait_while_a_line_is_made(course: Course) -> None:
     """Another thread tells them; what is read must not change meanwhile."""
     for number, rule in enumerate(("fetch", "search")):

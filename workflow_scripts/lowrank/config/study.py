@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 from pydantic import ConfigDict, Field
@@ -67,6 +68,11 @@ class Study(Section):
     suites: dict[Name, Suite] = Field(min_length=1)
     tables: dict[Name, Table] = Field(default_factory=dict)
     figures: dict[Name, Figure] = Field(default_factory=dict)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where downloads are kept; `~` is the home folder."""
+        return Path(self.cache).expanduser()
 
     def method(self, name: str) -> MethodSettings:
         """The method preset of that name, typed."""

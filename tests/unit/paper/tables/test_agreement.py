@@ -188,6 +188,16 @@ def test_tables_of_ranks_are_refused() -> None:
         list(pairs_of("t", frame.drop(columns="row")))
 
 
+def test_a_published_zero_has_no_percentage() -> None:
+    frame = csv_of("accuracy", [ours(0.6)])
+    frame.loc[frame["source"] == "published", "boolq"] = 0.0
+    table = build(t=frame)
+    record = next(record for record in records(table) if record["column"] == "boolq")
+    assert record["difference_percent"] is None
+    line = next(line for line in table.lines if any(cell.text == "BoolQ" for cell in line.cells))
+    assert line.cells[-2].text == ""
+
+
 def test_a_model_called_na_has_a_name(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("source,row,model,x\nours,0,NA,1\npublished,0,null,\n")
     frame = read_table(tmp_path / "t.csv")

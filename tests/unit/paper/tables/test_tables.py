@@ -18,7 +18,6 @@ from lowrank.model.families import linear_modules
 from lowrank.paper.render import to_markdown
 from lowrank.paper.tables import Context, RowResults, TableData, build_table
 from lowrank.paper.tables.allocations import group_layers, layer_ranks
-from lowrank.paper.tables.rows import estimate_text
 from tests.unit.paper.paper_samples import (
     COST,
     PERPLEXITY,
@@ -371,26 +370,6 @@ def test_families_share_a_table_and_lack_each_others_types() -> None:
         ("–", "8", "8"),
     ]
     assert table.frame["rank_fc1"].tolist() == [None, 8]
-
-
-@pytest.mark.parametrize(
-    ("value", "stderr", "digits", "text"),
-    [
-        (62.13, 1.26, 1, "62.1 ± 1.3"),
-        (1234.4, 0.31, 2, "1234 ± 0.3"),
-        (1234.4, 31.0, 2, "1234 ± 31"),
-        (99_960.0, 12.0, 2, "99960 ± 12"),
-        (999_960.0, 12.0, 2, "(1.0 ± 0.00001)e6"),
-        (7.9e6, 3.6e6, 2, "(7.9 ± 3.6)e6"),
-        (0.5, 0.0, 2, "0.50 ± 0.00"),
-        (0.5, 1e-12, 2, "0.50 ± 0.00"),
-        (0.5, None, 2, "0.50"),
-    ],
-)
-def test_an_error_that_is_there_is_not_shown_as_none(
-    value: float, stderr: float | None, digits: int, text: str
-) -> None:
-    assert estimate_text(value, stderr, digits) == text
 
 
 def test_published_ranks_stand_beside_ours() -> None:
