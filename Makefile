@@ -15,6 +15,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+ifneq ($(words $(BIN)),1)
+$(error $(BIN): Snakemake starts its jobs by this path, and a space divides it. Clone into a folder without one, or name another for the environment: make VENV=/path/of/venv)
+endif
 export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,12 +28,12 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: envs/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv "$(VENV)"
+	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about 2 GB; nothing more is said for about three minutes"
-	"$(BIN)/python" -m pip install --quiet --no-compile --disable-pip-version-check -r envs/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r envs/requirements.txt
 	@# pip compiles on one processor. (Some packages bring files that no Python 3 compiles.)
-	@"$(BIN)/python" -m compileall -qq -j 0 "$(VENV)/lib" || true
-	touch "$@"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	touch $@
 
 quickstart: setup
 	@python workflow_scripts/run.py --configfile config/quickstart.yaml --profile profiles/local
@@ -115,10 +118,10 @@ rulegraph: setup
 # is of a mkdocs that is not pinned.) With SOURCES, links to code lead to a host:
 # make docs SOURCES=https://host/owner/rankwise/blob/main
 docs: $(VENV)/docs/.installed
-	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) "$(VENV)/docs/bin/mkdocs" build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 SOURCES=$(call option,SOURCES,) $(VENV)/docs/bin/mkdocs build --strict --quiet
 	@echo "site/index.html; with its search: python -m http.server --directory site"
 
 $(VENV)/docs/.installed: envs/docs.txt
-	$(PYTHON) -m venv "$(VENV)/docs"
-	"$(VENV)/docs/bin/python" -m pip install --quiet --disable-pip-version-check -r envs/docs.txt
-	touch "$@"
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -r envs/docs.txt
+	touch $@

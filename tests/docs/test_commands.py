@@ -81,16 +81,16 @@ def test_make_hands_on_a_path_with_a_space(option: str) -> None:
     assert "my studies/a b" in shlex.split(subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout)
 
 
-def test_make_sets_up_in_a_folder_with_a_space(tmp_path: Path) -> None:
+def test_an_environment_whose_path_has_a_space_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Snakemake starts jobs by the interpreter's path as it is."""
     place = tmp_path / "a b"
-    (place / "envs").mkdir(parents=True)
-    for name in ("Makefile", "envs/requirements.txt"):
-        shutil.copy2(REPOSITORY / name, place / name)
-    words = ["make", "--dry-run", "--no-print-directory", "setup"]
+    place.mkdir()
+    shutil.copy2(REPOSITORY / "Makefile", place)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    made = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True).stdout
-    python = [shlex.split(line)[0] for line in made.splitlines() if " -m pip " in line or " -m compileall " in line]
-    assert python == [str(place / ".venv/bin/python")] * 2
+    for venv, fails in ((".venv", True), (str(tmp_path / "venv"), False)):
+        words = ["make", "--dry-run", "--no-print-directory", f"VENV={venv}", "--assume-old=setup", "status"]
+        made = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+        assert ("a space divides it" in made.stderr) == fails == bool(made.returncode)
 
 
 @pytest.mark.parametrize("command", named("python3?"))
