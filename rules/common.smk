@@ -184,7 +184,7 @@ def of_node(rule, count):
 def memory_of(rule, wildcards, attempt):
     """What a job asks of a node's main memory, in MB."""
     dealt, need = given(rule, wildcards), ESTIMATOR.need(rule, wildcards)
-    processes = of_rule(rule, "processes", dealt.processes)
+    processes = of_rule(rule, "processes", dealt.processes) if need.shared else dealt.processes
     node = of_node(rule, dealt.gpus), of_node(rule, processes)
     return memory_request(need, node[0], attempt, SITE.max_mem_mb, node[1])
 

@@ -70,10 +70,13 @@ def snakemake(arguments: Sequence[str]) -> int:
 
 
 def arguments_of(own: Own) -> list[str]:
-    """Snakemake's arguments for a study: of one model, so that what the profile gives one thread may have more."""
+    """Snakemake's arguments for a study: of one model, so that what the profile gives one thread may have more.
+
+    The option takes the place of all of the profile's `set-threads`; rules have the threads of their jobs otherwise.
+    """
     folder = own.out.absolute()
     return [
-        *("--set-threads", "compress_model=8", "evaluate_perplexity=8", "sample_calibration=1"),
+        *("--set-threads", "compress_model=8", "evaluate_perplexity=8"),
         *("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(folder)),
         *("--configfile", str(own.config.absolute()), "--profile", str(REPOSITORY / "profiles/local")),
     ]
@@ -160,13 +163,15 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 def disk_remark(own: Own) -> list[str]:
     """A line if more will lie in OUT than there is room for, by the plan: it would be noticed after hours."""
+    if (own.out / Layout(own.study).run / "report.html").exists():  # finished: what the plan has on the way is over
+        return []
     there = sum(path.lstat().st_size for path in own.out.rglob("*") if path.is_file() and not path.is_symlink())
     needed, free = make_plan(own.study).disk - there, shutil.disk_usage(own.out).free
     if needed <= free:
         return []
     return [
-        f"OUT: by the plan {needed / GIB:,.1f} GiB more will lie in {own.out}, and {free / GIB:,.1f} GiB are free "
-        "there; the run may stop on the way, and goes on when there is room"
+        f"OUT: by the plan up to {needed / GIB:,.1f} GiB more will lie in {own.out}, and {free / GIB:,.1f} GiB are "
+        "free there; the run may stop on the way, and goes on when there is room"
     ]
 
 

@@ -88,10 +88,18 @@ def planned(arguments: list[str]) -> list[Planned]:
 
 
 def _dry_run(arguments: list[str]) -> bool:
-    """Snakemake's `main`, without what it says of profiles; returns whether it ended well."""
+    """Snakemake's `main`, without what it says of profiles; returns whether it ended well.
+
+    Raises:
+        RankwiseError: no folder of that name, which Snakemake would make.
+    """
     try:
         parser, options = _parsed([*arguments, "--dry-run"])
+        if options.directory and not options.directory.is_dir():
+            raise RankwiseError(f"{options.directory}: there is no such folder; name the one of a run's results")
         return bool(snakemake.cli.args_to_api(options, parser))
+    except RankwiseError:
+        raise
     except Exception as error:
         snakemake.cli.print_exception(error)
         return False
@@ -106,6 +114,9 @@ def _parsed(arguments: list[str]) -> tuple[Any, Any]:
     except SystemExit:
         sys.stderr.write(said.getvalue())
         raise
+    if options.configfile:
+        options.configfile = [Path(path).expanduser() for path in options.configfile]
+    options.directory = options.directory and Path(options.directory).expanduser()
     return parser, options
 
 

@@ -107,5 +107,7 @@ def test_the_tolerance_that_is_written_is_the_smallest_tenth_that_the_table_acce
         else:
             with pytest.raises(RankwiseError, match=f"`tolerance: {tolerance:g}`"):
                 target_met(RowResults(given_row), [kept])
+            with pytest.raises(RankwiseError, match=f"`tolerance: {tolerance:g}` on the figure"):
+                target_met(RowResults(given_row, place="figures.f.methods (x, 20 %)"), [kept])
     if tolerance:
         assert not row.model_copy(update={"tolerance": tolerance - 0.1}).met_by(kept)

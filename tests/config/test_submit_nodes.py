@@ -28,11 +28,18 @@ def written_profile() -> dict[str, dict[str, object]]:
 
 
 def test_processes_on_processors_ask_for_the_memory_of_all(tmp_path: Path) -> None:
-    arguments = ("--default-resources", "gpus_per_job=0", "--set-resources", "collect_statistics:processes=2")
+    alone, several = "evaluate_cost", "collect_statistics"
+    arguments = ["--default-resources", "gpus_per_job=0", "--set-resources"]
+    arguments += [f"{rule}:processes=2" for rule in (alone, several)]
     estimator = Estimator(load_study(small_study(tmp_path)))
-    (job,) = [j for j, _ in jobs_of(plan_small(tmp_path, *arguments)) if j["rule"] == "collect_statistics"]
-    need = estimator.need(job["rule"], job["wildcards"])
-    assert job["resources"]["mem_mb"] == memory_request(need, 0, processes=2) > memory_request(need, 0)
+    planned = [j for j, _ in jobs_of(plan_small(tmp_path, *arguments))]
+    for job in planned:
+        if job["rule"] in (alone, several):
+            need = estimator.need(job["rule"], job["wildcards"])
+            processes = 2 if job["rule"] == several else 1
+            assert job["resources"]["mem_mb"] == memory_request(need, 0, processes=processes)
+            assert memory_request(need, 0, processes=2) > memory_request(need, 0)
+    assert {alone, several} <= {job["rule"] for job in planned}
 
 
 def test_several_gpus_go_to_those_who_share_and_nodes_to_post_training(tmp_path: Path) -> None:

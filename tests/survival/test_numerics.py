@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bolaco": LOW_RANK | {"validation": "w", "search": "s"},
     "flap": {"calibration": "c"},
     "fwsvd": {"calibration": "c"},
-    "llrc": {"calibration": "c", "steps": 300, "learning_rate": 0.2, "growth": 0.2},
+    "llrc": {"calibration": "c", "steps": 100, "learning_rate": 0.3, "growth": 0.3, "settle": 10},
     "llm-pruner": {"calibration": "c", "skip_first": 0, "skip_last": 0},
     "lord": LOW_RANK,
     "modegpt": {"calibration": "c"},

@@ -19,6 +19,7 @@ import torch
 from lowrank.config.load import load_study
 from lowrank.export.numbers import measured
 from lowrank.files import manifest_of
+from lowrank.layout import Layout
 from lowrank.model.checkpoint import load_checkpoint
 from tests import tiny
 from tests.warm import ENVIRONMENT, REPOSITORY, Warm
@@ -53,6 +54,12 @@ def test_too_small_a_disk_is_told_before_anything_runs(
         assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: 3) == 3
         assert ("GiB are free there; the run may stop on the way" in capsys.readouterr().err) == named
         free = 10**12
+    free = 2 * 10**6
+    report = tmp_path / "out" / Layout(load_study(tmp_path / "out/study.yaml")).run / "report.html"
+    report.parent.mkdir(parents=True)
+    report.write_text("finished")
+    assert compress.main(command(inputs, tmp_path / "out"), lambda arguments: 3) == 3
+    assert "GiB" not in capsys.readouterr().err
 
 
 def test_a_folder_becomes_a_checkpoint_and_a_table(

@@ -1,6 +1,6 @@
 """What reruns when: for each change the jobs of a dry run, no more and no less, and why Snakemake says that they run.
 
-`changes.py` says which jobs a change concerns by itself; what follows from them is looked up in `planned_jobs`,
+`rerun_cases.py` says which jobs a change concerns by itself; what follows from them is looked up in `planned_jobs`,
 which works out from the config alone who waits for whom.
 """
 
@@ -20,8 +20,19 @@ from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.config.load import load_study
 from lowrank.config.study import Study
 from lowrank.reruns.reasons import BY_ANOTHER_JOB
-from tests.workflow.changes import CHANGES, MISSING, Change
-from tests.workflow.clones import REPOSITORY, Rerun, clone, pool, pretend_finished, reruns
+from tests.workflow.changes import MISSING, Change
+from tests.workflow.clones import (
+    REPOSITORY,
+    Rerun,
+    clone,
+    leave_out,
+    pool,
+    pretend_finished,
+    read_config,
+    reruns,
+    write_config,
+)
+from tests.workflow.rerun_cases import CHANGES, LEFT_OUT
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,10 @@ def tried(
     cases = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
     wanted = dict.fromkeys(cases)
     source = clone(REPOSITORY, folder / "source")
+    for name, models in LEFT_OUT.items():
+        content = read_config(source, name)
+        leave_out(content, models)
+        write_config(source, name, content)
     with pool() as processes:
         names = {name for _, name in wanted}
         finished = {name: clone(source, folder / f"finished-{name}") for name in sorted(names)}
@@ -94,8 +109,8 @@ NAMED = {change.name: change for change in CHANGES}
             "results/quickstart/tables/table_8.csv",
             ["5 jobs would run.", "search_allocation, model", "    the code that it runs has changed", "1 make_table"],
         ),
-        ((NAMED["comments and formatting"], "quickstart"), "", ["Nothing would run"]),
-        ((NAMED["comments and formatting"], "quickstart"), "checkpoints", ["Nothing would run"]),
+        ((NAMED["what concerns nothing"], "quickstart"), "", ["Nothing would run"]),
+        ((NAMED["what concerns nothing"], "quickstart"), "checkpoints", ["Nothing would run"]),
     ],
     ids=["all", "a target", "nothing", "nothing of checkpoints"],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.workflow.clones import REPOSITORY
+from tests.workflow.clones import REPOSITORY, pool
 
 RUN = "results/quickstart"
 
@@ -32,14 +35,42 @@ RUN = "results/quickstart"
     ],
 )
 def test_a_target_that_is_none(target: str, says: str, tmp_path: Path) -> None:
-    script = [sys.executable, "workflow_scripts/why.py", target]
-    command = [*script, "--configfile", "config/quickstart.yaml", "--cores", "1", "--directory", str(tmp_path)]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert not run.stdout
-    said = run.stderr.splitlines()
+    config = ("--configfile", "config/quickstart.yaml", "--cores", "1")
+    with pool() as processes:
+        ended = processes.submit(why, tmp_path, target, *config, "--directory", str(tmp_path)).result()
+    assert ended == 1
+    assert not (tmp_path / "out").read_text()
+    said = (tmp_path / "err").read_text().splitlines()
     assert len(said) == 1, said
     assert said[0].startswith(f"{target}: {says}")
+
+
+def why(folder: Path, *arguments: str) -> int:
+    """The command, in a process of its own; what it says goes into two files. Returns its exit code."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(REPOSITORY)
+    sys.argv = ["why.py", *arguments]
+    try:
+        runpy.run_path("workflow_scripts/why.py", run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr, flush=True)
+        return int(bool(ended.code))
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    gone = "~/gone"
+    command = [sys.executable, "workflow_scripts/why.py", "data", "--directory", gone, "--cores", "1"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": os.environ | {"HOME": str(tmp_path)}}
+    run = subprocess.run(command, cwd=REPOSITORY, check=False, **options)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"{tmp_path}/gone: there is no such folder; name the one of a run's results\n"
+    assert not (tmp_path / "gone").exists()
+    assert not (REPOSITORY / gone).exists()
 
 
 def test_the_report_is_all_that_is_printed(tmp_path: Path) -> None:

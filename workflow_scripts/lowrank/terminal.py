@@ -35,7 +35,7 @@ def print_folder(
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH, highlight=highlight)
     try:
-        show(Path(arguments[0]), console)
+        show(Path(arguments[0]).expanduser(), console)
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

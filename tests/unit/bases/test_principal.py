@@ -1,5 +1,8 @@
 """Principal bases: optimal, nested, and equal to the textbook computation in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,11 @@ from hypothesis import strategies as st
 
 from lowrank.bases import principal as bases
 from lowrank.bases.block import bases_of_block
+from lowrank.bases.fisher import fisher_basis
 from lowrank.bases.principal import PrincipalBasis, fix_signs, left_singular_vectors, principal_basis
+from lowrank.bases.weighted_svd import weigh_columns, weigh_columns_randomised
+from lowrank.bases.whitening import cholesky_factor
+from lowrank.compression.neurons import Neurons
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import largest_rank
@@ -208,16 +215,29 @@ def test_a_solver_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) ->
         basis_of(w, b, x)
 
 
-def test_a_device_that_is_full_is_no_solver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+EYE = torch.eye(8, dtype=torch.double)
+DECOMPOSE: dict[str, Callable[[], Any]] = {
+    "principal": lambda: principal_basis(EYE, None, EYE, None, "layer"),
+    "fisher": lambda: fisher_basis(EYE, None, EYE, None, EYE, 0.1, "layer"),
+    "columns": lambda: weigh_columns(EYE, EYE[0] + 1, "layer"),
+    "columns, randomised": lambda: weigh_columns_randomised(EYE, EYE[0] + 1, 2, 0, "layer"),
+    "whitening": lambda: cholesky_factor(EYE[:, :1] @ EYE[:1], "layer"),  # a singular matrix
+    "neurons": lambda: Neurons.of(EYE, None, EYE, None, None, 0.1, "layer").eliminate(),
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSE)
+def test_a_device_that_is_full_is_no_solver_that_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage says which GPU is needed."""
 
-    def fails(*args: object) -> None:
+    def fails(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    w, b, x = random_layer(8, 8, 20, 9)
-    monkeypatch.setattr(bases, "_narrow", fails)
+    for solver in ("eigh", "eigvalsh", "cholesky"):
+        monkeypatch.setattr(torch.linalg, solver, fails)
+    monkeypatch.setattr(torch, "svd_lowrank", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        basis_of(w, b, x)
+        DECOMPOSE[name]()
 
 
 def test_an_estimate_that_cannot_be_made_names_the_block_and_the_input() -> None:

@@ -137,6 +137,11 @@ def test_bos_can_be_left_out_and_empty_documents_do_not_count() -> None:
 def test_bos_is_added_only_where_the_tokenizer_does() -> None:
     assert default_bos(make_tokenizer(True)) == BOS
     assert default_bos(make_tokenizer(False)) is None
+    ended = build_tokenizer(False)
+    end = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    ended.backend_tokenizer.post_processor = end
+    assert ended("").input_ids == [EOS]
+    assert default_bos(ended) is None
 
 
 @settings(deadline=None, max_examples=40)
@@ -222,6 +227,8 @@ def test_long_texts_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
 def test_given_windows_are_used_as_they_are() -> None:
     given_windows = torch.arange(12, dtype=torch.int32).reshape(3, 4)
     tokenizer = make_tokenizer()
+    beyond = given_windows + len(tokenizer) - 11  # by one
+    assert torch.equal(consecutive_windows(beyond - 1, tokenizer, 4), beyond - 1)
     assert torch.equal(sample_windows(given_windows, tokenizer, 2, 4, seed=5), given_windows[:2])
     assert torch.equal(consecutive_windows(given_windows, tokenizer, 4), given_windows)
     cases: list[tuple[Callable[[], torch.Tensor], str]] = [
@@ -229,6 +236,7 @@ def test_given_windows_are_used_as_they_are() -> None:
         (lambda: sample_windows(given_windows, tokenizer, 4, 4, 0), "4 windows are asked for.* has 3"),
         (lambda: consecutive_windows(given_windows, tokenizer, 4, stride=2), "`stride: 2` needs a text"),
         (lambda: consecutive_windows(given_windows + 5000, tokenizer, 4), "token id 5011.*another tokenizer"),
+        (lambda: consecutive_windows(beyond, tokenizer, 4), f"token id {len(tokenizer)}, but .* {len(tokenizer)} "),
     ]
     for call, expected in cases:
         with pytest.raises(RankwiseError, match=expected):

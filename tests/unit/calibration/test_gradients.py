@@ -88,6 +88,14 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training
 
 
+def test_outputs_that_are_not_finite_name_the_first_layer_that_has_them() -> None:
+    model = tiny.model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[:] = float("nan")
+    with pytest.raises(RankwiseError, match=r"^model\.layers\.1\.mlp\.up_proj: outputs are not finite"):
+        sum_gradients(model, some_tokens(), names_of("llama"), CPU)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_a_gradient_that_is_not_finite_names_the_layer_where_it_begins() -> None:
     model, names = tiny.model("llama"), names_of("llama")
 

@@ -11,8 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lowrank.calibration import gradients, output_gradients
-from lowrank.calibration.output_gradients import collect_output_gradients, load_output_gradients
+from lowrank.calibration.output_gradients import collect_output_gradients, collect_share, load_output_gradients
 from lowrank.errors import RankwiseError
+from lowrank.files import save_tensors
+from lowrank.jobs.share import ALONE
 from lowrank.model import losses
 from lowrank.model.checkpoint import family_of
 from tests import tiny
@@ -174,6 +176,47 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     assert len(calls) == 5 + 3
     for one, other in zip(whole, resumed, strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_kill_between_the_files_of_a_group_leaves_it_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, written = tiny.model("llama"), some_tokens(), []
+    whole = collect_output_gradients(model, tokens, 2, tmp_path / "whole", CPU)
+
+    def killed(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_tensors(path, tensors)
+
+    monkeypatch.setattr(output_gradients, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect_output_gradients(model, tokens, 2, tmp_path / "cut", CPU)
+    assert list((tmp_path / "cut").iterdir()) == written
+    monkeypatch.undo()
+    resumed = collect_output_gradients(model, tokens, 2, tmp_path / "cut", CPU)
+    assert [path.read_bytes() for path in resumed] == [path.read_bytes() for path in whole]
+
+
+def test_a_process_reads_as_many_windows_and_draws_as_its_job_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny.model("llama"), some_tokens()
+    model.save_pretrained(tmp_path / "model")
+    save_tensors(tmp_path / "tokens.safetensors", {"tokens": tokens.int()})
+    monkeypatch.setattr(output_gradients, "pick_devices", lambda: [CPU])
+    job = {"dtype": "float32", "layers_per_pass": 1, "windows": 3, "draws": 2, "state": str(tmp_path / "found")}
+    job |= {"model": str(tmp_path / "model"), "tokens": str(tmp_path / "tokens.safetensors")}
+    collect_share(job, ALONE)
+    asked = {"found": (tokens[:3], 2), "of the text": (tokens[:3], None), "of all windows": (tokens, 2)}
+    expected = {
+        name: collect_output_gradients(model, windows, 1, tmp_path / f"expected {name}", CPU, draws=draws)
+        for name, (windows, draws) in asked.items()
+    }
+    for layer, file in enumerate(expected["found"]):
+        found = (tmp_path / "found" / file.name).read_bytes()
+        assert [name for name, files in expected.items() if files[layer].read_bytes() == found] == ["found"]
 
 
 def test_a_backward_pass_goes_no_deeper_than_its_blocks(tmp_path: Path) -> None:

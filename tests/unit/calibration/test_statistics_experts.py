@@ -55,13 +55,15 @@ def routed_by_hand(kind: str, tokens: torch.Tensor) -> dict[tuple[int, int], lis
 
 
 @pytest.mark.parametrize("kind", tiny.MIXTURES)
-@pytest.mark.parametrize("layers_per_pass", [1, 2])
+@pytest.mark.parametrize(
+    ("layers_per_pass", "length", "batch"), [(1, LENGTH, 2 * LENGTH), (2, LENGTH, 2 * LENGTH), (1, 2, 2)]
+)  # three batches; and many, in which not every expert gets a token
 def test_statistics_are_those_of_the_tokens_that_are_routed_to_an_expert(
-    kind: str, layers_per_pass: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, layers_per_pass: int, length: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, model = some_tokens(), tiny.model(kind)
+    tokens, model = some_tokens().reshape(-1, length), tiny.model(kind)
     by_hand = routed_by_hand(kind, tokens)
-    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 2 * LENGTH)  # three batches
+    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", batch)
     files = collect_statistics(model, tokens, layers_per_pass, tmp_path, CPU, expert_tokens=2)
     seen = 0
     for layer, file in enumerate(files):
@@ -84,7 +86,7 @@ def test_statistics_are_those_of_the_tokens_that_are_routed_to_an_expert(
                 assert np.allclose(found.mean, x.mean(0), atol=1e-5)
                 assert np.allclose(found.absolute_mean, np.abs(x).mean(0), atol=1e-5)
                 pooled, _ = found.estimate(Covariance(estimator="pooled", groups=3))
-                assert np.allclose(pooled, pooled_by_hand(x, np.array(windows) // 2), **close)
+                assert np.allclose(pooled, pooled_by_hand(x, np.array(windows) * 3 // len(tokens)), **close)
     assert seen > 4
 
 

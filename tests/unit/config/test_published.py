@@ -173,6 +173,7 @@ def test_what_a_table_cannot_show_is_found_before_anything_runs(
         ("model,ratio,method\na,20,b\n", "first line must cite"),
         ("# source: x\nmodel,ratio,boolq\na,20,1\n", "method must be there"),
         ("# source: x\nmodel,ratio,method,boolq\na,20,b,good\n", "'boolq' holds something that is no number"),
+        ("# source: x\nmodel,ratio,method,boolq\na,20,b,1\na,20,b, c,1\n", r"in line 4, saw 5\s*\)\.$"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -50,10 +50,17 @@ def scorer_of(model: Any, tokenizer: Any, batch_tokens: int, **settings: Any) ->
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("longest", [24, 512])
-@pytest.mark.parametrize("batch_tokens", [1, 40, 9999])
+@pytest.mark.parametrize(("batch_tokens", "chunk"), [(1, 256), (40, 256), (9999, 7)])
 def test_answers_score_as_in_stock_lm_eval(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, bos: bool, longest: int, batch_tokens: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    bos: bool,
+    longest: int,
+    batch_tokens: int,
+    chunk: int,
 ) -> None:
+    monkeypatch.setattr(answer_scorer, "CHUNK_TOKENS", chunk)
     settings: dict[str, Any] = {"max_length": longest, "add_bos_token": bos}
     expected = scores(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, **settings))
     found = scores(scorer_of(model, tokenizer, batch_tokens, **settings))
@@ -107,6 +114,13 @@ def test_a_batch_that_does_not_fit_is_halved(
     found = scores(scorer_of(model, tokenizer, 9999, max_length=512))
     assert [value for value, _ in found] == pytest.approx([value for value, _ in whole], abs=1e-5)
     assert sum(sizes) == len({context + answer for context, answer in PAIRS})
+
+    def full(one: Any, ids: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError(f"CUDA out of memory for {len(ids)}")
+
+    monkeypatch.setattr(answer_scorer, "last_hidden", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"for 1$"):
+        scores(scorer_of(model, tokenizer, 9999, max_length=512))
 
 
 def test_the_head_reads_answers_alone(

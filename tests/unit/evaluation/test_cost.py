@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowrank.config.sources import ModelShape
 from lowrank.config.suites import CostSuite
 from lowrank.errors import RankwiseError
+from lowrank.evaluation import cost
 from lowrank.evaluation.cost import count_bytes, count_macs, measure_speed
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import IdentityColumnsFactors, LowRankFactors, SharedDownFactors
@@ -161,6 +163,23 @@ def test_speed_is_measured_after_one_warm_up(family: str) -> None:
         assert len(found["repeats"][name]) == 3
         assert found[name] == sorted(found["repeats"][name])[1] > 0
     assert found["peak_mib"]["host"] > 10
+
+
+def test_the_first_run_does_not_count_and_the_median_of_the_others_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count()
+    monkeypatch.setattr(cost, "_timed_run", lambda *_: (number := next(calls), 10 * number))
+    found = measure_speed(make_model("llama"), CostSuite(kind="cost", repeats=3))
+    prefill, decode = "prefill_tokens_per_second", "decode_tokens_per_second"
+    assert found["repeats"] == {prefill: [1, 2, 3], decode: [10, 20, 30]}
+    assert (found[prefill], found[decode]) == (2, 20)
+
+
+def test_speeds_are_tokens_of_the_whole_batch_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_seconds", lambda work, devices: (2.0, work()))
+    suite = CostSuite(kind="cost", prompt_tokens=12, new_tokens=5, batch_size=3, repeats=1)
+    found = measure_speed(make_model("llama"), suite)
+    assert found["prefill_tokens_per_second"] == 3 * 12 / 2
+    assert found["decode_tokens_per_second"] == 3 * 5 / 2
 
 
 def test_decoding_goes_on_from_the_prompt() -> None:

@@ -97,6 +97,13 @@ def test_readers_of_other_versions_find_the_rotation(kind: str, tmp_path: Path) 
     assert torch.allclose(stock(IDS).logits, model(IDS).logits, atol=1e-5)
 
 
+def test_a_rotation_of_a_part_is_found_by_readers_of_other_versions(tmp_path: Path) -> None:
+    opened(tiny.model("phi3"), tmp_path / "dense")
+    written = json.loads((tmp_path / "dense/config.json").read_text())
+    assert written["partial_rotary_factor"] == tiny.MORE["phi3"]["partial_rotary_factor"] == 0.75
+    assert written["rope_scaling"] is None
+
+
 def test_two_rotations_are_found_by_readers_of_other_versions(tmp_path: Path) -> None:
     model = tiny.model("gemma3_text")
     stock = opened(model, tmp_path / "dense")

@@ -30,6 +30,10 @@ def split(pattern: str) -> Any:
 def fields(tokenizer: PreTrainedTokenizerFast, folder: Path, vocabulary: int) -> dict[str, Any]:
     """What a file with this tokenizer says of it."""
     tokenizer.save_pretrained(folder)
+    return fields_of(folder, vocabulary)
+
+
+def fields_of(folder: Path, vocabulary: int) -> dict[str, Any]:
     writer = gguf.GGUFWriter(folder / "t.gguf", "llama")
     add_tokenizer(writer, folder, vocabulary)
     writer.write_header_to_file()
@@ -63,6 +67,9 @@ def test_a_special_token_without_an_embedding_is_left_out(tmp_path: Path) -> Non
     tokenizer.add_tokens([AddedToken("<image>", special=True)], special_tokens=True)
     texts = fields(tokenizer, tmp_path, count)["tokenizer.ggml.tokens"]
     assert texts == tokenizer.convert_ids_to_tokens(range(count))
+    trained = _model(tiny.tokenizer())["vocab"]  # special tokens may stand among those of a trained vocabulary too
+    few = max(trained.values())
+    assert fields(tiny.tokenizer(), tmp_path, few)["tokenizer.ggml.tokens"] == texts[:few]
 
 
 def _model(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -96,12 +103,32 @@ def test_any_other_way_is_refused(steps: list[Any], tmp_path: Path) -> None:
         fields(tokenizer, tmp_path, len(tokenizer))
 
 
-def sentencepiece(merges: list[tuple[str, str]], pieces: list[str]) -> PreTrainedTokenizerFast:
+def metaspace(scheme: str) -> Any:
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+
+
+PREPENDED = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+BEGINNINGS: dict[str, tuple[Any, Any, bool]] = {  # normaliser, pre-tokeniser, whether a space is put before the text
+    "prepended": (PREPENDED, None, True),
+    "always": (None, pre_tokenizers.Sequence([metaspace("always")]), True),
+    "first": (None, metaspace("first"), True),
+    "never": (None, metaspace("never"), False),
+    "as it is": (normalizers.Replace(" ", "▁"), None, False),
+}
+
+
+def sentencepiece(
+    merges: list[tuple[str, str]], pieces: list[str], beginning: str = "prepended"
+) -> PreTrainedTokenizerFast:
     """A vocabulary as that of Llama 2: unknown, control, bytes, pieces in the order of merging, letters."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "▁", "a", "b", "c"]
     places = {piece: place for place, piece in enumerate(vocabulary)}
     raw = Tokenizer(models.BPE(places, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    normalizer, pre_tokenizer, _ = BEGINNINGS[beginning]
+    if normalizer:
+        raw.normalizer = normalizer
+    if pre_tokenizer:
+        raw.pre_tokenizer = pre_tokenizer
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -116,6 +143,22 @@ def test_pieces_have_scores_in_the_order_of_merging(tmp_path: Path) -> None:
     names = [gguf.TokenType(kinds[place]).name for place in (0, 1, 2, 3, 258, first)]
     assert names == ["UNKNOWN", "CONTROL", "CONTROL", "BYTE", "BYTE", "NORMAL"]
     assert found["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_merges_may_be_written_as_strings(tmp_path: Path) -> None:
+    as_pairs = fields(sentencepiece([("▁", "a"), ("b", "c")], ["▁a", "bc"]), tmp_path, 265)
+    file = tmp_path / "tokenizer.json"
+    record = json.loads(file.read_text())
+    record["model"]["merges"] = [" ".join(pair) for pair in record["model"]["merges"]]
+    file.write_text(json.dumps(record))
+    assert fields_of(tmp_path, 265) == as_pairs
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_text_begins_with_a_space_where_the_tokenizer_puts_one(beginning: str, tmp_path: Path) -> None:
+    tokenizer, (*_, expected) = sentencepiece([("▁", "a")], ["▁a"], beginning), BEGINNINGS[beginning]
+    assert tokenizer.tokenize("a") == (["▁a"] if expected else ["a"])
+    assert fields(tokenizer, tmp_path, 264)["tokenizer.ggml.add_space_prefix"] is expected
 
 
 def test_pieces_in_another_order_are_refused(tmp_path: Path) -> None:

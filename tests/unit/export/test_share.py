@@ -110,6 +110,18 @@ def test_numbers_are_found_whatever_a_model_is_called(checkpoint: Path, tmp_path
     assert measured(results / "models/m") == "", "a dense model has none"
 
 
+def test_numbers_of_a_post_trained_checkpoint_are_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    run, subject = tmp_path / "results/run", {"subject": SUBJECT | {"tuning": "scales"}}
+    tuned = run / "tuned/tiny/m/20/scales/seed0/checkpoint"
+    write_json(tuned.with_name("manifest.json"), subject)
+    before = json.loads((run / "evaluation/tiny/m/20/none/seed0/held-out.json").read_text())
+    found = before["corpora"]["c4-test"] | {"perplexity": 27.5}
+    evaluation = before | subject | {"corpora": {"c4-test": found}}
+    write_json(run / "evaluation/tiny/m/20/scales/seed0/held-out.json", evaluation)
+    assert "| perplexity, c4-test | 27.50 ± 0.51 | 6 windows of 256 tokens, float32 |" in measured(tuned)
+    assert "| perplexity, c4-test | 31.26 ± 0.51 |" in measured(checkpoint)
+
+
 def test_numbers_of_a_checkpoint_that_was_made_anew_since_are_left_out(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

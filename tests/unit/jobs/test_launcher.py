@@ -197,6 +197,12 @@ def test_the_process_that_failed_is_heard_and_ends_the_others(kind: str, said: s
         launch("tests.unit.jobs.crew_work:fail", {"kind": kind}, Crew(2), 2, tmp_path)
 
 
+@ON_CPU
+def test_a_process_that_ends_without_a_message_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match=r"ended without a message \(exit code -9\)"):
+        launch("tests.unit.jobs.crew_work:die", {}, Crew(), 1, tmp_path)
+
+
 def test_several_nodes_without_slurm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RankwiseError, match="`nodes: 2` needs a SLURM job, but there is no `srun`"):

@@ -173,6 +173,39 @@ def test_of_many_jobs_at_once_one_writes(output: Path, tmp_path: Path, left_behi
     assert not list(output.parent.iterdir())
 
 
+def test_a_second_job_is_refused_while_the_first_takes_over(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(output, replace(Holder.here("post_train"), token="old", process=a_dead_process()))
+    plain, met = os.replace, []
+
+    def meets_another(source: Path, target: Path) -> None:
+        if not met:
+            met.append(target)
+            with pytest.raises(RankwiseError, match="another job writes it"), output_lock([output], "post_train"):
+                pytest.fail("two jobs hold one lock")
+        plain(source, target)
+
+    monkeypatch.setattr(lock.os, "replace", meets_another)
+    with output_lock([output], "post_train") as taken_over:
+        assert "has ended" in taken_over
+        assert met == [lock_path(output)]
+    assert not list(output.parent.iterdir())
+
+
+def test_a_lock_that_was_made_though_the_answer_was_lost_is_held(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS: asked once more, the server says that it is there."""
+    plain = os.link
+
+    def lost(source: Path, target: Path) -> None:
+        plain(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(lock.os, "link", lost)
+    with output_lock([output], "post_train") as taken_over:
+        assert taken_over == ""
+        assert list(output.parent.iterdir()) == [lock_path(output)]
+    assert not list(output.parent.iterdir())
+
+
 def test_a_file_system_without_hard_links_will_do(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: object, target: object) -> None:
         raise PermissionError("no hard links here")

@@ -50,6 +50,24 @@ def test_alone_a_sum_is_the_thing_itself() -> None:
     assert part.tolist() == [1.0, 2.0]
 
 
+def test_gpus_add_up_tensors_of_the_main_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes that hold the same, by a copy on the GPU."""
+    moved: list[torch.Tensor] = []
+
+    def to_gpu(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        assert device.type == "cuda"
+        moved.append(tensor.clone())
+        return moved[-1]
+
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(torch.Tensor, "to", to_gpu)
+    part = torch.tensor([1.0, 2.0])
+    assert Share(0, 2).sum(part) is part
+    assert part.tolist() == [2.0, 4.0]
+    assert len(moved) == 1
+
+
 def tensors_of(files: list[Path]) -> dict[tuple[str, str], torch.Tensor]:
     return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 

@@ -232,6 +232,7 @@ def test_device_cpu_in_the_profile_hides_gpus(tmp_path: Path) -> None:
             "`set-resources: collect_gradients: {gpu: 4, processes: 1}` in the profile one process has all of them",
         ),
         ("torch.OutOfMemoryError('1 GiB wanted')", {"gpu": 3, "processes": 1, "device": "cpu"}, "{gpu: 4}` in"),
+        ("torch.OutOfMemoryError('1 GiB wanted')", {"layers_per_pass": 1}, "{gpu: 2}` in"),
     ],
 )
 def test_a_gpu_that_is_too_small_names_the_line_to_write(
@@ -240,8 +241,8 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(
     work = f"import torch; from lowrank.errors import RankwiseError; raise {raised}"
     code, log = run(tmp_path, work, rule="collect_gradients", resources=resources)
     assert code == 1
-    fewer = "`--set-resources collect_gradients:layers_per_pass=1` holds the sums of one block at a time; "
-    assert f"1 GiB wanted. The memory of a GPU is too small: {fewer}with " in log
+    fewer = "with `set-resources: collect_gradients: {layers_per_pass: 1}` in the profile a pass holds the sums of one "
+    assert f"1 GiB wanted. The memory of a GPU is too small: {'' if resources.get('layers_per_pass') else fewer}" in log
     assert told in log
     assert "Traceback" not in log
 
@@ -257,18 +258,26 @@ def job(**resources: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "visible", "sees"), [(1, 1, None), (2, 4, None), (2, 1, "sees 1 on"), (4, 3, "sees 3")]
+    ("asked", "nodes", "visible", "sees"),
+    [
+        (1, 1, 1, None),
+        (2, 1, 4, None),
+        (2, 1, 1, "sees 1 on"),
+        (4, 1, 3, "sees 3"),
+        (8, 2, 4, None),
+        (8, 2, 3, "4 GPUs were asked for, and this job sees 3"),
+    ],
 )
 def test_all_gpus_that_were_asked_for_must_be_there(
-    monkeypatch: pytest.MonkeyPatch, asked: int, visible: int, sees: str | None
+    monkeypatch: pytest.MonkeyPatch, asked: int, nodes: int, visible: int, sees: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     if sees is None:
-        stage.require_gpus(job(gpu=asked))
+        stage.require_gpus(job(gpu=asked, nodes=nodes))
     else:
         with pytest.raises(RankwiseError, match=sees):
-            stage.require_gpus(job(gpu=asked))
+            stage.require_gpus(job(gpu=asked, nodes=nodes))
 
 
 @NO_GPU

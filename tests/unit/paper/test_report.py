@@ -200,6 +200,15 @@ def test_marked_is_what_tables_have_in_bold_and_the_page_says_how_to_read_it(run
     assert "*: the best compressed value of a model and ratio, where it is better than each other by more than" in told
 
 
+def test_a_label_that_reads_like_a_missing_value_is_shown(run: Path) -> None:
+    rows = [dense_results(), row_results(label="NA")]
+    table = build_table(RowTable(kind="accuracy", title="Main table", rows=[r.row for r in rows]), rows, context())
+    write_text(run / "tables/table_1.csv", to_csv(table))
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(run, console)
+    assert re.search(r"20 % +80\.0 % +NA ", console.export_text())
+
+
 def test_an_accuracy_of_one_task_stands_there_once(run: Path, config: dict[str, Any]) -> None:
     suite = {"kind": "zero-shot", "tasks": {"arc_easy": "acc"}, "limit": 20}
     config["suites"]["zs"] = suite

@@ -15,14 +15,18 @@ from lowrank.errors import RankwiseError
 from lowrank.post_training.instructions import IGNORED, Examples, prompt_of, read_rows, split, tokenise
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-sequence token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<eos>", *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def of_bytes(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """One token per byte but for pairs that are merged, and an end-of-sequence token."""
+    names = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return of_bytes()
 
 
 ROW = {"instruction": "Add {these}.", "input": "1, 2", "output": "It is 3."}
@@ -56,6 +60,13 @@ def test_only_the_response_and_the_end_are_scored(tokenizer: PreTrainedTokenizer
         assert torch.equal(labels[index][scored], tokens[index][scored])
     everything = tokenise([ROW], tokenizer, 1000, mask_prompt=False)
     assert int(everything.scored) == int(everything.length) - 1
+
+
+def test_a_token_across_the_end_of_the_prompt_is_scored() -> None:
+    merging = of_bytes(("\u010a", "I"))  # a line's end, as byte-level tokenizers write it
+    tokens, labels = tokenise([ROW], merging, 1000, mask_prompt=True).batch()
+    assert merging.decode(tokens[0]) == prompt_of(ROW) + "It is 3.<eos>"
+    assert merging.decode(tokens[0][labels[0] != IGNORED]) == "\nIt is 3.<eos>"
 
 
 def test_long_rows_are_cut_and_rows_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json, sha256_file
 from lowrank.jobs.crew import Crew
 from lowrank.model.checkpoint import load_checkpoint
+from lowrank.post_training import tune
 from lowrank.post_training.adapters import trained_numbers
-from lowrank.post_training.job import Progress
+from lowrank.post_training.job import Progress, TrainingJob
 from lowrank.post_training.launch import launch
 from lowrank.post_training.subspace import SubspaceVectors, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
@@ -39,28 +41,33 @@ def a_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
 
 
-@ON_CPU
-def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "source")
+def a_stage(folder: Path) -> dict[str, Any]:
+    """What the whole stage is called with, but for its crew."""
+    source = save_tiny_model(folder / "source")
     a_tokenizer(source)
     words = ["alpha", "beta", "gamma", "delta"]
     rows = [{"instruction": "say", "output": " ".join(words[i % 4 :])} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    write_manifest(tmp_path / "manifest.json")
-    job = a_job(source, tmp_path / "unused", max_length=300, learning_rate=0.05)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_manifest(folder / "manifest.json")
+    job = a_job(source, folder / "unused", max_length=300, learning_rate=0.05)
     settings = {
         "tuning": job.tuning, "deepspeed": job.deepspeed, "subject": SUBJECT, "dtype": "float32",
-        "code": "abc", "state": str(tmp_path / "state"),
+        "code": "abc", "state": str(folder / "state"),
     }  # fmt: skip
-    tune_checkpoint(
-        source, tmp_path / "manifest.json", tmp_path / "rows.jsonl",
-        tmp_path / "tuned", tmp_path / "tuned.json", settings, threads=1, crew=Crew(),
-    )  # fmt: skip
+    files = {"manifest": folder / "manifest.json", "instructions": folder / "rows.jsonl"}
+    targets = {"target": folder / "tuned", "target_manifest": folder / "tuned.json"}
+    return {"checkpoint": source, **files, **targets, "settings": settings, "threads": 1}
 
-    manifest = read_json(tmp_path / "tuned.json")
+
+@ON_CPU
+def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: Path) -> None:
+    stage = a_stage(tmp_path)
+    tune_checkpoint(**stage, crew=Crew())
+
+    source, manifest = stage["checkpoint"], read_json(tmp_path / "tuned.json")
     assert manifest["ranks"] == {"x": 6}
     assert manifest["kept"] == {"total": 0.8, "linears": 0.75}
-    assert manifest["tuning"] == job.tuning
+    assert manifest["tuning"] == stage["settings"]["tuning"]
     assert manifest["subject"] == SUBJECT
     card = (tmp_path / "tuned/README.md").read_text()
     assert "# tiny, svd, 20 % removed, post-trained (eq9)" in card
@@ -80,6 +87,30 @@ def test_the_whole_stage_writes_a_merged_checkpoint_and_its_manifest(tmp_path: P
     assert len(changed) == 8
     assert training["trainable_share"] == training["trainable"] / sum(p.numel() for p in after.parameters())
     assert not list((tmp_path / "state").iterdir())
+
+
+def test_a_stopped_stage_goes_on_with_as_many_processes_and_begins_anew_with_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[str] = []
+
+    def stopped(job: TrainingJob, crew: Crew, threads: int) -> None:
+        folders.append(job.folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "launch", stopped)
+    stage = a_stage(tmp_path)
+    for processes in (1, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            tune_checkpoint(**stage, crew=Crew(processes))
+    assert folders[0] == folders[1] != folders[2]
+
+
+@pytest.mark.parametrize(("after", "warns"), [(2.9, False), (3.0, True), (3.1, True)])
+def test_a_training_that_did_not_help_says_so(after: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    tune._warn_if_worse(Progress(step=2, validation=[(0, 3.0), (2, after)], best=2))
+    said = f"did not lower the validation loss (3.0000 before, {after:.4f} at best after it)"
+    assert (said in caplog.text) == warns
 
 
 def test_the_description_counts_both_vectors() -> None:

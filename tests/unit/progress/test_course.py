@@ -171,6 +171,15 @@ def test_a_rule_may_be_slower_than_others(course: Course, clock: Clock) -> None:
     assert left == pytest.approx(11 + 1 + 1000, rel=0.1)
 
 
+def test_jobs_that_the_plan_does_not_know_take_as_long_as_others_of_their_rule(course: Course, clock: Clock) -> None:
+    course.will_run({"fetch": 1, "extra": 3})
+    for number, rule in enumerate(("fetch", "extra")):
+        course.starts(number, rule, of(1))
+        clock.now += 7
+        course.ends(number)
+    assert course.left() == pytest.approx(2 * 7)
+
+
 def test_the_plan_knows_every_job_of_a_study() -> None:
     study = load_study(QUICKSTART)
     plan = planned_seconds(study)

@@ -81,21 +81,34 @@ def test_a_snapshot_asks_for_safetensors_and_never_for_pickles(monkeypatch: pyte
 
     assert all(map(wanted, ("model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt")))
     assert not any(map(wanted, ("pytorch_model.bin", "consolidated.00.pth", "x.pt", "modeling_x.py", "x.gguf")))
-    hub.fetch_snapshot(SOURCE)
-    assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("file", "taken"), [("a.gguf", ["a.gguf"]), (None, ["config.json", "model.safetensors"])])
+@pytest.mark.parametrize(
+    ("file", "taken"),
+    [
+        ("a.gguf", ["a.gguf"]),
+        ("original/a.gguf", ["original/a.gguf"]),
+        (None, ["config.json", "model.safetensors"]),
+    ],
+)
 def test_what_was_fetched_before_is_not_taken_too(
     file: str | None, taken: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """All files of a revision lie in one folder of the hub's cache."""
-    for name in ("a.gguf", "b.gguf", "config.json", "model.safetensors", "original/config.json"):
+    for name in ("a.gguf", "b.gguf", "config.json", "model.safetensors", "original/config.json", "original/a.gguf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    asked: dict[str, object] = {}
+
+    def snapshot(repo: str, **options: object) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     found = hub.fetch_snapshot(SOURCE.model_copy(update={"file": file}))
     assert [path.relative_to(tmp_path).as_posix() for path in found] == taken
+    assert asked["ignore_patterns"] == (None if file else ["*/*"])
+    assert asked["allow_patterns"] == ([file] if file else list(hub.CHECKPOINT_FILES))
 
 
 def test_a_snapshot_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -294,7 +294,8 @@ def test_special_tokens_without_an_embedding(folder: Path, tmp_path: Path, caplo
     assert "no embedding of <image>" in caplog.text
     tokenizer.add_tokens(["ordinary"])
     tokenizer.save_pretrained(folder)
-    refused(folder, tmp_path / "again", "They do not belong together")
+    message = rf"token 'ordinary' has number {VOCABULARY + 1}, the model only {VOCABULARY} tokens, numbered from 0"
+    refused(folder, tmp_path / "again", message)
 
 
 def test_a_missing_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -106,6 +106,15 @@ def test_instructions_keep_three_columns(tmp_path: Path) -> None:
     )
 
 
+def test_instructions_of_a_hub_data_set_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": "add", "input": "1 2", "output": "3"}, {"instruction": "say", "response": "word"}]
+    monkeypatch.setattr(hub, "load_rows", lambda source: rows)
+    source = {"hub": "o/d", "revision": COMMIT, "split": "train"}
+    assert instructions(tmp_path, [], source=source, documents=[0, 1]) == (1, rows[:1])
+    with pytest.raises(RankwiseError, match=r"^instructions\.i: .*o/d, row 1: no column 'output'; there are: instr"):
+        instructions(tmp_path, [], source=source)
+
+
 def test_instructions_need_their_columns(tmp_path: Path) -> None:
     with pytest.raises(RankwiseError, match=r"^instructions\.i: .*record 0: no column 'output'; there are: instr"):
         instructions(tmp_path, [{"instruction": "x", "response": "y"}])

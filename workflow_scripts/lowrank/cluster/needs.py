@@ -126,13 +126,15 @@ class Need:
 
         Args:
             gpus: of the machine.
-            processes: that share them, or the processors, each of which loads the model; None: one a GPU.
+            processes: that share them, or the processors, each of which loads the model; None: one a GPU. Several
+                are started by the stage's own, which waits.
         """
         program = self.host.get("program", 0)
         rest = sum(self.host.values()) - program
         if gpus:
             return program + CUDA_HOST * gpus + max(self.loading * (processes or gpus), rest)
-        return program + (rest + self.device_bytes) * (processes or 1)
+        of_workers = processes if processes and processes > 1 else 0
+        return program * (1 + of_workers) + (rest + self.device_bytes) * (of_workers or 1)
 
     def largest(self, gpus: int) -> tuple[str, float]:
         """The largest part and its bytes: of the GPU's memory, or of the main memory if there is none."""

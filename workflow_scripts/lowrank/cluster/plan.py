@@ -7,6 +7,7 @@ the config by the formulas of `resources` (docs/cluster.md); nothing is measured
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -332,7 +333,7 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        study = load_study(options.config)
+        study = load_study(os.path.expanduser(options.config))
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

@@ -21,11 +21,9 @@ from lowrank.model.checkpoint import family_of
 from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.partial_forward import exchanged, output_of
+from lowrank.model.runtime import SEEDS_APART
 
 log = logging.getLogger(__name__)
-
-SEEDS_APART = 1_000_003
-"""Between the draws of a seed's blocks and those of the next seed: no block draws as one of another seed does."""
 
 
 @dataclass(frozen=True)

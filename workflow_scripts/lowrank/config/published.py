@@ -106,7 +106,7 @@ def _read_published(path: Path, changed: int, size: int) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, comment="#", dtype={"model": "str", "method": "str"})
     except (ValueError, OSError) as error:
-        raise RankwiseError(f"{path}: no readable CSV file ({error}); it must be UTF-8.") from error
+        raise RankwiseError(f"{path}: no readable CSV file ({error}).") from error
     if missing := [column for column in KEY_COLUMNS if column not in frame.columns]:
         raise RankwiseError(f"{path}: the column{'s' * (len(missing) > 1)} {', '.join(missing)} must be there.")
     for column in frame.columns.drop(["model", "method"]):

@@ -67,11 +67,13 @@ def _tokens(tokenizer: dict[str, Any], vocabulary: int) -> tuple[list[bytes], li
     texts = [f"[PAD{index}]".encode() for index in range(vocabulary)]
     types = [int(TokenType.UNUSED)] * vocabulary
     for text, index in model["vocab"].items():
+        if index >= vocabulary:  # without an embedding, see `sources.checks`
+            continue
         texts[index], types[index] = text.encode(), int(TokenType.NORMAL)
         if model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[index] = int(TokenType.BYTE)
     for added in tokenizer.get("added_tokens", []):
-        if added["id"] >= vocabulary:  # without an embedding, see `sources.checks`
+        if added["id"] >= vocabulary:
             continue
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         texts[added["id"]], types[added["id"]] = added["content"].encode(), int(kind)

@@ -225,11 +225,12 @@ def memory_hint(job: Job, error: BaseException) -> str:
         more = f"{{gpu: {asked}, processes: 1}}` in the profile one process has all of them"
     else:
         more = f"{{gpu: {asked + 1}}}` in the profile it has one more"
-    fewer = (
-        f"`--set-resources {job.rule}:layers_per_pass=1` holds the sums of one block at a time; "
-        if job.rule in PASSES
-        else ""
-    )
+    fewer = ""
+    if job.rule in PASSES and str(job.resources.get("layers_per_pass", "")) != "1":
+        fewer = (
+            f"with `set-resources: {job.rule}: {{layers_per_pass: 1}}` in the profile a pass holds the sums of one "
+            "block; "
+        )
     return (
         f". The memory of a GPU is too small: {fewer}with `set-resources: {job.rule}: {more}; which rules have their "
         "model on several GPUs, and that `gpus_per_job: auto` counts them, is in docs/cluster.md."

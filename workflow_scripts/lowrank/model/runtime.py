@@ -15,6 +15,8 @@ from lowrank.versions import package_version
 
 log = logging.getLogger(__name__)
 
+SEEDS_APART = 1_000_003
+"""Between the draws of a seed's blocks or epochs and those of the next seed: none draws as one of another seed does."""
 RECORDED_PACKAGES = (
     "torch",
     "transformers",

@@ -29,6 +29,7 @@ from lowrank.model.checkpoint import family_of
 from lowrank.model.factors import factor_paths
 from lowrank.model.modeling_rankwise import IdentityBlockLinear, LowRankLinear, SharedDownLinear
 from lowrank.model.partial_forward import output_of
+from lowrank.model.runtime import SEEDS_APART
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class _Trainer:
         self.model, self.layer, self.tuning, self.weights = model, layer, tuning, list(weights.values())
         self.training = features.windows(slice(None, -tuning.validation_windows))
         self.held_out = features.windows(slice(-tuning.validation_windows, None))
-        self.order = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+        self.order = torch.Generator().manual_seed(seed * SEEDS_APART + layer)
         self.loss: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
         self.best = 0

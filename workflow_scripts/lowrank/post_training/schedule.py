@@ -8,6 +8,7 @@ import torch
 
 from lowrank.config.tuning import Tuning
 from lowrank.errors import RankwiseError
+from lowrank.model.runtime import SEEDS_APART
 
 # Keys of a DeepSpeed configuration that follow from the `tuning` preset, so that one number has one place.
 SET_BY_TUNING = (
@@ -95,6 +96,6 @@ def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> list[int]:
 
 def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     # Seeds of neighbouring epochs and of neighbouring studies must differ.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * SEEDS_APART + epoch)
     order: list[int] = torch.randperm(rows, generator=generator).tolist()
     return order

@@ -139,7 +139,8 @@ class Course:
         work = 0.0
         for rule, (still, count) in self._still().items():
             expects = self._expects(rule, slower)
-            work += count * _mean([expects(job) for job in still])
+            seconds = [expects(job) for job in still] or list(self.measured.get(rule, {}).values())
+            work += count * _mean(seconds)
         for running in self.running.values():
             expected = self._expects(running.rule, slower)(running.job)
             work += max(0.0, expected - (now - running.since))

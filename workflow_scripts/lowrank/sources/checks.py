@@ -257,12 +257,14 @@ def _check_tokenizer(name: str, model: Model, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # ValueError, OSError, KeyError, ... by what is missing
         raise RankwiseError(f"its tokenizer cannot be loaded ({error}). Add the tokenizer's files.") from error
-    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= model.shape.vocabulary}
+    numbers = tokenizer.get_vocab()
+    beyond = {token for token, number in numbers.items() if number >= model.shape.vocabulary}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if beyond - special:
+    if ordinary := beyond - special:
+        last = max(ordinary, key=lambda token: numbers[token])
         raise RankwiseError(
-            f"models.{name}.shape.vocabulary: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.shape.vocabulary}. They do not belong together."
+            f"models.{name}.shape.vocabulary: the tokenizer's token {last!r} has number {numbers[last]}, the model "
+            f"only {model.shape.vocabulary} tokens, numbered from 0. They do not belong together."
         )
     if beyond:  # as for images, in text models of Gemma 3; or one for padding that was added later
         log.warning("the model has no embedding of %s; no text may hold them", ", ".join(sorted(beyond)))

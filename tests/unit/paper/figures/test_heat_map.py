@@ -92,11 +92,13 @@ def test_a_panel_a_ratio_a_cell_a_row_and_corpus_with_the_best_framed(rows: list
         texts = {tuple(text.get_position()): text.get_text() for text in axes.texts}
         assert len(texts) == len(part)
         labels = list(dict.fromkeys(part["label"]))
+        marked: dict[str, set[tuple[int, int]]] = {"best": set(), "level": set(), "": set()}
         for cell in part.to_dict(orient="records"):
             at = (list(samples.CORPORA).index(cell["corpus"]), labels.index(cell["label"]))
             assert float(texts[at]) == pytest.approx(cell["perplexity"], rel=0.03)
-        bold = [p for p in axes.patches if isinstance(p, Rectangle) and p.get_linewidth() == BOUNDS["linewidth"]]
-        best = part[part["mark"] == "best"]
-        assert sorted(round(patch.get_y() + 0.42) for patch in bold) == sorted(map(labels.index, best["label"]))
+            marked[cell["mark"]].add(at)
+        for mark, width in (("best", BOUNDS["linewidth"]), ("level", BOUNDS["linewidth"] / 3)):
+            frames = [p for p in axes.patches if isinstance(p, Rectangle) and p.get_linewidth() == width]
+            assert {(round(p.get_x() + 0.46), round(p.get_y() + 0.42)) for p in frames} == marked[mark]
     assert samples.texts_outside(figure) == []
     assert samples.overlaps(samples.tick_boxes(figure.axes[0].xaxis)) == 0

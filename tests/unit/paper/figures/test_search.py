@@ -16,11 +16,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from snakemake.iocontainers import OutputFiles
 
-from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, Row, SearchFigure, SensitivityFigure
+from lowrank.config.outputs import (
+    ComparisonFigure,
+    PerplexityFigure,
+    PredictedLossFigure,
+    Row,
+    SearchFigure,
+    SensitivityFigure,
+)
 from lowrank.errors import RankwiseError
 from lowrank.paper.figures.search import BEST, draw_search, objective_words, read_trials, search_frame
 from tests.unit.paper.figures import figure_samples as samples
 from tests.unit.paper.figures.figure_samples import judge, trials
+from tests.unit.paper.figures.test_predicted_loss import truncations
 
 SCRIPTS = Path(__file__).parents[4] / "workflow_scripts"
 
@@ -266,6 +274,12 @@ def stage_settings(kind: str, folder: Path) -> dict[str, Any]:
         figure = ComparisonFigure(kind=kind, title="T", suite=samples.SUITE, rows=[row])
         results = {"suite": suite, "rows": [{"row": row.plain()} | found]}
         return {"figure": figure.plain(), "results": results}
+    if kind == "predicted-loss":
+        figure = PredictedLossFigure(
+            kind=kind, title="T", model="m", calibration="c", covariance=["one", "two"], corpus="d", windows=2, length=8
+        )
+        measured = {name: stored(folder, truncations(seed=seed)) for seed, name in enumerate(figure.covariance)}
+        return {"figure": figure.plain(), "results": {"truncations": measured}}
     figure = SearchFigure(kind="search", title="T", model="m", methods=["bolaco"], ratios=[20])
     return {
         "figure": figure.plain(),
@@ -275,7 +289,14 @@ def stage_settings(kind: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lines"), [("sensitivity", 2 + 4 * 13), ("perplexity", 2), ("comparison", 1), ("search", 50 + 2)]
+    ("kind", "lines"),
+    [
+        ("sensitivity", 2 + 4 * 13),
+        ("perplexity", 2),
+        ("comparison", 1),
+        ("predicted-loss", 2 * 4 * 7),
+        ("search", 50 + 2),
+    ],
 )
 def test_the_stage_writes_three_files_of_every_kind(kind: str, lines: int, tmp_path: Path) -> None:
     results = tmp_path / "results"

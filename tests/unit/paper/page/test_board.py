@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowrank.paper.page.board import leader_board
 from lowrank.paper.page.results import checkpoints
 from lowrank.paper.tables.measures import measures_of
-from tests.unit.paper.paper_samples import context, dense_results, evidence, row_results
+from tests.unit.paper.paper_samples import context, dense_results, evidence, manifest, row_results
 
 MEASURES = measures_of(context())
 
@@ -29,5 +31,6 @@ def test_columns_are_left_out_only_where_nobody_has_a_value() -> None:
     cells = dict(zip([column.key for column in board.columns], board.lines[1].cells, strict=True))
     assert (cells["weight_bytes"].text, cells["weight_bytes"].value) == ("–", None)
     del rows[0].evaluations["cost"]  # type: ignore[attr-defined]
+    rows[0] = replace(rows[0], manifests=[manifest(rows[0].row, 0)])
     board = leader_board(checkpoints(evidence(*rows), ["tiny"], MEASURES), MEASURES)
     assert "weight_bytes" not in [column.key for column in board.columns]

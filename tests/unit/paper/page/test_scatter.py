@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -23,10 +24,8 @@ def drawn(*rows: RowResults, vocabulary: int = 1000) -> list[Scatter]:
     return scatters(found, MEASURES, {"tiny": vocabulary})["tiny"]["wiki_test"]
 
 
-def unmeasured(results: RowResults, *, manifest: bool = True) -> RowResults:
+def unmeasured(results: RowResults) -> RowResults:
     del results.evaluations["cost"]  # type: ignore[attr-defined]
-    if not manifest:
-        results.manifests[:] = []  # type: ignore[index]
     return results
 
 
@@ -56,12 +55,12 @@ def test_points_have_error_bars_of_the_loss() -> None:
 )
 def test_the_size_is_one_that_is_known_of_all(row: RowResults, label: str) -> None:
     assert drawn(dense_results(), row)[0].x_label == label
-    assert drawn(unmeasured(dense_results(), manifest=False), row)[0].x_label == "linear weights kept (%)"
 
 
-def test_a_compressed_row_without_its_manifest_is_not_taken_for_dense() -> None:
-    with pytest.raises(RankwiseError, match="no manifest of the compression"):
-        drawn(dense_results(), unmeasured(row_results(), manifest=False))
+def test_a_row_without_its_manifest_is_not_taken_for_dense() -> None:
+    for other, results in ((row_results(), dense_results()), (dense_results(), row_results())):
+        with pytest.raises(RankwiseError, match="no manifest of the compression"):
+            drawn(other, replace(unmeasured(results), manifests=[]))
 
 
 def test_suites_of_one_corpus_are_drawn_each() -> None:

@@ -137,7 +137,8 @@ def test_accuracy_is_paired_by_documents_and_averaged_over_tasks(
     ours: dict[str, list[int]], theirs: dict[str, list[int]], again: dict[str, list[int]]
 ) -> None:
     table = build(scored("first", ours), scored("second", theirs, again), suite="zs")
-    second = table.frame.to_dict(orient="records")[1]
+    first, second = table.frame.to_dict(orient="records")
+    assert {value for key, value in first.items() if "_difference" in key} == {0.0}
     by_task = [
         by_hand([(a + b) / 2 for a, b in zip(theirs[task], again[task], strict=True)], [*map(float, ours[task])])
         for task in ours

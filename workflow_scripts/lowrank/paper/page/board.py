@@ -85,8 +85,7 @@ def _cells(checkpoint: Checkpoint, measures: Sequence[Measure]) -> Iterator[tupl
 
 
 def _costs(cost: Mapping[str, float]) -> Iterator[tuple[str, BoardCell]]:
-    if PARAMETERS in cost:
-        yield PARAMETERS, BoardCell(f"{cost[PARAMETERS] / 1e6:,.1f}", cost[PARAMETERS])
+    yield PARAMETERS, BoardCell(f"{cost[PARAMETERS] / 1e6:,.1f}", cost[PARAMETERS])
     if SIZE in cost:
         yield SIZE, BoardCell(size_text(cost[SIZE]), cost[SIZE])
     for key in (PREFILL, DECODE):

@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.config.outputs import Row
 from lowrank.paper.tables.data import Json, RowResults
 from lowrank.paper.tables.measures import Measure
-from lowrank.paper.tables.rows import Estimate, checkpoints_of, linears_kept, manifests_of, over_seeds
+from lowrank.paper.tables.rows import Estimate, checkpoints_of, linears_kept, over_seeds
 
 SUBJECT = ("model", "method", "ratio", "tuning")
 Key = tuple[str, str, int, str]
@@ -103,8 +103,6 @@ def _checkpoint(results: RowResults, measures: Sequence[Measure]) -> Checkpoint:
 def _counted(results: RowResults) -> tuple[float, dict[str, float]]:
     """Percent kept, and what it costs: measured, or counted by its manifests."""
     costs = [e for found in results.evaluations.values() for e in found if e["kind"] == "cost"]
-    if not results.row.ratio and not costs and not manifests_of(results, "compression"):
-        return 100.0, {}  # a dense model of which nothing but text was judged
     counted = costs or checkpoints_of(results)
     cost = {PARAMETERS: over_seeds([each["parameters"]["total"] for each in counted]).value}
     if costs:

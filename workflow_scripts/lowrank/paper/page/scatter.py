@@ -86,11 +86,10 @@ class Quantity:
 
 
 def quantities(found: Sequence[Checkpoint]) -> list[Quantity]:
-    """Size and speed as far as they are known: of sizes the first that is known of all, else the true kept share."""
-    size = Quantity("weights (MiB)", lambda each: each.cost[SIZE] / MIB if SIZE in each.cost else None)
-    count = Quantity("parameters (M)", lambda each: each.cost[PARAMETERS] / 1e6 if PARAMETERS in each.cost else None)
-    kept = Quantity("linear weights kept (%)", lambda each: each.kept)
-    shown = [next((one for one in (size, count) if all(one.read(each) is not None for each in found)), kept)]
+    """Size and speed as far as they are known: the weights' bytes if they are known of all, else their number."""
+    size = Quantity("weights (MiB)", lambda each: each.cost[SIZE] / MIB)
+    count = Quantity("parameters (M)", lambda each: each.cost[PARAMETERS] / 1e6)
+    shown = [size if all(SIZE in each.cost for each in found) else count]
     for key, label in ((DECODE, "generation (tokens/s)"), (PREFILL, "prompt (tokens/s)")):
         if sum(key in each.cost for each in found) > 1:
             shown.append(Quantity(label, lambda each, key=key: each.cost.get(key)))  # type: ignore[misc]

@@ -162,7 +162,8 @@ def average_difference(results: RowResults, reference: RowResults, suite: str) -
         for task, (ours, theirs) in pairs.items()
     ]
     errors = [difference.stderr for difference in alone if difference.stderr is not None]
-    seeds = [seeds_error(np.mean([pair[side].of_seeds for pair in pairs.values()], axis=0)) for side in (0, 1)]
+    sides = () if results is reference else (0, 1)
+    seeds = [seeds_error(np.mean([pair[side].of_seeds for pair in pairs.values()], axis=0)) for side in sides]
     return Difference(
         math.fsum(difference.value for difference in alone) / len(alone),
         math.hypot(math.hypot(*errors) / len(alone), *seeds) if len(errors) == len(alone) else None,

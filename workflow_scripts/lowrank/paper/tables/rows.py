@@ -115,11 +115,12 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     for percent in kept:
         if not row.met_by(percent):
             tolerance = max(row.tolerance_for(share) for share in kept)
+            holder = "figure" if results.place.startswith("figures.") else "row"
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the "
                 "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, write "
-                f"`tolerance: {tolerance:g}` on the row (now {row.tolerance:g} points)."
+                f"`tolerance: {tolerance:g}` on the {holder} (now {row.tolerance:g} points)."
             )
     return over_seeds(kept)
 
