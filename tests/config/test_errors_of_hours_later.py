@@ -3,11 +3,99 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lowrank.config.load import check_study
 from lowrank.config.suites import METRICS
 from lowrank.config.used import used_entries
-from tests.config.wrong import BASE, Change, changed, errors_of
+from tests.config.wrong import BASE, GONE, SELECT, Change, changed, errors_of
+
+SEARCHED = BASE["methods"]["bolaco-5x1"]
+SCALED = SEARCHED | {"search": "scales", "covariance": "fisher"}
+SCALES: list[Change] = [
+    (("search", "scales"), {"variables": "loss-scales"}),
+    (("covariance", "fisher"), {"estimator": "naive", "gradients": "weigh"}),
+]
+
+
+def moved(method: dict[str, Any], source: str) -> Change:
+    """One more method, which begins with what another one found."""
+    return ("methods", f"of-{source}"), method | {"transfer": {"model": "smollm2-135m", "method": source}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [moved(SEARCHED, "lord")],
+            "methods.of-lord.transfer.method: 'lord' has no search of its own to take an allocation from",
+        ),
+        (
+            [moved(SEARCHED, "bolaco-5x1"), moved(SEARCHED, "of-bolaco-5x1")],
+            "methods.of-of-bolaco-5x1.transfer.method: 'of-bolaco-5x1' has no search of its own to take an allocation "
+            "from",
+        ),
+        (
+            [*SCALES, moved(SCALED, "bolaco-5x1")],
+            "methods.of-bolaco-5x1.search: 'scales' searches loss scales; kept ratios cannot start it",
+        ),
+        (
+            [*SCALES, (("methods", "scaled"), SCALED), moved(SEARCHED, "scaled")],
+            "methods.of-scaled.transfer.method: 'scaled' searches loss scales, which are no kept ratios",
+        ),
+    ],
+    ids=["of no search", "of a transfer", "by a search of scales", "of a search of scales"],
+)
+def test_a_transfer_takes_the_ratios_of_a_search(changes: list[Change], message: str) -> None:
+    assert errors_of(changed(*changes)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (
+            ("figures", "course"),
+            {"kind": "search", "title": "S", "model": "smollm2-135m", "methods": ["lord"], "ratios": [20]},
+            "figures.course.methods[0]: 'lord' has no search whose progress could be drawn",
+        ),
+        (
+            ("tables", "agreement"),
+            {"kind": "agreement", "title": "A", "tables": ["table_1", "table_8"]},
+            "tables.agreement.tables[1]: 'table_8' is a table of allocations; name tables of accuracy or statistics",
+        ),
+        ((*SELECT, "keep"), GONE, "validation.wikipedia-top6.select.keep: is needed by `strategy: top` and `bottom`"),
+        (
+            ("search", "scales"),
+            {"variables": "loss-scales", "initial": 11, "evaluations": 10},
+            "search.scales.initial: 11 is more than `evaluations: 10`",
+        ),
+    ],
+    ids=lambda part: ".".join(part) if isinstance(part, tuple) else "",
+)
+def test_entries_say_what_they_need(place: tuple[str, ...], value: Any, message: str) -> None:
+    assert errors_of(changed((place, value))) == [message]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("sensitivity", "by-type", "length"),
+        ("tuning", "scales", "max_length"),
+        ("suites", "said", "new_tokens"),
+        ("suites", "cost", "mac_tokens"),
+    ],
+    ids=".".join,
+)
+def test_no_model_reads_more_than_it_can(place: tuple[str, ...]) -> None:
+    said = {"kind": "generation", "prompts": ["The river"]}
+    table = {"kind": "generations", "title": "G", "suites": ["said"], "rows": BASE["tables"]["times"]["rows"]}
+    added: list[Change] = [(("suites", "said"), said), (("tables", "said"), table)]
+    assert errors_of(changed(*added, (place, 2048))) == []
+    assert errors_of(changed(*added, (place, 2049))) == [
+        f"{'.'.join(place)}: 2049 tokens, more than the `max_length` of model 'smollm2-135m' (2048)"
+    ]
 
 
 def test_tables_show_what_they_have_room_for() -> None:

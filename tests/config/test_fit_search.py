@@ -12,7 +12,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
 from lowrank.search.kept_ratios import SearchSpace
-from tests.config.test_fit import shapes
+from tests.config.test_fit import leaves_room, shapes
 from tests.config.wrong import BASE, Change, changed, errors_of
 
 BO = ("search", "bo-10")
@@ -146,4 +146,5 @@ def test_the_check_refuses_what_the_search_space_refuses(
         assert space.least - 1e-9 <= space.uniform() @ space.weights <= space.most + 1e-9
     except RankwiseError:
         possible = False
-    assert (why_out_of_reach(budget, ratio, uncompressed, lower, search) is None) == possible
+    by_hand = leaves_room(budget, ratio, uncompressed, lower, upper, band or 0.0, bounds)
+    assert (why_out_of_reach(budget, ratio, uncompressed, lower, search) is None) == possible == by_hand

@@ -95,6 +95,8 @@ def test_a_folder_becomes_a_checkpoint_and_a_table(
         values = [value.strip() for value in lines["perplexity (test)"] if value.strip()]
         assert float(values[column].split(" ±")[0]) == pytest.approx(found["perplexity"], abs=0.06)
         assert f"{cost['measured']['decode_tokens_per_second']:,.1f}" in "".join(lines["generation, tokens/s"])
+        removed = [value.strip() for value in lines["linear weights removed"] if value.strip()]
+        assert float(removed[column].removesuffix(" %")) == pytest.approx(ratio, abs=1)
     assert f"test:       {inputs / 'test.jsonl'}\n" in said
     log = (out / "results/model/logs/compress_model/model/rankwise/20/seed0.log").read_text()
     assert f", {min(8, len(os.sched_getaffinity(0)))} threads, torch" in log

@@ -142,8 +142,8 @@ def test_a_rank_that_breaks_the_model_counts_as_the_worst() -> None:
         model, TOKENS, budget, {budget.modules[0].name: [8]}, lambda module: lambda rank: broken, CPU
     )
     assert [trial.loss for trial in trials] == [math.inf]
-    model.get_submodule(budget.modules[0].name).weight.data.fill_(float("nan"))
-    with pytest.raises(RankwiseError, match="the dense model's loss"):
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(RankwiseError, match=r"^model\.layers\.1\.mlp\.up_proj: .* the dense model's loss"):
         measure_layers(model, TOKENS, budget, {}, lambda module: lambda rank: broken, CPU)
 
 
@@ -249,6 +249,10 @@ def test_windows_and_length_limit_what_the_search_reads() -> None:
     few, _ = samples.compressed("asvd", "llama", 20, windows=2, length=10, **options)
     same, _ = samples.compressed("asvd", "llama", 20, tokens=TOKENS[:2, :10], **options)
     assert torch.equal(few(TOKENS).logits, same(TOKENS).logits)
+
+
+def test_a_search_leaves_types_dense() -> None:
+    samples.check_left_dense("asvd", "llama", 20, windows=2, length=10, kept=[0.5, 0.8])
 
 
 def test_a_failed_decomposition_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,17 +32,17 @@ def compressed(kind: str, ratio: int, **settings: Any) -> tuple[PreTrainedModel,
     return samples.compressed("llrc", kind, ratio, model=model, moments=moments, **FAST | settings)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
-def test_what_is_left_are_directions_of_the_scaled_matrix_unchanged(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "alpha"), [*((kind, 0.5) for kind in tiny.FEW), ("opt", 0.9)])
+def test_what_is_left_are_directions_of_the_scaled_matrix_unchanged(kind: str, alpha: float) -> None:
     """In the singular directions of W diag(s) a pair is diagonal, each entry the singular value or zero."""
     dense = tiny.model(kind).double()
     inputs = samples.inputs_of_layers(dense)
-    model, ranks = compressed(kind, 30)
+    model, ranks = compressed(kind, 30, alpha=alpha)
     assert any(ranks.values())
     for name, rank in ranks.items():
         if rank is None:
             continue
-        scale = inputs[name].abs().mean(0).numpy() ** 0.5 + 1e-6
+        scale = inputs[name].abs().mean(0).numpy() ** alpha + 1e-6
         u, e, vh = np.linalg.svd(dense.get_submodule(name).weight.numpy() * scale, full_matrices=False)
         core = u.T @ (samples.product(model, name).numpy() * scale) @ vh.T
         kept = core.diagonal() / e
@@ -149,6 +149,10 @@ def test_a_stopped_training_goes_on(stopped: int, tmp_path: Path, monkeypatch: p
     assert torch.equal(again(TOKENS).logits, expected(TOKENS).logits)
 
 
+def test_types_are_left_dense() -> None:
+    samples.check_left_dense("llrc", "llama", 30, **FAST | {"growth": 1.0, "settle": 0})
+
+
 def test_a_ratio_of_zero_changes_nothing() -> None:
     samples.check_unchanged_at_ratio_zero("llrc", "mistral")
 
@@ -163,6 +167,7 @@ def test_the_budget_may_be_met_by_the_very_last_step(caplog: pytest.LogCaptureFi
         compressed("llama", 30, **FAST)
     (needed,) = map(int, re.findall(r"the budget is met after (\d+) steps", caplog.text))
     assert compressed("llama", 30, **FAST | {"steps": needed})
+    assert compressed("llama", 30, **FAST | {"steps": needed + 1, "settle": 100})  # no time to settle
     with pytest.raises(RankwiseError, match=f"after {needed - 1} steps they do not meet the budget yet"):
         compressed("llama", 30, **FAST | {"steps": needed - 1})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,11 @@ def test_plain_svd_spends_its_budget_on_ranks_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.FEW)
-@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd-llm", "afm"])
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd-llm", "aa-svd", "obd-llm", "afm"])
 def test_methods_of_one_ratio_round_as_they_are_told(method: str, kind: str) -> None:
-    options = {"allocation": "uniform"} if method == "asvd" else {}
+    options: dict[str, Any] = {"allocation": "uniform"} if method == "asvd" else {}
+    if method == "obd-llm":
+        options["gradients"] = factor_samples.output_gradients(kind)
     budget = replace(Budget.of(ModelShape(**tiny.shape(kind))), adds_bias=method == "afm")
     for rounding in ("down", "give-back"):
         _, ranks = factor_samples.compressed(method, kind, 25, rounding=rounding, **options)

@@ -39,15 +39,15 @@ def budget_of(kind: str) -> Budget:
     return replace(Budget.of(samples.shape_of(kind)), adds_bias=False)
 
 
-def roots(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def roots(x: np.ndarray, g: np.ndarray, damping: float = DAMPING) -> tuple[np.ndarray, np.ndarray]:
     """S and M with S S' = E[x x'] and M M' = G + damping: lower triangular both."""
-    damped = g + DAMPING * np.diag(np.diag(g))
+    damped = g + damping * np.diag(np.diag(g))
     return np.linalg.cholesky(x.T @ x / len(x)), np.linalg.cholesky(damped)
 
 
-def terms(w: np.ndarray, x: np.ndarray, g: np.ndarray) -> list[np.ndarray]:
+def terms(w: np.ndarray, x: np.ndarray, g: np.ndarray, damping: float = DAMPING) -> list[np.ndarray]:
     """W as a sum of matrices of rank one, in the order in which ranks grow."""
-    s, m = roots(x, g)
+    s, m = roots(x, g, damping)
     u, sigma, vh = np.linalg.svd(m.T @ w @ s, full_matrices=False)
     left, right = np.linalg.inv(m.T) @ u, vh @ np.linalg.inv(s)
     return [sigma[i] * np.outer(left[:, i], right[i]) for i in range(len(sigma))]
@@ -65,25 +65,25 @@ def layers_of(kind: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
     return found
 
 
-def check_layers(kind: str, model: PreTrainedModel, ranks: Ranks) -> None:
+def check_layers(kind: str, model: PreTrainedModel, ranks: Ranks, damping: float = DAMPING) -> None:
     """Every pair is the sum of the first terms of its matrix."""
     dense, layers = tiny.model(kind).double(), layers_of(kind)
     for name, rank in ranks.items():
         if rank is None:
             continue
-        expected = torch.from_numpy(np.sum(terms(*layers[name])[:rank], axis=0))
+        expected = torch.from_numpy(np.sum(terms(*layers[name], damping)[:rank], axis=0))
         assert torch.allclose(samples.product(model, name), expected, atol=1e-4 * float(expected.abs().max())), name
         bias = dense.get_submodule(name).bias
         assert (model.get_submodule(name).up.bias is None) == (bias is None)
         assert bias is None or torch.equal(model.get_submodule(name).up.bias, bias)
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
-def test_every_layer_is_the_truncation_whitened_on_both_sides(kind: str) -> None:
-    model, ranks = compressed(kind, 30)
+@pytest.mark.parametrize(("kind", "damping"), [*((kind, DAMPING) for kind in tiny.FEW), ("opt", 0.3)])
+def test_every_layer_is_the_truncation_whitened_on_both_sides(kind: str, damping: float) -> None:
+    model, ranks = compressed(kind, 30, damping=damping)
     assert ranks == uniform_ranks(budget_of(kind), 30, ())
     assert any(ranks.values())
-    check_layers(kind, model, ranks)
+    check_layers(kind, model, ranks, damping)
 
 
 def test_no_input_whitening_costs_as_little() -> None:
@@ -150,6 +150,11 @@ def test_sequences_are_the_first_windows() -> None:
     every, _ = compressed("llama-gqa", 25, allocation="first-order")
     assert torch.equal(first(TOKENS).logits, same(TOKENS).logits)
     assert not torch.allclose(first(TOKENS).logits, every(TOKENS).logits)
+
+
+def test_types_are_left_dense_by_first_order_ranks_too() -> None:
+    gradients = samples.output_gradients("llama")
+    samples.check_left_dense("obd-llm", "llama", 30, allocation="first-order", gradients=gradients)
 
 
 @pytest.mark.parametrize("kind", tiny.FEW)

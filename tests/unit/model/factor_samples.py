@@ -167,6 +167,14 @@ def check_budget(method: str, kind: str, ratio: int, adds_bias: bool = False, **
     assert not steps or missing <= max(steps)
 
 
+def check_left_dense(method: str, kind: str, ratio: int, **settings: Any) -> None:
+    """Values, which would be compressed, stay dense where a preset says so."""
+    for uncompressed in ([], ["v"]):
+        _, ranks = compressed(method, kind, ratio, uncompressed=uncompressed, **settings)
+        assert any(rank for name, rank in ranks.items() if name.endswith("v_proj")) == (not uncompressed)
+        assert any(ranks.values())
+
+
 def check_round_trip(model: PreTrainedModel, folder: Path) -> None:
     """A checkpoint gives the same logits, and generation is the same with a cache and without."""
     source = folder / "source"

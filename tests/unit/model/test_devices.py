@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from lowrank.calibration.gradients import sum_gradients
@@ -16,10 +17,11 @@ from lowrank.evaluation.generation import continue_greedily
 from lowrank.evaluation.perplexity import evaluate_perplexity
 from lowrank.model import devices as devices_module
 from lowrank.model.checkpoint import family_of, load_checkpoint
-from lowrank.model.devices import device_of, devices_of, moved, spread
+from lowrank.model.devices import device_of, devices_of, moved, pick_devices, spread
 from lowrank.model.losses import head_of, last_hidden, token_nll
 from lowrank.model.modeling_rankwise import SharedDownLinear
 from lowrank.model.partial_forward import input_of, last_hidden_from, on_devices, output_of
+from lowrank.model.placement import MODEL_GPUS
 from tests import pretended, tiny
 from tests.unit.model import factor_samples as samples
 
@@ -199,6 +201,23 @@ def test_a_copied_block_still_belongs_to_its_model() -> None:
         assert sum(p.numel() for p in block.parameters()) < sum(p.numel() for p in model.parameters()) / 2
         model.model.layers[-1] = block
         assert torch.allclose(losses(model).cpu(), losses(made("llama")), atol=1e-6)
+
+
+def test_one_process_of_a_job_takes_all_gpus_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = torch.device("cuda")
+    monkeypatch.setattr(devices_module, "pick_device", lambda: first)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    both = [torch.device("cuda", index) for index in range(2)]
+    for told, expected in (("", [first]), ("1", [first]), ("2", both), ("4", both)):
+        monkeypatch.setenv(MODEL_GPUS, told)
+        assert pick_devices() == expected
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for processes, expected in ((1, both), (2, [first])):
+        monkeypatch.setattr(dist, "get_world_size", lambda processes=processes: processes)
+        assert pick_devices() == expected
+    monkeypatch.setattr(devices_module, "pick_device", lambda: CPU)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert pick_devices() == [CPU]
 
 
 def test_what_is_no_tensor_stays_as_it_is() -> None:

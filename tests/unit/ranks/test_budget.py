@@ -128,6 +128,16 @@ def test_uniform_ranks_meet_the_budget() -> None:
     assert 0.797 < kept <= 0.8
 
 
+def test_lord_refuses_what_experts_without_tokens_leave_too_few_matrices_for() -> None:
+    """Of the eight matrices of type up two can lose a fifth of all, and one cannot."""
+    budget = Budget.of(ModelShape(**tiny.shape("mixtral")))
+    up = [module.name for module in budget.modules if module.type.name == "up"]
+    assert len(up) == 8
+    assert lord_ranks(replace(budget, left_dense=frozenset(up[2:])), 20, "give-back")[up[0]] is not None
+    with pytest.raises(RankwiseError, match="LoRD cannot remove 20 % of up: too few experts got enough tokens"):
+        lord_ranks(replace(budget, left_dense=frozenset(up[1:])), 20, "give-back")
+
+
 def test_lord_refuses_a_ratio_that_q_and_k_cannot_pay_for() -> None:
     with pytest.raises(RankwiseError, match="LoRD cannot remove 80 %"):
         lord_ranks(Budget.of(LLAMA_7B), 80, "down")

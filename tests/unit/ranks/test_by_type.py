@@ -13,7 +13,7 @@ from lowrank.ranks.budget import Budget, Ranks
 from lowrank.ranks.by_type import lord_ranks, uniform_ranks
 from lowrank.search.allocation import lord_point
 from lowrank.search.kept_ratios import SearchSpace
-from tests.config.test_fit import shapes
+from tests.config.test_fit import leaves_room, shapes
 
 
 def of_space(budget: Budget, ratio: int, uncompressed: list[str], lord: bool) -> Ranks | None:
@@ -41,6 +41,7 @@ def test_uniform_ranks_are_those_of_the_uniform_point(
     except RankwiseError:
         ranks = None
     assert ranks == of_space(budget, ratio, uncompressed, lord=False)
+    assert (ranks is not None) == leaves_room(budget, ratio, uncompressed, 0.0)
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.ranks.budget import Budget
-from lowrank.ranks.curves import Group, choices_of
-from lowrank.ranks.predicted_loss import allocate
+from lowrank.ranks.curves import Curve, Group, choices_of
+from lowrank.ranks.predicted_loss import _by_multiplier, allocate
 from lowrank.ranks.reach import why_out_of_reach
 from tests import tiny
 
@@ -47,6 +48,36 @@ def test_the_budget_is_met_and_hardly_missed(kind: str, ratio: int, seed: int, i
             bigger = choices_of(budget, module, losses_of(budget, seed)[module.name])
             index = bigger.ranks.index(rank) + 1
             assert kept + bigger.parameters[index] - budget.cost(module, rank) > allowed
+
+
+def slow_steps(choices: Mapping[str, Curve], begun: Mapping[str, int], allowed: float) -> dict[str, int]:
+    """Raise choices while the budget lasts; every step looks through all larger ones of all matrices."""
+    picked = dict(begun)
+    while True:
+        left = allowed - sum(float(choice.parameters[picked[name]]) for name, choice in choices.items())
+        steps = []
+        for name, choice in choices.items():
+            now = picked[name]
+            for index in range(now + 1, len(choice.losses)):
+                extra = choice.parameters[index] - choice.parameters[now]
+                gain = (choice.losses[now] - choice.losses[index]) / extra
+                if extra <= left and gain > 0:
+                    steps.append((gain, name, index))
+        if not steps:
+            return picked
+        _, name, index = max(steps)
+        picked[name] = index
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_rounding_leaves_goes_where_a_parameter_gains_most(kind: str) -> None:
+    budget = budget_of(kind)
+    for seed, ratio in enumerate((10, 20, 30, 40)):
+        losses = losses_of(budget, seed)
+        choices = {module.name: choices_of(budget, module, losses[module.name]) for module in budget.modules}
+        picked = slow_steps(choices, _by_multiplier(choices, budget.allowed(ratio)), budget.allowed(ratio))
+        expected = {name: choices[name].ranks[index] for name, index in picked.items()}
+        assert allocate(budget, ratio, losses).ranks == expected
 
 
 @pytest.mark.parametrize("ratio", [10, 25, 40])

@@ -244,6 +244,18 @@ def test_ranks_shrink_where_the_least_rank_costs_more_than_was_asked_for() -> No
     assert changed == {"gate"}
 
 
+def test_what_got_more_than_it_asked_for_shrinks_first_and_then_the_largest_rank() -> None:
+    budget = replace(Budget.of(SMOLLM), adds_bias=False)
+    q, gate = (next(module for module in budget.modules if module.type.name == name) for name in ("q", "gate"))
+    rounder = Rounder(budget, [Unit(0, (q,)), Unit(1, (gate,))], "down")
+    allowed = budget.cost(q, 88) + budget.cost(gate, 120)
+    break_even = 576 * 1536 / 2112
+    for asked, fits, less in ((90, [88, 120], [88, 112]), (87.5, [88, 120], [80, 120])):
+        ratios = [asked / 288, 125 / break_even]
+        assert rounder.choose(ratios, allowed, allowed) == fits
+        assert rounder.choose(ratios, allowed - 1, allowed) == less
+
+
 def test_a_matrix_too_narrow_for_rank_8_gets_what_it_can() -> None:
     shape = ModelShape(**{**tiny.shape("llama-gqa"), "head_dim": 5, "heads": 2, "kv_heads": 1})
     budget = Budget.of(shape)

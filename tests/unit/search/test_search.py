@@ -185,6 +185,7 @@ def test_a_divergence_that_was_not_computed_stays_empty_in_the_log(tmp_path: Pat
 def test_a_share_of_the_steps_is_random_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     always = run(tmp_path / "a.csv", random_share=0.999)
     assert [trial.origin for trial in always[4:]] == ["random"] * 3
+    assert len({tuple(trial.x) for trial in always[4:]}) == 3
     some = Search(random_share=0.3)
     monkeypatch.setattr(search, "candidates", lambda *_: [always[0].x])
     found = [search.propose(Unbounded(), always, some, step) for step in range(300)]

@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
+from lowrank.bases.principal import Bases
 from lowrank.calibration.corpora import sample_windows
 from lowrank.config.presets import Validation
+from lowrank.config.sources import ModelShape
 from lowrank.files import load_tensors, sha256_file
-from lowrank.search.validation import select_windows
+from lowrank.model.checkpoint import replace_modules
+from lowrank.ranks.budget import Budget
+from lowrank.search.allocation import sliced_factors
+from lowrank.search.kept_ratios import SearchSpace
+from lowrank.search.validation import candidate_windows, select_windows
 from tests import tiny
 from tests.unit.search.test_search import tiny_bases
 from tests.unit.search.test_search_stage import Named
@@ -40,6 +47,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def documents() -> list[str]:
     return [" ".join(tiny.WORDS[(start + step) % len(tiny.WORDS)] for step in range(60)) for start in range(20)]
+
+
+def rebuilt_perplexities(folder: Path, windows: torch.Tensor) -> torch.Tensor:
+    """Allocations x windows, each of a model with the factors in its layers, from all logits."""
+    budget, rows = Budget.of(ModelShape(**tiny.shape("llama-gqa"))), []
+    space = SearchSpace(budget, 20, SCORED["groups"], ("v",), lower=0.2)
+    for x in space.sample(SCORED["allocations"], 4):
+        model = tiny.model("llama-gqa")
+        replace_modules(model, sliced_factors(Bases(folder / "bases", tiny.LAYERS), budget, space.ranks(x)))
+        logits = model(windows).logits[:, :-1].double()
+        rows.append(functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(1).exp())
+    return torch.stack(rows)
 
 
 def run(folder: Path, out: Path, select: dict[str, Any], **inputs: str) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -72,15 +91,32 @@ def test_all_windows_are_kept_without_a_model_or_bases(folder: Path, tmp_path: P
 
 def test_scored_windows_are_those_whose_perplexity_varies_most_or_least(folder: Path, tmp_path: Path) -> None:
     every = sample_windows(documents(), tiny.tokenizer(), WINDOWS, LENGTH, 4)
+    perplexities = rebuilt_perplexities(folder, every.long())
+    variance = perplexities.var(0).tolist()
+    assert min(variance) > 0
     for strategy in ("top", "bottom"):
         (tmp_path / strategy).mkdir()
         select = SCORED | {"strategy": strategy}
         tokens, record = run(folder, tmp_path / strategy, select, bases=str(folder / "bases"))
-        variance = record["variance"]
+        assert record["variance"] == pytest.approx(variance, rel=1e-2)
+        assert record["mean_perplexity"] == pytest.approx(perplexities.mean(0).tolist(), rel=1e-4)
         extremes = sorted(range(WINDOWS), key=lambda window: variance[window], reverse=strategy == "top")[:2]
         assert record["windows"] == sorted(extremes)
         assert torch.equal(tokens, every[sorted(extremes)])
-        assert (record["scored"], record["allocations"], len(record["mean_perplexity"])) == (True, 3, WINDOWS)
+        assert (record["scored"], record["allocations"]) == (True, 3)
+
+
+def test_candidates_come_from_all_corpora_in_equal_numbers() -> None:
+    corpora, tokenizer = [documents()[:10], documents()[10:]], tiny.tokenizer()
+    preset = {"corpora": ["a", "b"], "length": LENGTH, "seed": 4, "select": {"strategy": "all"}}
+
+    def drawn(count: int) -> torch.Tensor:
+        return candidate_windows(corpora, tokenizer, Validation.model_validate(preset | {"windows": count}))
+
+    first, second = (sample_windows(texts, tokenizer, 3, LENGTH, 4) for texts in corpora)
+    assert torch.equal(drawn(5), torch.cat([first, sample_windows(corpora[1], tokenizer, 2, LENGTH, 4)]))
+    assert not torch.equal(first, second)
+    assert torch.equal(drawn(1), sample_windows(corpora[0], tokenizer, 1, LENGTH, 4))
 
 
 def test_equal_windows_are_kept_in_their_order() -> None:

@@ -243,11 +243,6 @@ def _transfers(study: Study) -> Iterator[str]:
         method = study.method(name)
         if method.transfer is None:
             continue
-        if method.search is None:
-            yield (
-                f"methods.{name}.search: a transfer needs it; one with `evaluations: 1, initial: 1, start: []` takes "
-                "the ratios as they are"
-            )
         source = method.transfer.method
         if source in study.methods and (study.method(source).search is None or study.method(source).transfer):
             yield f"methods.{name}.transfer.method: '{source}' has no search of its own to take an allocation from"

@@ -246,10 +246,10 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _initial_points_fit(self) -> Search:
-        if self.variables == "loss-scales":
-            return self
         if self.initial > self.evaluations:
             raise wrong("initial", f"{self.initial} is more than `evaluations: {self.evaluations}`")
+        if self.variables == "loss-scales":
+            return self
         points = len(self.start) + (self.start_at is not None)
         if points > self.initial:
             raise wrong("start", f"{points} points with `start_at`, more than `initial: {self.initial}`")
