@@ -190,11 +190,13 @@ def test_two_machines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @ON_CPU
-@pytest.mark.parametrize(("kind", "said"), [("ours", r"^model\.layers\.3: no\.$"), ("bug", "failed: ValueError: what")])
-def test_the_process_that_failed_is_heard_and_ends_the_others(kind: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said", "count"), [("ours", r"^model\.layers\.3: no\.$", 2), ("bug", "failed: ValueError: what", 1)]
+)
+def test_the_process_that_failed_is_heard_and_ends_the_others(kind: str, said: str, count: int, tmp_path: Path) -> None:
     write_json(tmp_path / "job.json.error0", "an old one")
     with pytest.raises(RankwiseError, match=said):
-        launch("tests.unit.jobs.crew_work:fail", {"kind": kind}, Crew(2), 2, tmp_path)
+        launch("tests.unit.jobs.crew_work:fail", {"kind": kind}, Crew(count), 2, tmp_path)
 
 
 @ON_CPU

@@ -222,29 +222,38 @@ def test_device_cpu_in_the_profile_hides_gpus(tmp_path: Path) -> None:
     assert "sees ''" in log
 
 
+def test_a_gpu_that_is_too_small_ends_in_one_line(tmp_path: Path) -> None:
+    code, log = run(tmp_path, "import torch; raise torch.OutOfMemoryError('1 GiB wanted')", rule="collect_gradients")
+    assert code == 1
+    assert "1 GiB wanted. The memory of a GPU is too small: with `set-resources: collect_gradients: " in log
+    assert "Traceback" not in log
+
+
 @pytest.mark.parametrize(
-    ("raised", "resources", "told"),
+    ("error", "resources", "told"),
     [
-        ("torch.OutOfMemoryError('1 GiB wanted')", {}, "`set-resources: collect_gradients: {gpu: 2}` in the profile"),
         (
-            "RankwiseError('a worker process failed: OutOfMemoryError: 1 GiB wanted')",
-            {"gpu": 4, "device": "cpu"},
-            "`set-resources: collect_gradients: {gpu: 4, processes: 1}` in the profile one process has all of them",
+            torch.OutOfMemoryError("1 GiB wanted"),
+            {},
+            "with `set-resources: collect_gradients: {gpu: 2}` in the profile",
         ),
-        ("torch.OutOfMemoryError('1 GiB wanted')", {"gpu": 3, "processes": 1, "device": "cpu"}, "{gpu: 4}` in"),
-        ("torch.OutOfMemoryError('1 GiB wanted')", {"layers_per_pass": 1}, "{gpu: 2}` in"),
+        (
+            RankwiseError("a worker process failed: OutOfMemoryError: 1 GiB wanted"),
+            {"gpu": 4},
+            "with `set-resources: collect_gradients: {gpu: 4, processes: 1}` in the profile one process has all",
+        ),
+        (torch.OutOfMemoryError("1 GiB wanted"), {"gpu": 3, "processes": 1}, "{gpu: 4}` in"),
+        (torch.OutOfMemoryError("1 GiB wanted"), {"layers_per_pass": 1}, "{gpu: 2}` in"),
     ],
 )
 def test_a_gpu_that_is_too_small_names_the_line_to_write(
-    tmp_path: Path, raised: str, resources: dict[str, Any], told: str
+    error: Exception, resources: dict[str, Any], told: str
 ) -> None:
-    work = f"import torch; from lowrank.errors import RankwiseError; raise {raised}"
-    code, log = run(tmp_path, work, rule="collect_gradients", resources=resources)
-    assert code == 1
+    hint = stage.memory_hint(SimpleNamespace(rule="collect_gradients", resources=resources), error)
     fewer = "with `set-resources: collect_gradients: {layers_per_pass: 1}` in the profile a pass holds the sums of one "
-    assert f"1 GiB wanted. The memory of a GPU is too small: {'' if resources.get('layers_per_pass') else fewer}" in log
-    assert told in log
-    assert "Traceback" not in log
+    assert hint.startswith(". The memory of a GPU is too small: " + ("" if resources.get("layers_per_pass") else fewer))
+    assert told in hint
+    assert not stage.memory_hint(SimpleNamespace(rule="compress_model", resources={}), ValueError("1 GiB wanted"))
 
 
 def test_a_process_is_told_over_how_many_gpus_it_may_spread_a_model(tmp_path: Path) -> None:
