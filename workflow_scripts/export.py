@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from lowrank.errors import RankwiseError
 from lowrank.export.wish import Export
+from lowrank.jobs.imports import uncollected
 
 
 def main(given: Sequence[str]) -> int:
@@ -24,7 +25,8 @@ def main(given: Sequence[str]) -> int:
     given_as = parser.parse_args(given)
     try:
         wish = Export.of(given_as.checkpoint, given_as.to, given_as.out)
-        from lowrank.export.share import export  # torch and transformers: seconds that a wrong wish need not wait for
+        with uncollected():  # torch and transformers: seconds that a wrong wish need not wait for
+            from lowrank.export.share import export
 
         print(export(wish))
     except RankwiseError as error:

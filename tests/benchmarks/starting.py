@@ -43,10 +43,12 @@ def rows(setting: Setting) -> list[Row]:
 
 
 def program(stage: str, folder: str) -> str:
-    """What a stage imports, at its top and in its functions; then the model's first forward pass, if it has one."""
+    """What a stage loads, at its top, for its rule and in its functions; then a forward pass, if it has a model."""
     tree = ast.parse((SCRIPTS / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
-    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return "\n".join([*imports, "" if stage in WITHOUT_MODEL else COMPUTE.format(folder=folder)])
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    top, inner = ([ast.unparse(node) for node in imports if (node in tree.body) == first] for first in (True, False))
+    models = f"from lowrank.jobs.imports import load_models\nload_models({stage!r})"
+    return "\n".join([*top, models, *inner, "" if stage in WITHOUT_MODEL else COMPUTE.format(folder=folder)])
 
 
 def seconds_of(script: str) -> float:

@@ -13,15 +13,20 @@ import pytest
 import torch
 
 from lowrank.errors import RankwiseError
-from lowrank.jobs import stage
+from lowrank.jobs import imports, stage
 from lowrank.jobs.lock import output_lock
+from lowrank.reruns.fingerprint import Code
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 SCRIPT = """
 {before}
 from types import SimpleNamespace
+from lowrank.jobs import stage
 from lowrank.jobs.stage import run_stage
+
+if not {models!r}:
+    stage.load_models = lambda rule: None  # which would take seconds
 
 def work(job):
     {work}
@@ -37,11 +42,22 @@ def run(
     rule: str = "collect_statistics",
     resources: dict[str, Any] | None = None,
     before: str = "",
+    models: bool = False,
     **variables: str,
 ) -> tuple[int, str]:
-    """Exit code and log of a stage; nothing of this process's hub settings is handed on."""
+    """Exit code and log of a stage; nothing of this process's hub settings is handed on.
+
+    Args:
+        folder: for its files.
+        work: the body of the stage's work.
+        rule: whose stage it is.
+        resources: of the job.
+        before: code in front of it.
+        models: whether the classes of models are loaded, where the rule needs them.
+        variables: further ones of the environment.
+    """
     log = folder / "stage.log"
-    script = SCRIPT.format(before=before, work=work, rule=rule, log=str(log), resources=resources or {})
+    script = SCRIPT.format(before=before, work=work, rule=rule, log=str(log), resources=resources or {}, models=models)
     kept = {name: value for name, value in os.environ.items() if name not in stage.OFFLINE}
     process = subprocess.run(
         [sys.executable, "-c", script],
@@ -54,12 +70,20 @@ def run(
 
 
 def test_the_log_says_where_a_job_runs_and_what_it_took(tmp_path: Path) -> None:
-    code, log = run(tmp_path, "import torch; torch.ones(1)", resources={"gpu": 0}, SLURM_JOB_ID="17")
-    assert code == 0
+    work = f"import gc, sys; assert {imports.MODELS!r} in sys.modules and gc.isenabled() and gc.get_freeze_count()"
+    code, log = run(tmp_path, work, resources={"gpu": 0}, models=True, SLURM_JOB_ID="17")
+    assert code == 0, log
     assert f"collect_statistics: Python {sys.version.split()[0]} ({sys.executable}), host " in log
     assert "SLURM job 17, 2 threads\n" in log
     assert "collect_statistics: finished in " in log
     assert f"MiB, torch {torch.__version__}\n" in log
+
+
+def test_models_are_loaded_for_the_stages_that_reach_them_and_no_others() -> None:
+    code = Code(SCRIPTS)
+    reached = {path.stem: code._reached(path.stem, [], {}) for path in (SCRIPTS / "stages").glob("*.py")}
+    found = {stage for stage, nodes in reached.items() if any(module == imports.MODELS for module, _ in nodes)}
+    assert found | {"post_train"} == set(imports.NEED_MODELS)
 
 
 def test_waiting_for_a_gpu_is_no_work(tmp_path: Path) -> None:
@@ -172,7 +196,7 @@ def test_a_job_whose_result_another_writes_stops_and_leaves_its_log_alone(tmp_pa
     with output_lock([output], "post_train"):
         before.write_text("the log of the job that runs\n")
         run_script = script.format(
-            before="", work="raise SystemExit(3)", rule="post_train", log=str(before), resources={}
+            before="", work="raise SystemExit(3)", rule="post_train", log=str(before), resources={}, models=False
         )
         process = subprocess.run(
             [sys.executable, "-c", run_script], env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, check=False

@@ -17,6 +17,7 @@ from typing import Any
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
 from lowrank.jobs.gpus import DEALING, own_gpus
+from lowrank.jobs.imports import load_models
 from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
 from lowrank.jobs.log_file import FINISHED
@@ -99,6 +100,7 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
             require_same_environment()
             with own_gpus(wanted_gpus(job), int(job.resources.get("jobs_per_gpu", 0) or 1)):
                 started = time.monotonic()  # waiting for a GPU that others hold is no work
+                load_models(job.rule)
                 require_gpus(job)
                 work(job)
             write_job_record(job, PROJECT, usage_since(started))

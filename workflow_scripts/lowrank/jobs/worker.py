@@ -11,10 +11,8 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from lowrank.files import read_json, write_json, write_text
+from lowrank.jobs.imports import uncollected
 from lowrank.jobs.share import Share
 
 log = logging.getLogger(__name__)
@@ -34,11 +32,15 @@ def main(job_file: str) -> int:
     if DEVICES in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[DEVICES]
     try:
+        module, _, function = job["work"].partition(":")
+        with uncollected():
+            import torch
+            import torch.distributed as dist
+
+            work = getattr(importlib.import_module(module), function)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-        module, _, function = job["work"].partition(":")
-        work = getattr(importlib.import_module(module), function)
         result = work(job["arguments"], Share(rank, dist.get_world_size()))
         if rank == 0:
             write_json(result_file(job_file), result)
@@ -97,6 +99,8 @@ def _set_up_logging(rank: int) -> None:
 
 def _log_memory() -> None:
     """What the first process took of its GPU; the stage itself sees only the host's memory."""
+    import torch
+
     if torch.cuda.is_available():
         reserved = torch.cuda.max_memory_reserved() / 2**20
         log.info("process 0 reserved at most %.0f MiB on %s", reserved, torch.cuda.get_device_name())
