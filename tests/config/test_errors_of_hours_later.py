@@ -128,12 +128,9 @@ def test_tasks_are_those_whose_rows_are_known_by_what_is_computed_of_them() -> N
 
 
 def test_an_entry_whose_name_goes_on_with_a_dot_does_not_need_what_another_does() -> None:
-    method = BASE["methods"]["bolaco-5x1"]
-    alone = {**BASE["methods"]["svd"]}
-    raw = changed((("methods", "svd.searched"), method), (("methods", "svd"), alone))
-    study = check_study(raw, "x")
-    without = check_study(changed(), "x")
-    assert used_entries(study) - {("methods", "svd.searched")} == used_entries(without)
+    only_there: Change = (("calibration", "other"), next(iter(BASE["calibration"].values())) | {"windows": 3})
+    study = check_study(changed(only_there, (("methods", "svd.flap"), {"kind": "flap", "calibration": "other"})), "x")
+    assert used_entries(study) == used_entries(check_study(changed(), "x"))
 
 
 def test_a_lora_names_layers_that_the_model_has() -> None:

@@ -60,6 +60,22 @@ def test_a_miss_is_told_with_what_the_next_try_accepts(
         assert study({key: value for key, value in method.items() if key != leave_out}, ratio, *changes) == []
 
 
+def test_a_figure_tells_it_as_a_table_does() -> None:
+    drawn = ("figures", "figure_3")
+    changes: list[Change] = [SMALL, ((*drawn, "methods"), ["svd"]), ((*drawn, "ratios"), [20])]
+    rows = [
+        {"model": "smollm2-135m", "method": method, "ratio": 20, "tolerance": 0.1} for method in ("svd", "bolaco-5x1")
+    ]
+    compared = {"kind": "comparison", "title": "C", "suite": "held-out", "rows": rows}
+    found = errors_of(changed(*changes, (("figures", "compared"), compared)))
+    told = sorted(line for line in found if line.startswith("figures.") and "it keeps 78.57 %" in line)
+    assert [line.partition(":")[0] for line in told] == ["figures.compared.rows[0].ratio", "figures.figure_3.ratios[0]"]
+    assert "give or take 0.1 points; write `tolerance: 1.5` on the row" in told[0]
+    assert "give or take 0.5 points; write `tolerance: 1.5` on the figure" in told[1]
+    mended = errors_of(changed(*changes, ((*drawn, "tolerance"), 1.5)))
+    assert not any(line.startswith("figures.figure_3.ratios") for line in mended)
+
+
 def test_rows_that_shapes_do_not_decide_are_left_to_their_table() -> None:
     assert study({"kind": "asvd", "calibration": "c4-32"}, 40, SMALL, tolerance=0) == []
     assert study({"kind": "flap", "calibration": "c4-32"}, 20, SMALL, tolerance=0) == []

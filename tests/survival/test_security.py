@@ -324,6 +324,10 @@ def test_secrets_are_blackened(text: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert "***" in without_secrets(text)
 
 
+def test_a_password_may_hold_the_sign_that_ends_it() -> None:
+    assert without_secrets("https://me:half@half@host/path") == "https://***@host/path"
+
+
 @pytest.mark.parametrize("text", ["", "loss 0.5 at https://host/path", "hf_", "a@b.c", "Bearer", "hf_transfer is slow"])
 def test_ordinary_text_is_not_changed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "loss")  # too short to be a token

@@ -108,6 +108,12 @@ def test_the_report_stands_alone_and_its_links_lead_to_files(run: Path) -> None:
     assert all((run / link).is_file() for link in links)
 
 
+def test_a_damaged_result_is_named(run: Path) -> None:
+    (run / "evaluation/a/zs.json").write_text("{")
+    with pytest.raises(RankwiseError, match=r"zs\.json"):
+        rendered(run)
+
+
 def test_the_report_says_what_was_run(run: Path) -> None:
     html = rendered(run)
     assert "Smoke run, not a measurement: texts, searches and training are short." in html

@@ -48,6 +48,13 @@ def frame_of(rows: list[RowResults] = ROWS) -> pd.DataFrame:
     return heat_map_frame(rows, SUITE, samples.suite())
 
 
+def test_a_row_that_missed_its_ratio_is_refused() -> None:
+    missed = judged([3.2, 3.6, 3.1])
+    missed.manifests[0]["parameters"]["decoder_linears"] = 82
+    with pytest.raises(RankwiseError, match=r"removed 18\.00 %"):
+        frame_of([DENSE, missed])
+
+
 def test_the_frame_has_the_rise_over_dense_and_what_a_row_is_behind_the_best() -> None:
     frame = frame_of()
     assert len(frame) == 3 * (len(ROWS) - 1)

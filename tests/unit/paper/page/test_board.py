@@ -7,7 +7,7 @@ from dataclasses import replace
 from lowrank.paper.page.board import leader_board
 from lowrank.paper.page.results import checkpoints
 from lowrank.paper.tables.measures import measures_of
-from tests.unit.paper.paper_samples import context, dense_results, evidence, manifest, row_results
+from tests.unit.paper.paper_samples import ZERO_SHOT, context, dense_results, evidence, manifest, row_results
 
 MEASURES = measures_of(context())
 
@@ -34,3 +34,12 @@ def test_columns_are_left_out_only_where_nobody_has_a_value() -> None:
     rows[0] = replace(rows[0], manifests=[manifest(rows[0].row, 0)])
     board = leader_board(checkpoints(evidence(*rows), ["tiny"], MEASURES), MEASURES)
     assert "weight_bytes" not in [column.key for column in board.columns]
+
+
+def test_averages_of_several_suites_of_tasks_are_told_apart() -> None:
+    measures = measures_of(context(suites={"zs": ZERO_SHOT, "few": ZERO_SHOT.model_copy(update={"limit": 5})}))
+    rows = [dense_results(), row_results()]
+    for results in rows:
+        results.evaluations["few"] = results.evaluations["zs"]  # type: ignore[index]
+    board = leader_board(checkpoints(evidence(*rows), ["tiny"], measures), measures)
+    assert [column.title for column in board.columns][1:3] == ["tasks (zs, %)", "tasks (few, %)"]
