@@ -115,8 +115,8 @@ def _parsed(arguments: list[str]) -> tuple[Any, Any]:
         sys.stderr.write(said.getvalue())
         raise
     if options.configfile:
-        options.configfile = [Path(path).expanduser() for path in options.configfile]
-    options.directory = options.directory and Path(options.directory).expanduser()
+        options.configfile = [Path(os.path.expanduser(path)) for path in options.configfile]
+    options.directory = options.directory and Path(os.path.expanduser(options.directory))
     return parser, options
 
 

@@ -123,7 +123,8 @@ def test_the_tolerance_that_is_written_is_the_smallest_tenth_that_the_table_acce
         else:
             with pytest.raises(RankwiseError, match=f"`tolerance: {tolerance:g}`"):
                 target_met(RowResults(given_row), [kept])
-            with pytest.raises(RankwiseError, match=f"`tolerance: {tolerance:g}` on the figure"):
-                target_met(RowResults(given_row, place="figures.f.methods (x, 20 %)"), [kept])
+            for place, holder in (("figures.f.methods (x, 20 %)", "figure"), ("figures.f.rows[0]", "row")):
+                with pytest.raises(RankwiseError, match=f"`tolerance: {tolerance:g}` on the {holder}"):
+                    target_met(RowResults(given_row, place=place), [kept])
     if tolerance:
         assert not row.model_copy(update={"tolerance": tolerance - 0.1}).met_by(kept)

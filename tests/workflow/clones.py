@@ -198,17 +198,20 @@ def read_config(checkout: Path, config: str) -> dict[str, Any]:
 
 
 def leave_out(content: dict[str, Any], models: Container[str] = ()) -> None:
-    """Leave out of a config's tables and figures all rows but those at one ratio (and at none), and of some models.
+    """Leave out of a config's tables and figures the rows of some models, and others than those at 0 and 20 %.
 
-    What is left has the same kinds of jobs, and each method as before, half as often.
+    What is left has the same kinds of jobs, half as often: methods that stand at other ratios only keep their rows.
     """
     tables, figures = content["tables"], content["figures"]
+    rows = [row for output in (*tables.values(), *figures.values()) for row in output.get("rows", ())]
+    common = {row["method"] for row in rows if row["model"] not in models and row.get("ratio", 0) in (0, 20)}
     for output in (*tables.values(), *figures.values()):
         if "rows" in output:
-            rows = [row for row in output["rows"] if row["model"] not in models]
-            ratios = sorted({row.get("ratio", 0) for row in rows} - {0})
-            kept = (0, 20 if 20 in ratios else ratios[0] if ratios else 0)
-            output["rows"] = [row for row in rows if row.get("ratio", 0) in kept]
+            output["rows"] = [
+                row
+                for row in output["rows"]
+                if row["model"] not in models and (row.get("ratio", 0) in (0, 20) or row["method"] not in common)
+            ]
         if "ratios" in output:
             output["ratios"] = output["ratios"][:1]
     for outputs in (tables, figures):

@@ -42,11 +42,12 @@ LEFT_OUT = {
     "mini-paper": (),
     "paper": ("llama-2-13b", "llama-2-13b-chat"),
 }
-"""Models that are left out of configs of many jobs, and with them all ratios but one."""
+"""Configs of many jobs, and models that are left out of them; most methods are left at one ratio."""
 REMOVES_NEURONS = (("rankwise-neurons", "quickstart"), ("rankwise", "paper"))
 """A preset, and the config that has it."""
 ALL = ("quickstart", "mini-paper", "paper")
 UNCONCERNED = [
+    Change("a fresh clone with copied results", new_times, nothing, configs=ALL),
     Change("the frame of stages", code("lowrank/jobs/stage.py", "run_stage"), nothing),
     Change("a check", code("lowrank/config/presets.py", "Search._initial_points_fit"), nothing),
     Change(
@@ -60,7 +61,6 @@ UNCONCERNED = [
     Change("another cache", study(value("elsewhere", "cache")), nothing),
     Change("pytest in the pins", pin("pytest"), nothing),
     Change("comments and formatting", comments, nothing, configs=ALL),
-    Change("a fresh clone with copied results", new_times, nothing, configs=ALL),
 ]
 """What no job is to run for: tried all at once, since none of them may have any."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def print_folder(
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH, highlight=highlight)
     try:
-        show(Path(arguments[0]).expanduser(), console)
+        show(Path(os.path.expanduser(arguments[0])), console)
     except RankwiseError as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,6 +18,7 @@ from lowrank.jobs.lock import output_lock
 from lowrank.reruns.fingerprint import Code
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
+MODELS = "lowrank.model.checkpoint"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 SCRIPT = """
 {before}
@@ -70,7 +71,7 @@ def run(
 
 
 def test_the_log_says_where_a_job_runs_and_what_it_took(tmp_path: Path) -> None:
-    work = f"import gc, sys; assert {imports.MODELS!r} in sys.modules and gc.isenabled() and gc.get_freeze_count()"
+    work = f"import gc, sys; assert {MODELS!r} in sys.modules and gc.isenabled() and gc.get_freeze_count()"
     code, log = run(tmp_path, work, resources={"gpu": 0}, models=True, SLURM_JOB_ID="17")
     assert code == 0, log
     assert f"collect_statistics: Python {sys.version.split()[0]} ({sys.executable}), host " in log
@@ -82,8 +83,8 @@ def test_the_log_says_where_a_job_runs_and_what_it_took(tmp_path: Path) -> None:
 def test_models_are_loaded_for_the_stages_that_reach_them_and_no_others() -> None:
     code = Code(SCRIPTS)
     reached = {path.stem: code._reached(path.stem, [], {}) for path in (SCRIPTS / "stages").glob("*.py")}
-    found = {stage for stage, nodes in reached.items() if any(module == imports.MODELS for module, _ in nodes)}
-    assert found | {"post_train"} == set(imports.NEED_MODELS)
+    found = {stage for stage, nodes in reached.items() if any(module == MODELS for module, _ in nodes)}
+    assert found == set(imports.NEED_MODELS)
 
 
 def test_waiting_for_a_gpu_is_no_work(tmp_path: Path) -> None:
@@ -275,7 +276,8 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(
 ) -> None:
     hint = stage.memory_hint(SimpleNamespace(rule="collect_gradients", resources=resources), error)
     fewer = "with `set-resources: collect_gradients: {layers_per_pass: 1}` in the profile a pass holds the sums of one "
-    assert hint.startswith(". The memory of a GPU is too small: " + ("" if resources.get("layers_per_pass") else fewer))
+    assert hint.startswith(". The memory of a GPU is too small: with `set-resources: collect_gradients: {")
+    assert (fewer in hint) == ("layers_per_pass" not in resources)
     assert told in hint
     assert not stage.memory_hint(SimpleNamespace(rule="compress_model", resources={}), ValueError("1 GiB wanted"))
 

@@ -77,8 +77,8 @@ def _tokens(tokenizer: dict[str, Any], vocabulary: int) -> tuple[list[bytes], li
             continue
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         texts[added["id"]], types[added["id"]] = added["content"].encode(), int(kind)
-    if (unknown := model.get("unk_token")) in model["vocab"]:
-        types[model["vocab"][unknown]] = int(TokenType.UNKNOWN)
+    if (unknown := model["vocab"].get(model.get("unk_token"), vocabulary)) < vocabulary:
+        types[unknown] = int(TokenType.UNKNOWN)
     return texts, types
 
 

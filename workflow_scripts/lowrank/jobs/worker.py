@@ -38,6 +38,7 @@ def main(job_file: str) -> int:
             import torch.distributed as dist
 
             work = getattr(importlib.import_module(module), function)
+        _set_up_logging(rank)  # once more: torch has set levels of its own
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

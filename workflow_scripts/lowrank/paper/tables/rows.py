@@ -115,7 +115,7 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     for percent in kept:
         if not row.met_by(percent):
             tolerance = max(row.tolerance_for(share) for share in kept)
-            holder = "figure" if results.place.startswith("figures.") else "row"
+            holder = "figure" if results.place.startswith("figures.") and ".rows[" not in results.place else "row"
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the "
