@@ -83,6 +83,8 @@ def check_gpus(needed: int) -> None:
     Raises:
         RankwiseError: with the numbers.
     """
+    if not needed:
+        return
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
