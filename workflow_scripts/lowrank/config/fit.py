@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank.config.low_rank import LowRankSettings, UniformSettings
-from lowrank.config.outputs import ComparisonFigure, PerplexityFigure, PredictedLossFigure, Row, SearchFigure
+from lowrank.config.outputs import (
+    ComparisonFigure,
+    PerplexityFigure,
+    PredictedLossFigure,
+    Row,
+    SearchFigure,
+    tolerance_holder,
+)
 from lowrank.config.presets import Covariance, MethodSettings, Search
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
@@ -145,8 +152,10 @@ def _missed_ratios(study: Study) -> Iterator[str]:
         if use.row is None or (kept := _kept_percent(study, use)) is None or use.row.met_by(kept):
             continue
         method = study.method(use.method)
-        holder = "figure" if ".ratios[" in use.place else "row"
-        keeper, cure = "by the shapes alone, it", f"write `tolerance: {use.row.tolerance_for(kept):g}` on the {holder}"
+        keeper, cure = (
+            "by the shapes alone, it",
+            f"write `tolerance: {use.row.tolerance_for(kept):g}` on the {tolerance_holder(use.place)}",
+        )
         if method.sets_aside_ratio:
             keeper = f"`{method.beside_ratio}: {getattr(method, method.beside_ratio)}`"
             without = method.model_copy(update={method.beside_ratio: method.default_of(method.beside_ratio)})

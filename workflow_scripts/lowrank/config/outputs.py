@@ -15,6 +15,11 @@ Tolerance = Annotated[
 ]
 
 
+def tolerance_holder(place: str) -> str:
+    """What of a config has the `tolerance` of a place in it: a row, or a figure that has ratios and no rows."""
+    return "figure" if place.startswith("figures.") and ".rows[" not in place else "row"
+
+
 class PublishedRow(Section):
     """A row of `config/published/<file>.csv`: the value that somebody printed, never one of ours."""
 

@@ -27,8 +27,8 @@ def load_models(rule: str) -> None:
 def uncollected() -> Iterator[None]:
     """Load modules while Python's collector of garbage waits.
 
-    It would look again and again through all that has been loaded so far, of which nothing is garbage: a quarter of
-    the whole time. Afterwards it leaves these objects alone.
+    It would look again and again through all that has been loaded so far, of which hardly anything is garbage: a
+    quarter of the whole time (docs/performance.md). Afterwards it leaves these objects alone.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lowrank.config.outputs import tolerance_holder
 from lowrank.config.published import Published, find_published
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables.data import Column, Context, Json, RowResults
@@ -115,12 +116,11 @@ def target_met(results: RowResults, kept: Sequence[float]) -> Estimate:
     for percent in kept:
         if not row.met_by(percent):
             tolerance = max(row.tolerance_for(share) for share in kept)
-            holder = "figure" if results.place.startswith("figures.") and ".rows[" not in results.place else "row"
             raise RankwiseError(
                 f"{results.place}: {row.method} removed {100 - percent:.2f} % of the decoder's linear weights, not "
                 f"{row.ratio} %. Such a row cannot stand beside others: correct the "
                 "method's allocation or the ratio; or, where ranks in steps of 8 are coarse for a small model, write "
-                f"`tolerance: {tolerance:g}` on the {holder} (now {row.tolerance:g} points)."
+                f"`tolerance: {tolerance:g}` on the {tolerance_holder(results.place)} (now {row.tolerance:g} points)."
             )
     return over_seeds(kept)
 
