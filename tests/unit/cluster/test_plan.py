@@ -360,6 +360,14 @@ def test_layers_per_pass_decide_whether_statistics_fit(tmp_path: Path) -> None:
     )
 
 
+def test_a_config_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plan_module.main(["~/mine.yaml"]) == 1
+    assert f"{tmp_path}/mine.yaml: there is no such config file" in capsys.readouterr().err
+
+
 def test_a_wrong_config_is_said_as_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("run: x\n")

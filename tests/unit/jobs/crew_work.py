@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import time
@@ -44,6 +45,11 @@ def fail(arguments: dict[str, Any], share: Share) -> None:
 
 def arguments_error(kind: str) -> Exception:
     return RankwiseError("model.layers.3: no.") if kind == "ours" else ValueError("what?")
+
+
+def torch_log_level(arguments: dict[str, Any], share: Share) -> int:
+    """From which level on a worker repeats what torch says of several processes."""
+    return logging.getLogger("torch.distributed").level
 
 
 def die(arguments: dict[str, Any], share: Share) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -197,6 +198,11 @@ def test_the_process_that_failed_is_heard_and_ends_the_others(kind: str, said: s
     write_json(tmp_path / "job.json.error0", "an old one")
     with pytest.raises(RankwiseError, match=said):
         launch("tests.unit.jobs.crew_work:fail", {"kind": kind}, Crew(count), 2, tmp_path)
+
+
+@ON_CPU
+def test_workers_leave_out_what_torch_warns_of(tmp_path: Path) -> None:
+    assert launch("tests.unit.jobs.crew_work:torch_log_level", {}, Crew(), 1, tmp_path) == logging.ERROR
 
 
 @ON_CPU

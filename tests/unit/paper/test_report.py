@@ -239,9 +239,13 @@ def test_show_says_where_everything_lies(run: Path, capsys: pytest.CaptureFixtur
         assert str(run / name) in shown.replace("\n", "")
 
 
-def test_show_without_a_finished_run_gives_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
-        f"{tmp_path}: holds no finished run (provenance.json is missing). Run the workflow first.\n"
-    )
+def test_show_without_a_finished_run_gives_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, meant in ((str(tmp_path), tmp_path), ("~/gone", tmp_path / "gone")):
+        assert main([named]) == 1
+        assert capsys.readouterr().err == (
+            f"{meant}: holds no finished run (provenance.json is missing). Run the workflow first.\n"
+        )
     assert main([]) == 2

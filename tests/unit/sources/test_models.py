@@ -292,9 +292,9 @@ def test_special_tokens_without_an_embedding(folder: Path, tmp_path: Path, caplo
     tokenizer.save_pretrained(folder)
     fetch(folder, tmp_path)
     assert "no embedding of <image>" in caplog.text
-    tokenizer.add_tokens(["ordinary"])
+    tokenizer.add_tokens(["another", "ordinary"])
     tokenizer.save_pretrained(folder)
-    message = rf"token 'ordinary' has number {VOCABULARY + 1}, the model only {VOCABULARY} tokens, numbered from 0"
+    message = rf"token 'ordinary' has number {VOCABULARY + 2}, the model only {VOCABULARY} tokens, numbered from 0"
     refused(folder, tmp_path / "again", message)
 
 

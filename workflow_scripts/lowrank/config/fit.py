@@ -152,10 +152,8 @@ def _missed_ratios(study: Study) -> Iterator[str]:
         if use.row is None or (kept := _kept_percent(study, use)) is None or use.row.met_by(kept):
             continue
         method = study.method(use.method)
-        keeper, cure = (
-            "by the shapes alone, it",
-            f"write `tolerance: {use.row.tolerance_for(kept):g}` on the {tolerance_holder(use.place)}",
-        )
+        keeper = "by the shapes alone, it"
+        cure = f"write `tolerance: {use.row.tolerance_for(kept):g}` on the {tolerance_holder(use.place)}"
         if method.sets_aside_ratio:
             keeper = f"`{method.beside_ratio}: {getattr(method, method.beside_ratio)}`"
             without = method.model_copy(update={method.beside_ratio: method.default_of(method.beside_ratio)})
