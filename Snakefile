@@ -34,6 +34,8 @@ checked(
 
 onstart:
     checked(write_json, LAYOUT.used_config, USED.plain())
+    if not workflow.non_local_exec:
+        serve_forks()
 
 
 localrules:

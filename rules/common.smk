@@ -30,7 +30,7 @@ from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.cluster.site import check_rules, site_of, whole_number
 from lowrank.jobs.gpus import deal_out_gpus
-from lowrank.jobs.stage import remember_environment, share_library
+from lowrank.jobs.stage import remember_environment, serve_forks, share_library
 
 share_library(SCRIPTS)
 if workflow.is_main_process:

@@ -30,6 +30,8 @@ from tests.workflow.clones import SNAKEMAKE
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Without the hub, and with one thread a process: the models are tiny."""
+NO_SERVER = {"RANKWISE_FORK_SERVER": ":"}
+"""What runs of Snakemake have as their fork server: each would load torch once more."""
 FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
 LOADED = (
     *("torch", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)),
@@ -135,7 +137,7 @@ def _snakemake(arguments: list[str], environment: dict[str, str], said: str) -> 
     for old, new in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(old, new)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | NO_SERVER)
     import snakemake.cli
     from snakemake.script import PythonScript
 

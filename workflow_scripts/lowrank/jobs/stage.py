@@ -9,13 +9,14 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
+from lowrank.jobs.forkserver import FORK_OF, end_as, run_as_fork, start_fork_server
 from lowrank.jobs.gpus import DEALING, own_gpus
 from lowrank.jobs.imports import load_models
 from lowrank.jobs.job import Job
@@ -40,10 +41,13 @@ PASSES = ("collect_statistics", "collect_gradients")
 ENVIRONMENT = "RANKWISE_ENVIRONMENT"
 """The variable that hands the head node's environment to its jobs."""
 
-NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Bars of progress fill a log with hundreds of lines; stages log their own."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
+"""DeepSpeed, imported by transformers, would warn of a missing GPU otherwise."""
 _NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
@@ -57,6 +61,11 @@ def share_library(scripts: Path) -> None:
 def remember_environment() -> None:
     """Tell all jobs what the head node runs in: they get its variables."""
     os.environ[ENVIRONMENT] = environment()
+
+
+def serve_forks() -> None:
+    """Let jobs on this machine start as forks of a process that has loaded torch, where that is safe."""
+    start_fork_server({**QUIET, **ON_CPU, **os.environ, **dict.fromkeys(OFFLINE, "1")})
 
 
 def environment() -> str:
@@ -84,8 +93,10 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
 
     Log lines go to the rule's log file and to the terminal. A `RankwiseError` is printed as its message,
     without a traceback; any other exception keeps its traceback, since it is a bug. Both end with exit code 1.
-    While it runs, no other job may write the same outputs.
+    While it runs, no other job may write the same outputs. Where a fork server runs, all this is done by a fork.
     """
+    if (status := run_as_fork(job.rule)) is not None:
+        end_as(status)
     log_file = str(job.log[0]) if len(job.log) else None
     set_up_logging(log_file)
     set_up_environment(job)
@@ -121,16 +132,19 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
 def set_up_environment(job: Job) -> None:
     """Set the variables that libraries read when they are imported, which stages do later."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for variable in NO_BARS:
-        os.environ.setdefault(variable, "1")
+    _set_defaults(QUIET)
     if not job.rule.startswith(FETCHING):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
     os.environ[MODEL_GPUS] = str(wanted_gpus(job))
     if computes_on_cpu(job) or got_no_gpu(job):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if computes_on_cpu(job) or got_no_gpu(job) or not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by transformers, would warn otherwise
+        _set_defaults(ON_CPU)
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def got_no_gpu(job: Job) -> bool:
@@ -150,6 +164,7 @@ def describe_job(job: Job) -> str:
     parts = [
         f"Python {sys.version.split()[0]} ({sys.executable})",
         f"host {socket.gethostname()}",
+        *([f"a fork of process {os.environ[FORK_OF]}"] if FORK_OF in os.environ else []),
         *([f"SLURM job {os.environ['SLURM_JOB_ID']}"] if os.environ.get("SLURM_JOB_ID") else []),
         f"{job.threads} thread{'s' if job.threads != 1 else ''}",
         *([f"{gpus} GPU{'s' if gpus != 1 else ''} asked for"] if gpus else []),

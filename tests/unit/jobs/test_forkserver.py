@@ -1,0 +1,315 @@
+"""The fork server with small modules in place of torch: what a job sees in its fork, and every way to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lowrank.jobs import forkserver
+from lowrank.jobs.imports import NEED_MODELS
+
+LIBRARY = Path(forkserver.__file__).parents[2]
+LOADS = ("wave", "no_such_module", "colorsys")
+"""In place of torch: two modules that nothing else here imports, and one that is not there."""
+SERVE = f"""
+import sys
+from lowrank.jobs import forkserver
+forkserver.MODELS = {LOADS!r}
+if found := forkserver.serve(sys.argv[1]):
+    forkserver.become(*found)
+"""
+JOB = """
+import os, sys, time
+from pathlib import Path
+from lowrank.jobs.forkserver import FORK_OF, SERVER, end_as, run_as_fork
+if (status := run_as_fork("compute_bases")) is not None:
+    end_as(status)
+"""
+"""The beginning of a job's script; what follows is done by the fork, or by the job's own process if there is none."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+
+
+class Server:
+    """A server, and the jobs that are started beside it."""
+
+    def __init__(self, folder: Path, library: Path = LIBRARY) -> None:
+        self.folder, self.sockets = folder, folder / "sockets"
+        self.sockets.mkdir()
+        self.environment = os.environ | {
+            "PYTHONPATH": str(library),
+            forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(self.sockets)],
+            stdin=subprocess.PIPE,
+            env=self.environment,
+            process_group=0,
+        )
+        until(lambda: (self.sockets / "socket").exists())
+
+    def start(self, work: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """A job whose fork does this; it is in the group of the server, as all are in the head's."""
+        script = self.folder / "job.py"
+        script.write_text(JOB + textwrap.dedent(work))
+        given: dict[str, Any] = {"env": self.environment, "process_group": self.process.pid} | options
+        return subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **given,
+        )
+
+    def run(self, work: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A job to its end."""
+        with self.start(work, *arguments, **options) as process:
+            said, errors = process.communicate("typed\n", timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
+
+    def fork_of(self, job: subprocess.Popen[str]) -> psutil.Process:
+        """The process that does the work of a job which prints its number first."""
+        assert job.stdout
+        return psutil.Process(int(job.stdout.readline()))
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path)
+    try:
+        yield made
+    finally:
+        made.process.communicate(timeout=60)
+
+
+# --- what a job sees ---
+
+
+def test_a_fork_has_all_that_its_job_was_started_with(server: Server, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    work = """
+        import json, tempfile
+        print(json.dumps({
+            "directory": os.getcwd(), "arguments": sys.argv[1:], "typed": input(), "mine": os.environ["MINE"],
+            "length": len(os.environ["LONG"]), "name": __name__, "file": __file__, "temporary": tempfile.gettempdir(),
+            "loaded": [name for name in ("wave", "colorsys", "sndhdr") if name in sys.modules],
+            "server": int(os.environ[FORK_OF]), "hidden": SERVER in os.environ, "path": sys.path[0],
+            "interrupt": __import__("signal").getsignal(2) is __import__("signal").default_int_handler,
+        }))
+        print("an error", file=sys.stderr)
+    """
+    variables = {"MINE": "yes", "LONG": "x" * 100_000, "TMPDIR": str(elsewhere)}
+    run = server.run(work, "one", "two words", env=server.environment | variables, cwd=elsewhere)
+    assert (run.returncode, run.stderr) == (0, "an error\n")
+    assert json.loads(run.stdout) == {
+        **{"directory": str(elsewhere), "arguments": ["one", "two words"], "typed": "typed", "mine": "yes"},
+        **{"length": 100_000, "name": "__main__", "file": str(tmp_path / "job.py"), "temporary": str(elsewhere)},
+        **{"loaded": ["wave", "colorsys"], "server": server.process.pid, "hidden": False, "path": str(tmp_path)},
+        "interrupt": True,
+    }
+
+
+def test_jobs_do_not_see_what_others_have_changed(server: Server) -> None:
+    work = "print(os.environ.get('LEFT'), hasattr(sys, 'left'))\nos.environ['LEFT'] = 'it'\nsys.left = True"
+    assert [server.run(work).stdout for _ in range(2)] == ["None False\n"] * 2
+
+
+def test_each_job_imports_the_library_as_it_lies_on_disk(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    shutil.copytree(LIBRARY / "lowrank", library / "lowrank", ignore=shutil.ignore_patterns("__pycache__"))
+    server = Server(tmp_path, library)
+    found = []
+    try:
+        for value in ("first", "second"):
+            with (library / "lowrank/versions.py").open("a") as file:
+                file.write(f"VALUE = {value!r}\n")
+            found.append(server.run("from lowrank import versions\nprint(versions.VALUE)").stdout)
+    finally:
+        server.process.communicate(timeout=60)
+    assert found == ["first\n", "second\n"]
+
+
+# --- how it ends ---
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('words')", 1, "words\n"),
+        ("raise ValueError('this one')", 1, "ValueError: this one\n"),
+        ("import atexit; atexit.register(print, 'last', file=sys.stderr)", 0, "last\n"),
+        ("os.kill(os.getpid(), 9)", -9, ""),
+        ("os.kill(os.getpid(), 15)", -15, ""),
+        ("os.abort()", -6, ""),
+    ],
+)
+def test_a_job_ends_as_its_fork_does(work: str, code: int, said: str, server: Server) -> None:
+    run = server.run(work)
+    assert run.returncode == code
+    assert run.stderr.endswith(said)
+    assert server.run("print('next')").stdout == "next\n"
+
+
+WAITS = "print(os.getpid(), flush=True)\ntime.sleep(60)"
+
+
+def test_a_signal_to_end_reaches_the_fork(server: Server) -> None:
+    work = f"""
+import signal
+def end(number, frame):
+    print("asked to end", flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, end)
+{WAITS}
+"""
+    with server.start(work) as job:
+        server.fork_of(job)
+        job.terminate()
+        said, _ = job.communicate(timeout=60)
+    assert (job.returncode, said) == (7, "asked to end\n")
+
+
+def test_a_terminals_interrupt_reaches_every_fork_and_not_the_server(server: Server) -> None:
+    with server.start(WAITS) as job:
+        server.fork_of(job)
+        os.killpg(server.process.pid, signal.SIGINT)
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in errors
+    assert server.run("print('next')").stdout == "next\n"
+
+
+def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
+    with server.start(WAITS) as job:
+        fork = server.fork_of(job)
+        job.kill()
+        until(lambda: ended(fork))
+    assert server.run("print('next')").stdout == "next\n"
+
+
+def test_a_head_that_ends_takes_the_server_along_and_no_fork(server: Server) -> None:
+    with server.start("print(os.getpid(), flush=True)\nprint('heard', input())") as job:
+        server.fork_of(job)
+        server.process.communicate(timeout=60)
+        assert server.process.returncode == 0
+        assert not server.sockets.exists()
+        said, _ = job.communicate("this\n", timeout=60)
+    assert (job.returncode, said) == (0, "heard this\n")
+
+
+def test_who_is_killed_while_it_asks_does_not_end_the_server(server: Server) -> None:
+    for said in (b"", b'{"rule": "compu'):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(server.sockets / "socket"))
+            connection.sendall(said)
+    assert server.run("print('next')").stdout == "next\n"
+
+
+# --- where there is none ---
+
+
+def test_without_its_server_a_job_says_so_and_works_by_itself(server: Server) -> None:
+    server.process.kill()
+    server.process.wait()
+    run = server.run("print(FORK_OF in os.environ)", process_group=0)
+    assert (run.returncode, run.stdout) == (0, "False\n")
+    assert run.stderr.startswith("compute_bases: this run's fork server is gone (")
+    assert run.stderr.endswith("); this job loads torch itself\n")
+
+
+@pytest.mark.parametrize("value", [None, "", "{socket}:/another/python"])
+def test_no_job_is_a_fork_without_a_server_or_of_another_python(value: str | None, server: Server) -> None:
+    environment = {name: text for name, text in server.environment.items() if name != forkserver.SERVER}
+    if value is not None:
+        environment[forkserver.SERVER] = value.format(socket=server.sockets / "socket")
+    run = server.run("print(FORK_OF in os.environ)", env=environment)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "False\n", "")
+
+
+def test_what_fetches_and_what_needs_no_models_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forkserver.SERVER, f"/nowhere/socket:{sys.executable}")
+    for rule in ("fetch_model", "fetch_corpus", "make_table"):
+        assert forkserver.run_as_fork(rule) is None
+    assert set(NEED_MODELS) - set(forkserver.FORKED) == {"fetch_model"}
+    assert set(forkserver.MORE) <= set(forkserver.FORKED)
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "platform", "safe"),
+    [
+        ("2.13.0+cpu", False, "linux", True),
+        ("2.13.0+cpu", True, "linux", True),
+        ("2.13.0", False, "linux", True),
+        ("2.13.0", True, "linux", False),
+        ("2.13.0+rocm7", True, "linux", False),
+        ("2.13.0+cpu", False, "darwin", False),
+    ],
+)
+def test_forks_are_for_linux_without_gpus(
+    torch: str, driver: bool, platform: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path / "device"
+    if driver:
+        device.touch()
+    monkeypatch.setattr(forkserver, "DEVICES", (str(tmp_path / "other"), str(device)))
+    monkeypatch.setattr(forkserver, "package_version", lambda name: torch)
+    monkeypatch.setattr(forkserver.sys, "platform", platform)
+    assert forkserver.forks_are_safe() is safe
+
+
+def test_the_head_starts_one_server_which_ends_with_it(tmp_path: Path) -> None:
+    head = """
+import os, sys
+from lowrank.jobs import forkserver
+forkserver.forks_are_safe = lambda: True
+for _ in range(2):
+    forkserver.start_fork_server({**os.environ, "SEEN": "by the server"})
+    print(os.environ[forkserver.SERVER], flush=True)
+print(len(forkserver._servers), forkserver._servers[0].pid, flush=True)
+input()
+"""
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", head], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        first, again, counted = (process.stdout.readline() for _ in range(3))
+        assert first == again
+        address, _, python = first.strip().partition(":")
+        assert python == sys.executable
+        assert Path(address).parent.stat().st_mode & 0o777 == 0o700
+        count, pid = map(int, counted.split())
+        assert count == 1
+        server = psutil.Process(pid)
+        until(Path(address).exists)
+        assert (server.environ()["SEEN"], server.environ()["CUDA_VISIBLE_DEVICES"]) == ("by the server", "")
+        process.kill()
+        until(lambda: ended(server))
+        assert not Path(address).parent.exists()

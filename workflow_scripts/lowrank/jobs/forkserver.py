@@ -1,0 +1,236 @@
+"""A fork server: it loads torch and the classes of models once, and the jobs of a run start as its forks.
+
+They are thousands of modules, and 5 to 8 seconds of a processor for each job that loads them itself (`imports.py`). The
+head starts the server, which loads nothing before the first job asks for it, and ends with the head. A job's own
+process only hands over what it was started with and waits: the fork has its directory, environment, terminal and log,
+the same signals reach it, and its end is the job's. The library itself is not among what is loaded: each job imports it
+anew, as it lies on disk.
+
+On Linux, without GPUs, whose drivers do not outlive a fork, and for jobs on the head's own machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from lowrank.jobs.imports import NEED_MODELS, uncollected
+from lowrank.versions import package_version
+
+SERVER = "RANKWISE_FORK_SERVER"
+"""The variable by which jobs know the socket of the server, and the Python that it runs in: `socket:python`."""
+FORK_OF = "RANKWISE_FORK_OF"
+"""The variable by which a fork knows the process number of the server."""
+FORKED = tuple(rule for rule in NEED_MODELS if rule != "fetch_model")
+"""Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network."""
+MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "accelerate")
+"""Modules that all of them need."""
+MORE = {
+    "search_allocation": ("botorch.optim", "gpytorch"),
+    "evaluate_zero_shot": ("lm_eval.models.huggingface", "lm_eval.evaluator"),
+}
+"""Modules that some rules need beside these."""
+DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Files that are there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
+
+_servers: list[subprocess.Popen[bytes]] = []
+
+
+# --- in the head ---
+
+
+def start_fork_server(environment: dict[str, str]) -> None:
+    """Start a server that ends with this process, and tell all jobs of it: once, and where forks are safe.
+
+    Args:
+        environment: all of the server's, with what stages set before they load libraries, which read it then.
+    """
+    if SERVER in os.environ or not forks_are_safe():
+        return
+    folder = tempfile.mkdtemp(prefix="rankwise-forks-")  # nobody else may enter it
+    server = subprocess.Popen(
+        [sys.executable, "-m", __name__, folder],
+        stdin=subprocess.PIPE,  # never written to, and closed by the system when this process ends
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    _servers.append(server)  # or Python would close the pipe now
+    os.environ[SERVER] = f"{_socket_in(folder)}:{sys.executable}"
+
+
+def forks_are_safe() -> bool:
+    """Whether a process that has loaded torch may be forked here."""
+    if sys.platform != "linux":
+        return False
+    return package_version("torch").endswith("+cpu") or not any(os.path.exists(device) for device in DEVICES)
+
+
+def _socket_in(folder: str) -> str:
+    return str(Path(folder) / "socket")
+
+
+# --- in a job's own process ---
+
+
+def run_as_fork(rule: str) -> int | None:
+    """Run the script of this process as a fork of the server, to its end.
+
+    Returns:
+        The exit status, negative for the signal that ended it; nothing if there is no server for this job, which then
+        is to do its work itself.
+    """
+    address, _, python = os.environ.get(SERVER, "").partition(":")
+    if rule not in FORKED or python != sys.executable:
+        return None
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address)
+        except OSError as error:
+            print(
+                f"{rule}: the fork server of this run is gone ({error}); this job loads torch itself", file=sys.stderr
+            )
+            return None
+        asked: dict[str, Any] = {
+            "rule": rule,
+            "arguments": sys.argv,
+            "path": sys.path,
+            "directory": os.getcwd(),
+            "environment": {name: value for name, value in os.environ.items() if name != SERVER},
+        }
+        sys.stdout.flush()
+        sys.stderr.flush()
+        socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
+        return _wait(connection)
+
+
+def _wait(connection: socket.socket) -> int:
+    """Pass signals on to the fork, and wait for its end."""
+    with connection.makefile() as answers:
+        fork = int(answers.readline() or 0)
+        if not fork:
+            return 1  # the server was ended meanwhile, and says why
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            with suppress(ProcessLookupError):
+                os.kill(fork, number)
+
+        signal.signal(signal.SIGTERM, pass_on)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the fork, too
+        return int(answers.readline() or -signal.SIGKILL)
+
+
+def end_as(status: int) -> NoReturn:
+    """End this process as its fork has ended: with its exit code, or by the same signal."""
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(abs(status))
+
+
+# --- in the server ---
+
+
+def serve(folder: str) -> tuple[dict[str, Any], list[int]] | None:
+    """Load what jobs ask for, and fork for each, until the head has ended.
+
+    Returns:
+        In each fork what its job has asked for, and its three files; nothing in the server, when it is to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the head ends when its jobs have
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what looks after a fork
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(_socket_in(folder))
+    listener.listen(64)
+    while True:
+        ready, _, _ = select.select([listener.fileno(), 0], [], [])
+        if 0 in ready:
+            break
+        connection, _ = listener.accept()
+        said, files = _read(connection)
+        if said.endswith(b"\n"):  # else who asked was killed meanwhile
+            asked = json.loads(said) | {"server": os.getpid()}
+            _load(asked["rule"])
+            if not os.fork():
+                listener.close()
+                _look_after(connection, files)
+                return asked, files
+        connection.close()
+        for file in files:
+            os.close(file)
+    listener.close()
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _read(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One line, as far as it comes, and the files that came with it."""
+    said, files, _, _ = socket.recv_fds(connection, 2**16, 3)
+    while not said.endswith(b"\n") and (more := connection.recv(2**16)):
+        said += more
+    return said, list(files)
+
+
+def _load(rule: str) -> None:
+    """What a job of this rule needs. What cannot be loaded is left to the job, whose error says what to do."""
+    with uncollected():
+        for name in (*MODELS, *MORE.get(rule, ())):
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+
+def _look_after(connection: socket.socket, files: list[int]) -> None:
+    """Fork once more and return in that fork; this process tells the job's own one of its end.
+
+    If the job's own process ends before, it was killed, and the fork is as well.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    fork = os.fork()
+    if not fork:
+        connection.close()
+        return
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(fork)
+    connection.sendall(f"{fork}\n".encode())
+    ready, _, _ = select.select([connection.fileno(), ended], [], [])
+    if ended not in ready:
+        os.kill(fork, signal.SIGKILL)
+    _, status = os.waitpid(fork, 0)
+    with suppress(OSError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def become(asked: dict[str, Any], files: list[int]) -> None:
+    """Be the process that a job was started as, and run its script."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(asked["environment"] | {FORK_OF: str(asked["server"])})
+    os.chdir(asked["directory"])
+    tempfile.tempdir = None  # to be looked up in this environment
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lowrank"]:
+        del sys.modules[name]
+    sys.path[:] = asked["path"]
+    sys.argv[:] = asked["arguments"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if found := serve(sys.argv[1]):
+        become(*found)
