@@ -46,9 +46,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for L
 class Server:
     """A server, and the jobs that are started beside it."""
 
-    def __init__(self, folder: Path, library: Path = LIBRARY) -> None:
+    def __init__(self, folder: Path, library: Path | str = LIBRARY) -> None:
         self.folder, self.sockets = folder, folder / "sockets"
-        self.sockets.mkdir()
+        self.sockets.mkdir(parents=True)
         self.environment = os.environ | {
             "PYTHONPATH": str(library),
             forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
@@ -214,6 +214,21 @@ def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
     assert server.run("print('next')").stdout == "next\n"
 
 
+def test_a_job_that_is_killed_while_the_server_loads_leaves_no_fork_behind(tmp_path: Path) -> None:
+    module, mark = tmp_path / "colorsys.py", tmp_path / "worked"
+    module.write_text(f"import time\nopen({str(tmp_path / 'loading')!r}, 'w').close()\ntime.sleep(1)")
+    slow = Server(tmp_path / "slow", f"{tmp_path}{os.pathsep}{LIBRARY}")
+    try:
+        with slow.start(f"time.sleep(1)\nPath({str(mark)!r}).touch()") as job:
+            until((tmp_path / "loading").exists)
+            job.kill()
+        assert slow.run("print('next')").stdout == "next\n"
+        time.sleep(1.5)
+        assert not mark.exists()
+    finally:
+        slow.process.communicate(timeout=60)
+
+
 def test_a_head_that_ends_takes_the_server_along_and_no_fork(server: Server) -> None:
     with server.start("print(os.getpid(), flush=True)\nprint('heard', input())") as job:
         server.fork_of(job)
@@ -240,7 +255,7 @@ def test_without_its_server_a_job_says_so_and_works_by_itself(server: Server) ->
     server.process.wait()
     run = server.run("print(FORK_OF in os.environ)", process_group=0)
     assert (run.returncode, run.stdout) == (0, "False\n")
-    assert run.stderr.startswith("compute_bases: this run's fork server is gone (")
+    assert run.stderr.startswith("compute_bases: the fork server of this run is gone (")
     assert run.stderr.endswith("); this job loads torch itself\n")
 
 
@@ -255,9 +270,9 @@ def test_no_job_is_a_fork_without_a_server_or_of_another_python(value: str | Non
 
 def test_what_fetches_and_what_needs_no_models_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forkserver.SERVER, f"/nowhere/socket:{sys.executable}")
-    for rule in ("fetch_model", "fetch_corpus", "make_table"):
+    for rule in ("fetch_model", "fetch_corpus", "evaluate_cost", "make_table"):
         assert forkserver.run_as_fork(rule) is None
-    assert set(NEED_MODELS) - set(forkserver.FORKED) == {"fetch_model"}
+    assert set(NEED_MODELS) - set(forkserver.FORKED) == {"fetch_model", "evaluate_cost"}
     assert set(forkserver.MORE) <= set(forkserver.FORKED)
 
 
@@ -282,6 +297,15 @@ def test_forks_are_for_linux_without_gpus(
     monkeypatch.setattr(forkserver, "package_version", lambda name: torch)
     monkeypatch.setattr(forkserver.sys, "platform", platform)
     assert forkserver.forks_are_safe() is safe
+
+
+def test_forks_that_cannot_be_watched_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(forkserver, "package_version", lambda name: "2.13.0+cpu")
+    monkeypatch.setattr(forkserver.os, "pidfd_open", refuse)
+    assert not forkserver.forks_are_safe()
 
 
 def test_the_head_starts_one_server_which_ends_with_it(tmp_path: Path) -> None:

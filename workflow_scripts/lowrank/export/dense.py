@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lowrank.export.blocks import Block, Plain, base_shape, blocks_of, padded, p
 from lowrank.model.checkpoint import as_stored, stored_name
 from lowrank.model.families import BIAS_OPTIONS, FAMILIES, family_for, has_native_bias, linear_modules
 from lowrank.model.modeling_rankwise import separate_projections
+from lowrank.model.older_names import older_names
 
 OWN_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma3_text")
 """Families whose configuration states the width of a head, so that there may be fewer of them."""
@@ -174,26 +174,7 @@ def _config(model: PreTrainedModel, family: str, numbers: dict[str, Any]) -> dic
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     config.dtype = model.dtype
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return found | _names_of_before(found)
-
-
-def _names_of_before(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as transformers named them before version 5, which other readers, and older ones, still look for.
-
-    One that finds no `rope_theta` takes 10,000 without a word, and writes nonsense.
-    """
-    names: dict[str, Any] = {"torch_dtype": config["dtype"]}
-    rope = config.get("rope_parameters")
-    if not rope:
-        return names
-    if "full_attention" in rope:  # Gemma 3: one rotation for global blocks, one for those of a window
-        names["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
-    names["rope_theta"] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        names["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaled = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    return names | {"rope_scaling": None if scaled.get("rope_type", "default") == "default" else scaled}
+    return found | older_names(found)
 
 
 def _require_fit(stock: Stock) -> None:

@@ -34,8 +34,9 @@ SERVER = "RANKWISE_FORK_SERVER"
 """The variable by which jobs know the socket of the server, and the Python that it runs in: `socket:python`."""
 FORK_OF = "RANKWISE_FORK_OF"
 """The variable by which a fork knows the process number of the server."""
-FORKED = tuple(rule for rule in NEED_MODELS if rule != "fetch_model")
-"""Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network."""
+FORKED = tuple(rule for rule in NEED_MODELS if rule not in ("fetch_model", "evaluate_cost"))
+"""Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network, and of
+`evaluate_cost` a table shows the memory, to which a fork's libraries add what other rules need."""
 MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "accelerate")
 """Modules that all of them need."""
 MORE = {
@@ -71,8 +72,12 @@ def start_fork_server(environment: dict[str, str]) -> None:
 
 
 def forks_are_safe() -> bool:
-    """Whether a process that has loaded torch may be forked here."""
+    """Whether a process that has loaded torch may be forked here, and forks be watched."""
     if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # a kernel before 5.3, or a container that forbids it
         return False
     return package_version("torch").endswith("+cpu") or not any(os.path.exists(device) for device in DEVICES)
 
@@ -204,7 +209,8 @@ def _look_after(connection: socket.socket, files: list[int]) -> None:
     for file in files:
         os.close(file)
     ended = os.pidfd_open(fork)
-    connection.sendall(f"{fork}\n".encode())
+    with suppress(OSError):
+        connection.sendall(f"{fork}\n".encode())
     ready, _, _ = select.select([connection.fileno(), ended], [], [])
     if ended not in ready:
         os.kill(fork, signal.SIGKILL)

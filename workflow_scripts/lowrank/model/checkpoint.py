@@ -19,7 +19,9 @@ from lowrank.model import modeling_rankwise
 from lowrank.model.devices import Devices, spread
 from lowrank.model.factors import SharedDownFactors
 from lowrank.model.families import FAMILIES, Family, family_with, unknown_family
+from lowrank.model.older_names import older_names
 from lowrank.model.replacements import ChangedModule, Pair, Replacements
+from lowrank.model.tokenizer import keep_tokenizer_class
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +197,8 @@ def save_checkpoint(
         if recipe:
             shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
         copy_companions(Path(tokenizer_from), folder)
+        if recipe:
+            keep_tokenizer_class(Path(tokenizer_from), folder)
         if card is not None:
             (folder / CARD).write_text(card(folder), encoding="utf-8")
     return {name: checksum for name, checksum in checksums_of(target).items() if name != CARD}
@@ -237,6 +241,7 @@ def _write_config(folder: Path, model: PreTrainedModel, recipe: dict[str, dict[s
             "AutoModel": f"{module}.{base_class.__name__}",
             "AutoModelForCausalLM": f"{module}.{causal_class.__name__}",
         }
+    config |= older_names(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
