@@ -152,19 +152,26 @@ def test_bos_is_added_only_where_the_tokenizer_does() -> None:
     stride=st.integers(1, 12),
     windows=st.none() | st.integers(1, 5),
     bos=st.booleans(),
+    each=st.booleans(),
 )
 def test_consecutive_windows_start_every_stride(
-    count: int, words: int, length: int, stride: int, windows: int | None, bos: bool
+    count: int, words: int, length: int, stride: int, windows: int | None, bos: bool, each: bool
 ) -> None:
     documents = make_documents(count, words)
-    stream = [*([BOS] if bos else []), *encode("\n\n".join(documents))]
+    length += each
     stride = min(stride, length)
-    reference = [stream[start : start + length] for start in range(0, len(stream) - length + 1, stride)]
+    text = encode("\n\n".join(documents))
+    if bos and each:
+        begins = range(0, len(text) - length + 2, min(stride, length - 1))
+        reference = [[BOS, *text[start : start + length - 1]] for start in begins]
+    else:
+        stream = [BOS, *text] if bos else text
+        reference = [stream[start : start + length] for start in range(0, len(stream) - length + 1, stride)]
     if len(reference) < (windows or 1):
         with pytest.raises(RankwiseError, match=r"the text is too short: .* asked for\. Lower `windows`"):
-            consecutive_windows(documents, make_tokenizer(), length, stride, windows, bos)
+            consecutive_windows(documents, make_tokenizer(), length, stride, windows, bos, each)
     else:
-        tokens = consecutive_windows(documents, make_tokenizer(), length, stride, windows, bos)
+        tokens = consecutive_windows(documents, make_tokenizer(), length, stride, windows, bos, each)
         assert tokens.dtype == torch.int32
         assert tokens.tolist() == reference[:windows]
 

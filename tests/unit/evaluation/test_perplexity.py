@@ -19,6 +19,7 @@ from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.perplexity import WindowLosses, evaluate_corpora, evaluate_perplexity
 from lowrank.files import save_tensors, sha256_file, write_json, write_text
+from tests import tiny
 
 VOCABULARY = 40
 
@@ -150,6 +151,24 @@ def test_corpora_are_scored_as_the_suite_says(model: LlamaForCausalLM, tmp_path:
     assert protocol["bos_token"] == (0 if bos else None)
     assert protocol["stride"] == 4
     assert "the last 4 tokens" in protocol["scored"]
+
+
+@pytest.mark.parametrize(("stride", "windows"), [(None, 3), (4, 5)])
+def test_a_family_that_needs_it_has_bos_in_each_window_and_still_every_token_once(
+    stride: int | None, windows: int, tmp_path: Path
+) -> None:
+    model = tiny.model("gemma3_text")
+    numbers = torch.randint(1, VOCABULARY, (30,)).tolist()
+    index = write_corpus(tmp_path, [" ".join(map(str, numbers))])
+    suite = make_suite(length=8, stride=stride, windows=windows)
+    results, protocol = evaluate_corpora(model, "m", make_tokenizer(True), suite, [index])
+    step = stride or 7
+    read = [torch.tensor([0, *numbers[start : start + 7]]) for start in range(0, windows * step, step)]
+    expected = [token_losses(model, window)[0 if not start else -step :] for start, window in enumerate(read)]
+    assert results["c"]["window_tokens"] == [7, *[step] * (windows - 1)]
+    assert results["c"]["tokens"] == 7 + step * (windows - 1)
+    assert results["c"]["mean_nll"] == pytest.approx(sum(map(sum, expected)) / results["c"]["tokens"], rel=1e-5)
+    assert protocol["bos"].startswith("before each window")
 
 
 def test_given_tokens_are_scored_as_they_are(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -105,10 +105,12 @@ def consecutive_windows(
     stride: int | None = None,
     windows: int | None = None,
     add_bos: bool = True,
+    bos_each: bool = False,
 ) -> torch.Tensor:
     """Cut a corpus into windows from its start, as published perplexities do; a rest shorter than a window is dropped.
 
     The documents are joined by an empty line and tokenised together; the BOS token stands once, at the very start.
+    With `bos_each` each window is the BOS token and `length - 1` tokens of the text.
     Texts of more than four million characters are tokenised in pieces of whole documents, and longer documents in
     pieces that end before a space, which can change a token at the seams. Given windows of token ids are used as they
     are.
@@ -120,9 +122,11 @@ def consecutive_windows(
         stride: distance of the windows' starts; None: `length`, no overlap.
         windows: the first so many; None: all.
         add_bos: put the BOS token first if the tokenizer does so by default.
+        bos_each: put it, if at all, before each window.
 
     Returns:
-        Token ids, int32, n x length; window i starts at token i x stride of the text.
+        Token ids, int32, n x length; window i starts at token i x stride of the text (with `bos_each` at most i x
+        (length - 1), so that no token is left out).
 
     Raises:
         RankwiseError: there is not so much text, or given windows are fewer or of another length, or overlap is asked
@@ -136,13 +140,17 @@ def consecutive_windows(
             )
         return _given(documents, tokenizer, windows, length)
     bos = default_bos(tokenizer) if add_bos else None
-    needed = None if windows is None else (windows - 1) * step + length
+    bos_each = bos_each and bos is not None
+    taken = length - 1 if bos_each else length
+    step = min(step, taken)
+    needed = None if windows is None else (windows - 1) * step + taken
     pieces = (_encode(tokenizer, piece) for piece in _pieces(documents))
-    stream = _stream(chain([] if bos is None else [[bos]], pieces), needed)
-    available = max(0, (len(stream) - length) // step + 1)
+    stream = _stream(chain([] if bos is None or bos_each else [[bos]], pieces), needed)
+    available = max(0, (len(stream) - taken) // step + 1)
     if available < (windows or 1):
         raise RankwiseError(_too_short(len(stream), available, windows or 1, length))
-    return stream.unfold(0, length, step)[:windows].contiguous()
+    cut = stream.unfold(0, taken, step)[:windows]
+    return torch.nn.functional.pad(cut, (1, 0), value=bos) if bos_each and bos is not None else cut.contiguous()
 
 
 def token_hash(tokens: torch.Tensor) -> str:

@@ -18,7 +18,9 @@ class PerplexitySuite(Section):
     stride: Positive | None = Field(default=None, description="tokens scored per window after the first; null: length")
     windows: Positive | None = Field(default=None, description="the first so many windows; null: all")
     add_bos: bool = Field(
-        default=True, description="the BOS token once, at the start of a corpus, if the tokenizer adds it by default"
+        default=True,
+        description="the BOS token once, at the start of a corpus (Gemma 3: of each window), if the tokenizer adds it by "
+        "default",
     )
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from lowrank.calibration.corpora import consecutive_windows, default_bos, load_d
 from lowrank.config.suites import PerplexitySuite
 from lowrank.errors import RankwiseError
 from lowrank.jobs.share import ALONE, Share
-from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.devices import pick_devices
 from lowrank.model.losses import head_of, last_hidden, token_nll
 from lowrank.model.runtime import parse_dtype
@@ -139,12 +139,13 @@ def evaluate_corpora(
         RankwiseError: a text too short for the windows, a corpus of another tokenizer, a loss that is not finite.
     """
     stride = suite.stride or suite.length
+    bos_each = family_of(model).needs_bos
     files = {read_index(index)["corpus"]: index for index in indices}
     results: dict[str, dict[str, Any]] = {}
     for corpus in suite.corpora:
         try:
             windows = consecutive_windows(
-                load_documents(files[corpus]), tokenizer, suite.length, stride, suite.windows, suite.add_bos
+                load_documents(files[corpus]), tokenizer, suite.length, stride, suite.windows, suite.add_bos, bos_each
             )
             losses = evaluate_perplexity(model, windows, stride, share=share)
             results[corpus] = losses.summary()
@@ -160,7 +161,9 @@ def evaluate_corpora(
         else f"all tokens of the first window but its first, the last {stride} tokens of the others",
         "documents": "joined by an empty line, tokenised together; windows of a `tokens:` corpus as they are",
         "bos_token": default_bos(tokenizer) if suite.add_bos else None,
-        "bos": "once, before the first document",
+        "bos": "before each window, as this family needs it; not scored"
+        if bos_each
+        else "once, before the first document",
         "softmax": "float32",
         "stderr": "delta method for the ratio of summed losses to tokens, windows as units",
     }

@@ -105,6 +105,7 @@ class Family:
         experts: path of a block's list of experts, in place of one MLP. Beside it, in `FAMILIES`, the types of an
             expert are those with `{}` in their path. As with `fused`, each matrix has a layer of its own in memory.
         stored: part of a parameter's name -> what checkpoints of the base architecture have instead.
+        needs_bos: whether its models predict badly whatever follows no BOS token, so that each window begins with one.
     """
 
     model_type: str
@@ -121,6 +122,7 @@ class Family:
     plain_branches: bool = True
     experts: str = ""
     stored: Mapping[str, str] = field(default_factory=dict)
+    needs_bos: bool = False
 
     def with_experts(self, count: int) -> Family:
         """The family with types for each of so many experts, one expert after another, in place of those for all."""
@@ -201,6 +203,7 @@ FAMILIES: dict[str, Family] = {
             normed="heads",
             norms=4,
             plain_branches=False,
+            needs_bos=True,
         ),
         Family("phi3", "model.layers", "model", _LLAMA_TYPES, rotary="part", fused=_PHI3_FUSED),
         Family(
