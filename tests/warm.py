@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -32,18 +33,6 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Without the hub, and with one thread a process: the models are tiny."""
 NO_SERVER = {"RANKWISE_FORK_SERVER": ":"}
 """What runs of Snakemake have as their fork server: each would load torch once more."""
-FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
-LOADED = (
-    *("torch", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)),
-    *(
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.generation",
-    ),
-    *("safetensors.torch", "datasets", "accelerate", "deepspeed", "botorch.optim", "gpytorch"),
-    *("lm_eval.models.huggingface", "lm_eval.evaluator", "pandas", "matplotlib.figure", "matplotlib.font_manager"),
-    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", *SNAKEMAKE),
-)
 
 
 class Warm:
@@ -51,7 +40,7 @@ class Warm:
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, *loaded()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -103,6 +92,17 @@ class Warm:
         return int(self._server.stdout.readline())
 
 
+def loaded() -> tuple[str, ...]:
+    """The modules to load; of the library none, since each run of Snakemake may have a copy of its own."""
+    from lowrank.jobs.forkserver import MODELS, MORE
+
+    return (
+        *(*MODELS, *chain(*MORE.values()), "transformers.generation", "datasets", "deepspeed", "pandas"),
+        *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg"),
+        *("matplotlib.backends.backend_pdf", *SNAKEMAKE),
+    )
+
+
 # --- in the process that has loaded everything ---
 
 
@@ -110,7 +110,7 @@ def serve() -> None:
     """Run what is asked for, until nobody asks."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    for name in LOADED:
+    for name in sys.argv[1:]:
         __import__(name)
     _look_up_conversions()
     for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 
 from lowrank.jobs import forkserver
 from lowrank.jobs.imports import NEED_MODELS
+from lowrank.model.families import FAMILIES
 
 LIBRARY = Path(forkserver.__file__).parents[2]
 LOADS = ("wave", "no_such_module", "colorsys")
@@ -297,6 +300,12 @@ def test_forks_are_for_linux_without_gpus(
     monkeypatch.setattr(forkserver, "package_version", lambda name: torch)
     monkeypatch.setattr(forkserver.sys, "platform", platform)
     assert forkserver.forks_are_safe() is safe
+
+
+def test_modules_are_those_of_all_families_and_there_are_such() -> None:
+    assert {family.removesuffix("_text") for family in FAMILIES} == set(forkserver.FAMILIES)
+    for name in (*forkserver.MODELS, *chain(*forkserver.MORE.values())):
+        assert importlib.util.find_spec(name) is not None, name
 
 
 def test_forks_that_cannot_be_watched_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ class PerplexitySuite(Section):
     windows: Positive | None = Field(default=None, description="the first so many windows; null: all")
     add_bos: bool = Field(
         default=True,
-        description="the BOS token once, at the start of a corpus (Gemma 3: of each window), if the tokenizer adds it by "
-        "default",
+        description="the BOS token once, at the start of a corpus (for Gemma 3 of each window), if the tokenizer "
+        "adds it by default",
     )
 
     @model_validator(mode="after")

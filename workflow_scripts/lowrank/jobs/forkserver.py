@@ -37,10 +37,22 @@ FORK_OF = "RANKWISE_FORK_OF"
 FORKED = tuple(rule for rule in NEED_MODELS if rule not in ("fetch_model", "evaluate_cost"))
 """Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network, and of
 `evaluate_cost` a table shows the memory, to which a fork's libraries add what other rules need."""
-MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "accelerate")
+FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
+"""Of models, as transformers names their modules: `modeling_rankwise` has a class of each."""
+MODELS = (
+    *("torch", "accelerate", "pydantic.main", "snakemake.iocontainers", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "safetensors.torch"),
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+)
 """Modules that all of them need."""
 MORE = {
-    "search_allocation": ("botorch.optim", "gpytorch"),
+    "search_allocation": (
+        "botorch.acquisition.logei",
+        "botorch.fit",
+        "botorch.models",
+        "botorch.optim",
+        "botorch.sampling",
+    ),
     "evaluate_zero_shot": ("lm_eval.models.huggingface", "lm_eval.evaluator"),
 }
 """Modules that some rules need beside these."""
