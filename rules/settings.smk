@@ -119,7 +119,7 @@ def validation_settings(wildcards):
     """Where no window is scored, nothing but the tokenizer of the model decides which they are."""
     validation = STUDY.validation[wildcards.validation]
     opened = model_settings(wildcards.model) if validation.select.scores else {"model": wildcards.model}
-    return with_code("select_validation", opened | {"validation": validation.plain()})
+    return with_code("select_validation", opened | {"validation": validation.plain(), "state": LAYOUT.state})
 
 
 def search_settings(wildcards):

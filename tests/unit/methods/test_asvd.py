@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch.nn import functional
 from lowrank.bases import weighted_svd
 from lowrank.bases.weighted_svd import weigh_columns, weigh_columns_randomised
 from lowrank.compression import sensitivity_search
+from lowrank.compression.compress import compress_model
 from lowrank.compression.sensitivity_search import Trial, cut_trials, measure_layers, spend_rest
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
 from lowrank.methods import asvd
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
@@ -145,6 +148,59 @@ def test_a_rank_that_breaks_the_model_counts_as_the_worst() -> None:
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
     with pytest.raises(RankwiseError, match=r"^model\.layers\.1\.mlp\.up_proj: .* the dense model's loss"):
         measure_layers(model, TOKENS, budget, {}, lambda module: lambda rank: broken, CPU)
+
+
+def test_a_stopped_search_goes_on_after_the_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"kept": [0.4, 0.8], "windows": 4, "length": 16, "decomposition": "randomised"}
+    expected, ranks = samples.compressed("asvd", "llama-gqa", 25, **options)
+    parts, measured = Parts(tmp_path), []
+    save, trials_of = parts.save, sensitivity_search._trials
+
+    def run() -> dict[str, torch.Tensor]:
+        model = tiny.model("llama-gqa")
+        task: dict[str, Any] = {"model": model, "budget": Budget.of(samples.shape_of("llama-gqa")), "ratio": 25}
+        task |= {"seed": 0, "tokens": TOKENS, "statistics": samples.statistics("llama-gqa"), "parts": parts}
+        assert compress_model("asvd", {"kind": "asvd", "calibration": "c", **options}, task) == ranks
+        return model.state_dict()
+
+    def counted(*arguments: Any) -> list[Trial]:
+        measured.append(arguments[1].name)
+        return trials_of(*arguments)
+
+    def stop(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save(name, tensors)
+        if len(measured) == 9:  # within the second block
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity_search, "_trials", counted)
+    monkeypatch.setattr(parts, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(parts, "save", save)
+    again = run()
+    assert measured == [module.name for module in budget_of("llama-gqa").modules], "none is measured twice"
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    kept = tmp_path / f"{measured[0]}.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(RankwiseError, match=f"damaged.* Delete {tmp_path} and run the workflow again"):
+        run()
+
+
+def test_trials_that_were_kept_have_the_losses_that_were_measured(tmp_path: Path) -> None:
+    """To the last bit, and of a rank that breaks the model too."""
+    model, budget, parts = tiny.model("qwen2"), budget_of("qwen2"), Parts(tmp_path)
+    pairs = {rank: LowRankFactors(torch.randn(rank, 64), torch.randn(64, rank)) for rank in (8, 16)}
+    pairs[24] = LowRankFactors(torch.full((24, 64), 1e30), torch.full((64, 24), 1e30))
+    candidates = {budget.modules[0].name: [8, 24, 16], budget.modules[3].name: [24]}
+
+    def measure() -> list[Trial]:
+        return measure_layers(model, TOKENS, budget, candidates, lambda module: pairs.__getitem__, CPU, parts)
+
+    first = measure()
+    assert [trial.loss == math.inf for trial in first] == [False, True, False, True]
+    pairs.clear()
+    assert measure() == first
 
 
 def test_candidates_are_worth_it_and_in_steps_of_eight() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lowrank.bases import whitening
 from lowrank.bases.principal import principal_basis
 from lowrank.bases.whitening import RIDGE, cholesky_factor, whitened_factors
 from lowrank.compression import compressed_inputs
+from lowrank.compression.compress import compress_model
 from lowrank.compression.least_squares_update import refit_up_factors
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
 from lowrank.methods import svd_llm
 from lowrank.model.checkpoint import replace_modules
 from lowrank.model.factors import LowRankFactors
@@ -179,6 +183,47 @@ def test_batches_do_not_change_the_update(monkeypatch: pytest.MonkeyPatch) -> No
     parts = refit_up_factors(tiny.model("llama-gqa").double(), TOKENS, budget, pairs, CPU, "dense")
     for name, pair in whole.items():
         assert torch.allclose(pair.up, parts[name].up, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", ["dense", "inputs"])
+def test_a_stopped_update_goes_on_after_the_last_block(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And decomposes no matrix of a finished block again."""
+    more = {"update": True, "target": target}
+    expected, ranks = samples.compressed("svd-llm", "llama-gqa", 30, **more)
+    parts, decomposed = Parts(tmp_path), []
+    save, decompose = parts.save, whitening.whitened_factors
+
+    def run() -> dict[str, torch.Tensor]:
+        model = tiny.model("llama-gqa")
+        task: dict[str, Any] = {"model": model, "budget": Budget.of(samples.shape_of("llama-gqa")), "ratio": 30}
+        task |= {"seed": 0, "tokens": TOKENS, "statistics": samples.statistics("llama-gqa"), "parts": parts}
+        assert compress_model("svd-llm", {"kind": "svd-llm", "calibration": "c", **more}, task) == ranks
+        return model.state_dict()
+
+    def counted(weight: torch.Tensor, root: torch.Tensor, where: str) -> Any:
+        decomposed.append(where)
+        return decompose(weight, root, where)
+
+    def stop(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save(name, tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whitening, "whitened_factors", counted)
+    monkeypatch.setattr(parts, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [file.name for file in tmp_path.glob("block*")] == ["block_0.safetensors"]
+    monkeypatch.setattr(parts, "save", save)
+    again = run()
+    assert decomposed == [name for name, rank in ranks.items() if rank is not None]
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    kept = tmp_path / "block_0.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(RankwiseError, match=f"damaged.* Delete {tmp_path} and run the workflow again"):
+        run()
 
 
 def test_what_the_inputs_say_nothing_about_keeps_its_factor() -> None:

@@ -19,8 +19,12 @@ from transformers import PreTrainedModel
 
 from lowrank.bases.first_order import loss_changes
 from lowrank.bases.principal import principal_basis
+from lowrank.compression import gradient_correction
+from lowrank.compression.compress import compress_model
 from lowrank.compression.gradient_correction import corrected_weight
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
+from lowrank.methods import zs_svd
 from lowrank.methods.zs_svd import Settings
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import Budget
@@ -173,6 +177,76 @@ def test_corrections_step_along_the_gradient_and_truncate_again(kind: str) -> No
     assert any(not torch.allclose(samples.product(plain, name), current[name], atol=1e-3) for name in pairs)
     again = tiny.model(kind).double()
     assert torch.equal(dense(TOKENS).logits, again(TOKENS).logits)
+
+
+@pytest.mark.parametrize("stopped", ["first truncation", "first block of a round", "round", "last block", "last round"])
+@pytest.mark.parametrize("allocation", ["zero-sum", "predicted-loss"])
+def test_stopped_corrections_go_on_after_the_last_block(
+    allocation: str, stopped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, rounds = "llama-gqa", 2
+    preset = {"kind": "zs-svd", "calibration": "c", "allocation": allocation, "corrections": rounds}
+    parts, corrected, saved = Parts(tmp_path), [], []
+    save, correct_one = parts.save, gradient_correction._corrected
+
+    def run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        model, account = tiny.model(kind).double(), dict[str, Any]()
+        task: dict[str, Any] = {"model": model, "budget": Budget.of(samples.shape_of(kind)), "ratio": 30, "seed": 0}
+        task |= {"tokens": TOKENS, "statistics": samples.statistics(kind, double=True), "account": account}
+        task |= {"gradients": samples.output_gradients(kind), "parts": parts if folder == tmp_path else Parts(folder)}
+        ranks = compress_model("zs-svd", preset, task)
+        return model.state_dict(), account | ranks
+
+    def counted(model: PreTrainedModel, module: Any, *more: Any) -> Any:
+        corrected.append(module.name)
+        return correct_one(model, module, *more)
+
+    def stop(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save(name, tensors)
+        saved.append((name, int(tensors["number"])))
+        if (
+            saved[-1]
+            == {
+                "first truncation": ("round", 0),
+                "first block of a round": ("block_0", 2),
+                "round": ("round", 1),
+                "last block": (f"block_{tiny.LAYERS - 1}", 2),
+                "last round": ("round", 2),
+            }[stopped]
+        ):
+            raise KeyboardInterrupt
+
+    def called(name: str, made: Any) -> Any:
+        return lambda *arguments: calls.append(name) or made(*arguments)
+
+    whole, told = run(tmp_path / "whole")
+    calls: list[str] = []
+    monkeypatch.setattr(zs_svd, "_truncate", called("truncation", zs_svd._truncate))
+    monkeypatch.setattr(gradient_correction, "mean_gradients", called("gradients", gradient_correction.mean_gradients))
+    monkeypatch.setattr(gradient_correction, "_corrected", counted)
+    monkeypatch.setattr(parts, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(parts, "save", save)
+    again, same = run(tmp_path)
+    assert same == told
+    assert len(corrected) == rounds * sum(1 for part in told.values() if isinstance(part, int)), "none is made twice"
+    twice = stopped == "first block of a round"  # the gradients of the other blocks
+    assert sorted(calls) == ["gradients"] * (rounds + twice) + ["truncation"]
+    for name, tensor in whole.items():
+        assert torch.equal(again[name], tensor), name
+    kept = tmp_path / "round.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(RankwiseError, match=f"damaged.* Delete {tmp_path} and run the workflow again"):
+        run(tmp_path)
+
+
+def test_one_shot_keeps_nothing(tmp_path: Path) -> None:
+    """It ends with the truncation; what is written then is the checkpoint."""
+    task = {"model": tiny.model("llama"), "budget": Budget.of(samples.shape_of("llama")), "ratio": 30, "seed": 0}
+    task |= {"tokens": TOKENS, "statistics": samples.statistics("llama"), "parts": Parts(tmp_path)}
+    compress_model("zs-svd", {"kind": "zs-svd", "calibration": "c"}, task)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_corrected_weight_is_nearer_to_the_dense_one_and_stays_where_nothing_pulls() -> None:

@@ -1,4 +1,4 @@
-"""The choice of validation windows as its rule runs it: scored and the extremes kept, or all of them kept unscored."""
+"""The choice of validation windows as its rule runs it: scored, in one go or several, and the extremes kept, or all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.files import load_tensors, sha256_file
 from lowrank.model.checkpoint import replace_modules
 from lowrank.ranks.budget import Budget
+from lowrank.search import validation as scoring
 from lowrank.search.allocation import sliced_factors
 from lowrank.search.kept_ratios import SearchSpace
 from lowrank.search.validation import candidate_windows, select_windows
@@ -42,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
     record = {"kind": "text", "file": "text.jsonl", "sha256": sha256_file(data)}
     (made / "text.json").write_text(json.dumps(record))
+    (made / "inputs.json").write_text("{}")
     return made
 
 
@@ -69,11 +71,15 @@ def run(folder: Path, out: Path, select: dict[str, Any], **inputs: str) -> tuple
     settings = {"model": "tiny", "dtype": "float32", "shape": tiny.shape("llama-gqa"), "validation": validation.plain()}
     if not validation.select.scores:
         settings = {name: settings[name] for name in ("model", "validation")}
+    settings |= {"state": str(out / "state")}
+    files = {"model": str(folder / "model"), "model_manifest": str(folder / "inputs.json")}
+    if "bases" in inputs:
+        files |= {"bases_manifest": str(folder / "inputs.json")}
     output = Named(tokens=str(out / "tokens.safetensors"), record=str(out / "record.json"))
     job = Named(
         **{"rule": "select_validation", "threads": 1, "log": [], "resources": {}, "output": output},
-        input=Named(model=str(folder / "model"), corpora=[str(folder / "text.json")], **inputs),
-        wildcards=Named(model="tiny"),
+        input=Named(corpora=[str(folder / "text.json")], **files, **inputs),
+        wildcards=Named(model="tiny", validation="v"),
         params=Named(settings=settings),
     )
     runpy.run_path(str(STAGE), init_globals={"snakemake": job})
@@ -104,6 +110,41 @@ def test_scored_windows_are_those_whose_perplexity_varies_most_or_least(folder: 
         assert record["windows"] == sorted(extremes)
         assert torch.equal(tokens, every[sorted(extremes)])
         assert (record["scored"], record["allocations"]) == (True, 3)
+
+
+def test_a_stopped_choice_goes_on_after_the_last_allocation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses_of, scored, stops = scoring.window_losses, [], [True]
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        if len(scored) == 2 and stops:
+            raise KeyboardInterrupt
+        scored.append(arguments)
+        return losses_of(*arguments)
+
+    def choose(name: str) -> dict[str, bytes]:
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        run(folder, out, SCORED, bases=str(folder / "bases"))
+        assert not list((out / "state").iterdir())
+        return {file: (out / file).read_bytes() for file in ("tokens.safetensors", "record.json")}
+
+    whole = choose("whole")
+    monkeypatch.setattr(scoring, "window_losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        choose("stopped")
+    stops.clear()
+    kept = sorted((tmp_path / "stopped/state").glob("*/allocation_*"))
+    assert [file.stem for file in kept] == ["allocation_0", "allocation_1"]
+    intact = kept[1].read_bytes()
+    kept[1].write_bytes(intact[:-1])
+    with pytest.raises(SystemExit):
+        choose("stopped")
+    assert f"Delete {kept[1].parent} and run the workflow again" in caplog.text
+    kept[1].write_bytes(intact)
+    assert choose("stopped") == whole
+    assert len(scored) == SCORED["allocations"], "none is scored twice"
 
 
 def test_candidates_come_from_all_corpora_in_equal_numbers() -> None:

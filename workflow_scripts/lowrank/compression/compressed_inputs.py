@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowrank.calibration.gram import add_gram
 from lowrank.jobs.state import Parts
 from lowrank.model.devices import device_of
-from lowrank.model.factors import LowRankFactors
+from lowrank.model.factors import LowRankFactors, pairs_of, tensors_of
 from lowrank.model.families import LinearModule
 from lowrank.model.partial_forward import block_input, exchanged, input_of, output_of
 from lowrank.ranks.budget import Budget
@@ -26,7 +26,6 @@ from lowrank.ranks.budget import Budget
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 4096
-_PARTS = ("down", "up", "bias")
 
 
 class Products:
@@ -108,7 +107,7 @@ def factors_in_order(
         compressed = dense
         for layer in range(last + 1):
             kept = parts.load(f"block_{layer}") if parts else None
-            pairs: dict[str, LowRankFactors] = {} if kept is None else _unpacked(kept)
+            pairs: dict[str, LowRankFactors] = {} if kept is None else pairs_of(kept)
             for modules in _sites(budget, layer) if kept is None else ():
                 changed = [module for module in modules if module.name in names]
                 if not changed:
@@ -123,7 +122,7 @@ def factors_in_order(
                 if refine is not None and pairs:
                     pairs = refine(layer, pairs, batches, compressed, dense)
                 if parts is not None:
-                    parts.save(f"block_{layer}", _packed(pairs))
+                    parts.save(f"block_{layer}", tensors_of(pairs))
             if layer < last:
                 with exchanged(model, _running(model, pairs)):
                     compressed = _outputs(model, layer, batches, compressed, device)
@@ -140,18 +139,6 @@ def _running(model: PreTrainedModel, pairs: Mapping[str, LowRankFactors]) -> dic
 def _place(model: PreTrainedModel, name: str) -> torch.device:
     """Where a dense layer is."""
     return device_of(model.get_submodule(name))
-
-
-def _packed(pairs: Mapping[str, LowRankFactors]) -> dict[str, torch.Tensor]:
-    """Pairs as named tensors."""
-    tensors = {f"{name}:{part}": getattr(pair, part) for name, pair in pairs.items() for part in _PARTS}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _unpacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, LowRankFactors]:
-    """The inverse."""
-    names = dict.fromkeys(key.rpartition(":")[0] for key in tensors)
-    return {name: LowRankFactors(*(tensors.get(f"{name}:{part}") for part in _PARTS)) for name in names}  # type: ignore[arg-type]
 
 
 def _sites(budget: Budget, layer: int) -> list[list[LinearModule]]:

@@ -12,6 +12,7 @@ weight moves. The step has no size to choose; whether it goes down the gradient 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 from lowrank.bases.principal import PrincipalBasis
 from lowrank.bases.weighted_svd import balanced
 from lowrank.calibration.gradients import mean_gradients
+from lowrank.jobs.state import Parts
 from lowrank.model.devices import pick_devices
-from lowrank.model.factors import LowRankFactors
+from lowrank.model.factors import LowRankFactors, pairs_of, tensors_of
 from lowrank.model.families import LinearModule
 from lowrank.model.partial_forward import exchanged
 
@@ -36,31 +38,75 @@ def correct(
     factors: Mapping[str, LowRankFactors],
     decompose: Decompose,
     device: torch.device,
+    parts: Parts | None = None,
+    number: int = 1,
 ) -> dict[str, LowRankFactors]:
     """One round.
 
     Args:
         model: the dense model; changed, and changed back.
         tokens: windows x length token ids, whose mean loss has the gradient.
-        layers: those that are pairs, and their ranks.
+        layers: those that are pairs, block by block, and their ranks.
         factors: layer -> its pair so far.
         decompose: as for the first truncation.
         device: where to take gradients.
+        parts: where the pairs of finished blocks are kept, and found again; they must be of the same corrections.
+        number: of this round; those of another are not taken, and are written over.
 
     Raises:
-        RankwiseError: a gradient is not finite, or a decomposition fails; the layer is named.
+        RankwiseError: a gradient is not finite, a decomposition fails, or pairs that were kept are damaged; named.
     """
-    truncated = {module.name: _dense(model, module.name, factors[module.name], device) for module, _ in layers}
-    with exchanged(model, truncated):
-        gradients = mean_gradients(model, tokens, list(truncated), pick_devices())
+    blocks = {layer: list(those) for layer, those in groupby(layers, key=lambda item: item[0].layer)}
+    found = {layer: _kept(parts, layer, number) for layer in blocks}
+    left = [module.name for module, _ in layers if found[module.layer] is None]
+    gradients = _gradients(model, tokens, factors, left, device) if left else {}
     corrected: dict[str, LowRankFactors] = {}
-    for module, rank in layers:
-        name, layer = module.name, model.get_submodule(module.name)
-        weight = corrected_weight(layer.weight, product(factors[name], device), gradients.pop(name))
-        basis = decompose(module, weight)
-        ordered = balanced(basis.directions, basis.projection, layer.weight.dtype)
-        corrected[name] = ordered.factors(rank, layer.bias)
+    for layer, those in blocks.items():
+        pairs = found.pop(layer)
+        if pairs is None:
+            pairs = {
+                module.name: _corrected(model, module, rank, factors, gradients, decompose, device)
+                for module, rank in those
+            }
+            if parts is not None:
+                parts.save(f"block_{layer}", tensors_of(pairs) | {"number": torch.tensor(number)})
+        corrected |= pairs
     return corrected
+
+
+def _kept(parts: Parts | None, layer: int, number: int) -> dict[str, LowRankFactors] | None:
+    """The pairs of a block after a round, if they are there."""
+    kept = parts.load(f"block_{layer}") if parts is not None else None
+    return pairs_of(kept) if kept is not None and int(kept.pop("number")) == number else None
+
+
+def _gradients(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    factors: Mapping[str, LowRankFactors],
+    names: Sequence[str],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The gradients of some layers in the model where all pairs are."""
+    truncated = {name: _dense(model, name, pair, device) for name, pair in factors.items()}
+    with exchanged(model, truncated):
+        return mean_gradients(model, tokens, names, pick_devices())
+
+
+def _corrected(
+    model: PreTrainedModel,
+    module: LinearModule,
+    rank: int,
+    factors: Mapping[str, LowRankFactors],
+    gradients: dict[str, torch.Tensor],
+    decompose: Decompose,
+    device: torch.device,
+) -> LowRankFactors:
+    """The pair of a layer after the round; its gradient is given up."""
+    name, layer = module.name, model.get_submodule(module.name)
+    weight = corrected_weight(layer.weight, product(factors[name], device), gradients.pop(name))
+    basis = decompose(module, weight)
+    return balanced(basis.directions, basis.projection, layer.weight.dtype).factors(rank, layer.bias)
 
 
 def corrected_weight(dense: torch.Tensor, truncated: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

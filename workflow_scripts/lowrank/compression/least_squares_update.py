@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from lowrank.bases.whitening import cholesky_factor
 from lowrank.calibration.gram import symmetric
 from lowrank.compression.compressed_inputs import Products, factors_in_order
+from lowrank.jobs.state import Parts
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget
@@ -39,6 +40,7 @@ def refit_up_factors(
     factors: Mapping[str, LowRankFactors],
     device: torch.device,
     target: Literal["dense", "inputs"],
+    parts: Parts | None = None,
 ) -> dict[str, LowRankFactors]:
     """Refit the up factor of every low-rank pair, site by site in the order of the forward pass.
 
@@ -46,9 +48,10 @@ def refit_up_factors(
         model: the dense model, on `device`; changed, and changed back.
         tokens: windows x length token ids.
         budget: of the model.
-        factors: layer -> its pair; layers that are not named are dense.
+        factors: layer -> its pair, each asked for once; layers that are not named are dense.
         device: where the model is.
         target: the outputs to fit. dense: W X, those in the dense model; inputs: W X', on the inputs at hand.
+        parts: where the pairs of finished blocks are kept, and found again; they must be of the same call.
 
     Raises:
         RankwiseError: a layer's inputs in the compressed model are zero or not finite; it is named.
@@ -57,7 +60,8 @@ def refit_up_factors(
     def make(module: LinearModule, weight: torch.Tensor, products: Products) -> LowRankFactors:
         return _refitted(factors[module.name], weight, products, module.name)
 
-    return factors_in_order(model, tokens, budget, factors, make, device, target)
+    # A set: where factors are made when they are asked for, to look for a name in them makes them.
+    return factors_in_order(model, tokens, budget, set(factors), make, device, target, parts=parts)
 
 
 def _refitted(pair: LowRankFactors, weight: torch.Tensor, products: Products, where: str) -> LowRankFactors:

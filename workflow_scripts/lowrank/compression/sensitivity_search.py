@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lowrank.calibration.gradients import first_not_finite
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of
 from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
@@ -89,6 +90,7 @@ def measure_layers(
     candidates: Mapping[str, Sequence[int]],
     factorise: Factorise,
     device: torch.device,
+    parts: Parts | None = None,
 ) -> list[Trial]:
     """Factorise every layer alone at every rank, and measure the loss.
 
@@ -101,18 +103,20 @@ def measure_layers(
         candidates: layer -> ranks.
         factorise: gives a layer's factors.
         device: where the model is.
+        parts: where the trials of finished layers are kept, and found again; they must be of the same call.
 
     Returns:
         The trials, layer by layer. A loss that is not finite counts as infinite: that rank breaks the model.
 
     Raises:
-        RankwiseError: windows of one token, a decomposition that fails, or a loss of the dense model itself that is
-            not finite.
+        RankwiseError: windows of one token, a decomposition that fails, a loss of the dense model itself that is not
+            finite, or trials that were kept and are damaged.
     """
     if windows.shape[1] < 2:
         raise RankwiseError("losses need calibration windows of two tokens or more; raise `length` in `calibration`")
     total, started = sum(map(len, candidates.values())), time.monotonic()
     trials: list[Trial] = []
+    measured = 0
     with torch.inference_mode():
         running = _Pass(model, windows, device)
         dense = running.loss()
@@ -127,11 +131,38 @@ def measure_layers(
             if layer:
                 running.next_block()
             for module in budget.modules:
-                if module.layer == layer and candidates.get(module.name):
-                    trials += _trials(running, module, candidates[module.name], factorise(module))
-            left = (time.monotonic() - started) / max(1, len(trials)) * (total - len(trials))
-            log.info("sensitivity: block %d done, %d of %d trials, %.0f s left", layer, len(trials), total, left)
+                ranks = candidates.get(module.name)
+                if module.layer != layer or not ranks:
+                    continue
+                found = _kept(parts, module.name, ranks)
+                if found is None:
+                    found = _trials(running, module, ranks, factorise(module))
+                    measured += len(found)
+                    if parts is not None:
+                        parts.save(module.name, _stored(found))
+                trials += found
+            left = (time.monotonic() - started) / max(1, measured) * (total - len(trials))
+            when = f", {left:.0f} s left" if measured else ""
+            log.info("sensitivity: block %d done, %d of %d trials%s", layer, len(trials), total, when)
     return trials
+
+
+def _stored(trials: Sequence[Trial]) -> dict[str, torch.Tensor]:
+    """The trials of a layer as tensors, which hold finite numbers only: ranks that break the model are left out."""
+    finite = [trial for trial in trials if math.isfinite(trial.loss)]
+    return {
+        "ranks": torch.tensor([trial.rank for trial in finite], dtype=torch.int64),
+        "losses": torch.tensor([trial.loss for trial in finite], dtype=torch.float64),
+    }
+
+
+def _kept(parts: Parts | None, layer: str, ranks: Sequence[int]) -> list[Trial] | None:
+    """The inverse, of a layer and all ranks that were tried; None if it was not finished before."""
+    stored = parts.load(layer) if parts is not None else None
+    if stored is None:
+        return None
+    losses = dict(zip(stored["ranks"].tolist(), stored["losses"].tolist(), strict=True))
+    return [Trial(layer, rank, losses.get(rank, math.inf)) for rank in ranks]
 
 
 def _trials(

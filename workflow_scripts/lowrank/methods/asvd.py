@@ -151,6 +151,6 @@ def _search_ranks(
     windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
     candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
     with on_devices(task.model, pick_devices()):
-        trials = measure_layers(task.model, windows, budget, candidates, factorise, task.model.device)
+        trials = measure_layers(task.model, windows, budget, candidates, factorise, task.model.device, task.parts)
     ranks = cut_trials(trials, budget, task.ratio)
     return spend_rest(ranks, trials, budget, task.ratio) if settings.rounding == "give-back" else ranks

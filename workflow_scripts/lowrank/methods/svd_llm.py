@@ -83,12 +83,14 @@ def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
         root = roots.of(module.layer, module.type.site)
         return whitened_factors(layer.weight.to(device), root, name).factors(rank, layer.bias)
 
+    factors = Deferred(chosen, truncated)
     if not task.settings.update:
-        return Deferred(chosen, truncated)
-    factors = {name: truncated(name) for name in chosen}
+        return factors
     windows = first_windows(task.required_tokens(), task.settings.windows, "windows")
     with on_devices(task.model, pick_devices()):
-        return refit_up_factors(task.model, windows, task.budget, factors, task.model.device, task.settings.target)
+        return refit_up_factors(
+            task.model, windows, task.budget, factors, task.model.device, task.settings.target, task.parts
+        )
 
 
 class _Roots:

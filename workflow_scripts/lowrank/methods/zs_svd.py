@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from lowrank.bases.principal import PrincipalBasis
     from lowrank.compression.compress import CompressionTask
+    from lowrank.jobs.state import Parts
     from lowrank.model.factors import LowRankFactors
     from lowrank.model.families import LinearModule
     from lowrank.ranks.budget import Ranks
@@ -89,6 +91,21 @@ class Settings(LowRankSettings):
         return not self.corrections
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What a round leaves.
+
+    Attributes:
+        number: of the round; 0 is the truncation before all corrections.
+        predicted: what leaving out directions is predicted to cost, nats per token.
+        factors: layer -> its pair.
+    """
+
+    number: int
+    predicted: float
+    factors: dict[str, LowRankFactors]
+
+
 def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     """Allocate ranks by predicted changes of the loss, and truncate every whitened matrix.
 
@@ -96,37 +113,90 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         RankwiseError: the ratio is out of reach, a gradient is not finite, or a decomposition fails; the layer is
             named.
     """
-    from lowrank.bases.weighted_svd import balanced
     from lowrank.compression.gradient_correction import correct
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import layers_with_ranks
 
     if not task.ratio:
         return {}
-    device = pick_device()
-    decompose = _decomposer(task, device)
+    device, corrections = pick_device(), task.settings.corrections
+    decompose, parts = _decomposer(task, device), task.parts if corrections else None
+    last = _kept_round(parts)
+    if last is None:
+        last = _truncate(task, decompose, device)
+        _keep_round(parts, last)
+    _say_prediction(task, last.predicted)
+    layers = layers_with_ranks(task.budget, {name: pair.rank for name, pair in last.factors.items()})
+    for number in range(last.number + 1, corrections + 1):
+        factors = correct(task.model, _windows(task), layers, last.factors, decompose, device, parts, number)
+        last = _Round(number, last.predicted, factors)
+        _keep_round(parts, last)
+        log.info("corrections: round %d of %d", number, corrections)
+    return last.factors
+
+
+def _truncate(task: CompressionTask, decompose: Decompose, device: torch.device) -> _Round:
+    """Allocate ranks, and cut every matrix to its own."""
+    from lowrank.bases.weighted_svd import balanced
+    from lowrank.search.uniform import layers_with_ranks
+
     by_loss = task.settings.allocation == "predicted-loss"
-    ranks, directions = _by_second_order(task, decompose) if by_loss else _by_first_order(task, decompose, device)
+    ranks, predicted, directions = (
+        _by_second_order(task, decompose) if by_loss else _by_first_order(task, decompose, device)
+    )
     factors: dict[str, LowRankFactors] = {}
-    layers = layers_with_ranks(task.budget, ranks)
-    for module, rank in layers:
+    for module, rank in layers_with_ranks(task.budget, ranks):
         layer = task.model.get_submodule(module.name)
         up = directions.pop(module.name)[:, :rank].to(device).double()
         factors[module.name] = balanced(up, up.T @ layer.weight.to(up), layer.weight.dtype).factors(rank, layer.bias)
-    directions.clear()
-    for _ in range(task.settings.corrections):
-        factors = correct(task.model, _windows(task), layers, factors, decompose, device)
-    return factors
+    return _Round(0, predicted, factors)
+
+
+def _keep_round(parts: Parts | None, last: _Round) -> None:
+    """Keep what another try goes on from, in the place of the round before."""
+    import torch
+
+    from lowrank.model.factors import tensors_of
+
+    if parts is not None:
+        predicted = torch.tensor(last.predicted, dtype=torch.float64)
+        parts.save("round", tensors_of(last.factors) | {"number": torch.tensor(last.number), "predicted": predicted})
+
+
+def _kept_round(parts: Parts | None) -> _Round | None:
+    """The last round that was finished before, if there is one."""
+    from lowrank.model.factors import pairs_of
+
+    kept = parts.load("round") if parts is not None else None
+    if kept is None:
+        return None
+    number, predicted = int(kept.pop("number")), float(kept.pop("predicted"))
+    log.info("corrections: going on after round %d", number)
+    return _Round(number, predicted, pairs_of(kept))
+
+
+def _say_prediction(task: CompressionTask, predicted: float) -> None:
+    """Have the manifest and the log say what the allocation is predicted to cost."""
+    if task.settings.allocation == "predicted-loss":
+        from lowrank.ranks.predicted_loss import MEANING
+
+        key, what = "predicted_loss_rise", "rise"
+    else:
+        from lowrank.ranks.zero_sum import MEANING
+
+        key, what = "predicted_loss_change", "change"
+    task.account[key] = {"nats_per_token": predicted, "meaning": MEANING}
+    log.info("predicted %s of the loss: %.4f nats per token (%s)", what, predicted, MEANING)
 
 
 def _by_first_order(
     task: CompressionTask, decompose: Decompose, device: torch.device
-) -> tuple[Ranks, dict[str, torch.Tensor]]:
-    """Ranks by the changes that gradients predict, and the directions of every matrix that may get one."""
+) -> tuple[Ranks, float, dict[str, torch.Tensor]]:
+    """Ranks by the changes that gradients predict, their sum, and the directions of every matrix that may get one."""
     from lowrank.bases.first_order import loss_changes
     from lowrank.calibration.gradients import mean_gradients
     from lowrank.model.devices import pick_devices
-    from lowrank.ranks.zero_sum import MEANING, greedy_ranks
+    from lowrank.ranks.zero_sum import greedy_ranks
 
     free, changes, directions = task.budget.free(task.settings.uncompressed), {}, {}
     gradients = mean_gradients(task.model, _windows(task), [module.name for module in free], pick_devices())
@@ -136,15 +206,13 @@ def _by_first_order(
         directions[module.name] = _kept(task, basis.directions)
     balanced = task.settings.allocation == "zero-sum"
     allocation = greedy_ranks(task.budget, task.ratio, changes, task.settings.uncompressed, balanced)
-    task.account["predicted_loss_change"] = {"nats_per_token": allocation.change, "meaning": MEANING}
-    log.info("predicted change of the loss: %.4f nats per token (%s)", allocation.change, MEANING)
-    return allocation.ranks, directions
+    return allocation.ranks, allocation.change, directions
 
 
-def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks, dict[str, torch.Tensor]]:
-    """Ranks by `ranks.predicted_loss`: what leaving out u_i costs is 1/2 e_i^2 u_i' G u_i."""
+def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks, float, dict[str, torch.Tensor]]:
+    """The same by `ranks.predicted_loss`: what leaving out u_i costs is 1/2 e_i^2 u_i' G u_i."""
     from lowrank.bases.fisher import with_predicted_losses
-    from lowrank.ranks.predicted_loss import MEANING, allocate
+    from lowrank.ranks.predicted_loss import allocate
 
     of_block = lru_cache(maxsize=1)(task.required_gradients().of)
     losses, directions = {}, {}
@@ -155,9 +223,7 @@ def _by_second_order(task: CompressionTask, decompose: Decompose) -> tuple[Ranks
         losses[module.name] = predicted.cpu().numpy()
         directions[module.name] = _kept(task, basis.directions)
     allocation = allocate(task.budget, task.ratio, losses, task.settings.uncompressed)
-    task.account["predicted_loss_rise"] = {"nats_per_token": allocation.loss, "meaning": MEANING}
-    log.info("predicted rise of the loss: %.4f nats per token (%s)", allocation.loss, MEANING)
-    return allocation.ranks, directions
+    return allocation.ranks, allocation.loss, directions
 
 
 def _decomposer(task: CompressionTask, device: torch.device) -> Decompose:

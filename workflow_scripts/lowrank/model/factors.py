@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from lowrank.model.modeling_rankwise import (
     LowRankLinear,
     SharedDownLinear,
 )
+
+_PARTS = ("down", "up", "bias")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ class LowRankFactors:
         with torch.no_grad():
             layer.get_parameter("down.weight").copy_(self.down)
         return _with_up(layer, self)
+
+
+def tensors_of(pairs: Mapping[str, LowRankFactors]) -> dict[str, torch.Tensor]:
+    """Pairs as named tensors, for a file."""
+    tensors = {f"{name}:{part}": getattr(pair, part) for name, pair in pairs.items() for part in _PARTS}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def pairs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, LowRankFactors]:
+    """The inverse."""
+    names = dict.fromkeys(key.rpartition(":")[0] for key in tensors)
+    return {name: LowRankFactors(*(tensors.get(f"{name}:{part}") for part in _PARTS)) for name in names}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

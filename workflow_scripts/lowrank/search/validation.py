@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.calibration.corpora import Texts, sample_windows
 from lowrank.config.presets import Selection, Validation
+from lowrank.jobs.state import Parts
 from lowrank.search.kept_ratios import SearchSpace
 from lowrank.search.objective import finite_losses, window_losses
 from lowrank.search.sliced_model import SlicedModel
@@ -43,21 +44,41 @@ def candidate_windows(
 
 
 def score_windows(
-    sliced: SlicedModel, windows: torch.Tensor, space: SearchSpace, allocations: int, seed: int, device: torch.device
+    sliced: SlicedModel,
+    windows: torch.Tensor,
+    space: SearchSpace,
+    allocations: int,
+    seed: int,
+    device: torch.device,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Perplexity of each window under random feasible allocations.
+
+    Args:
+        sliced: the model, on `device`; its ranks are changed.
+        windows: n x length token ids.
+        space: of the allocations.
+        allocations: how many.
+        seed: of the allocations.
+        device: where to compute.
+        parts: where the losses of finished allocations are kept, and found again; they must be of the same call.
 
     Returns:
         allocations x n, in float64.
 
     Raises:
-        RankwiseError: a loss is not finite.
+        RankwiseError: a loss is not finite, or losses that were kept are damaged.
     """
     rows = []
     for index, x in enumerate(space.sample(allocations, seed)):
-        sliced.set_ranks(space.ranks(x))
-        losses = finite_losses(window_losses(sliced, windows, device), f"validation: allocation {index + 1}")
-        rows.append(losses.exp())
+        kept = parts.load(f"allocation_{index}") if parts is not None else None
+        if kept is None:
+            sliced.set_ranks(space.ranks(x))
+            losses = finite_losses(window_losses(sliced, windows, device), f"validation: allocation {index + 1}")
+            kept = {"losses": losses}
+            if parts is not None:
+                parts.save(f"allocation_{index}", kept)
+        rows.append(kept["losses"].exp())
         log.info("validation: allocation %d of %d, median perplexity %.2f", index + 1, allocations, rows[-1].median())
     return torch.stack(rows)
 
