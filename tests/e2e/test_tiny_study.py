@@ -21,6 +21,7 @@ import yaml
 
 from lowrank.calibration.corpora import consecutive_windows, load_documents
 from lowrank.files import sha256_file
+from lowrank.jobs.forkserver import SERVER
 from lowrank.layout import study_of
 from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.tokenizer import load_tokenizer
@@ -47,10 +48,11 @@ class Study:
         assert run.returncode == 0, run.stdout
         return run.stdout
 
-    def type_command(self, *arguments: str) -> None:
-        """The same as a user types it: interpreters that have loaded nothing."""
+    def type_command(self, *arguments: str, **variables: str) -> None:
+        """The same as a user types it: processes that have loaded nothing."""
         command = [sys.executable, "-m", "snakemake", *self._arguments(*arguments)]
-        run = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+        environment = self._environment | variables
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stdout + run.stderr
 
     def kill(self, target: str, now: Callable[[], bool]) -> None:
@@ -313,8 +315,9 @@ def enough(study: Path, evaluations: int) -> bool:
     return bool(logs) and logs[0].read_bytes().count(b"\n") > evaluations  # a line of names stands before them
 
 
-def test_the_command_that_a_user_types_makes_the_same(finished: Study) -> None:
-    """From a search to a table, each stage in an interpreter of its own."""
+@pytest.mark.parametrize("forks", [True, False])
+def test_the_command_that_a_user_types_makes_the_same(finished: Study, forks: bool) -> None:
+    """From a search to a table, each stage a fork of the run's own server, or in an interpreter of its own."""
     run = finished.folder / "results/tiny"
     made = [run / "tables/table_8.csv", *sorted((run / "compressed/tiny/bolaco").rglob("*.safetensors"))]
     before = [path.read_bytes() for path in made]
@@ -322,5 +325,8 @@ def test_the_command_that_a_user_types_makes_the_same(finished: Study) -> None:
     for lost in (run / "allocation/tiny/bolaco", run / "compressed/tiny/bolaco"):
         shutil.rmtree(lost)
     made[0].unlink()
-    finished.type_command("results/tiny/tables/table_8.csv")
+    finished.type_command("results/tiny/tables/table_8.csv", **({} if forks else {SERVER: ":"}))
     assert [path.read_bytes() for path in made] == before
+    for rule in ("search_allocation", "compress_model"):
+        (log,) = (run / "logs" / rule).rglob("tiny/bolaco/**/*.log")
+        assert (", a fork of process " in log.read_text()) == forks
