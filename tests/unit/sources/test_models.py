@@ -85,6 +85,22 @@ def test_shards_and_hub_snapshots(folder: Path, tmp_path: Path, monkeypatch: pyt
     refused(tmp_path / "shards", tmp_path / "again", f"not there: {shards_of_index[0].name}")
 
 
+def test_a_single_file_of_weights_goes_before_an_index_as_in_transformers(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "old.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old.safetensors")}))
+    caplog.set_level("INFO")
+    manifest = fetch(folder, tmp_path)
+    assert not {index.name, "old.safetensors"} & set(manifest["files"])
+    assert manifest["files"]["model.safetensors"] == sha256_file(folder / "model.safetensors")
+    assert f"{index.name} is left out" in caplog.text
+    (folder / "old.safetensors").unlink()
+    assert fetch(folder, tmp_path)["files"] == manifest["files"]
+
+
 def test_opt_has_its_own_names(tmp_path: Path) -> None:
     config = OPTConfig(
         vocab_size=VOCABULARY,
