@@ -294,6 +294,14 @@ def test_pickled_weights_are_never_loaded(folder: Path, tmp_path: Path) -> None:
     refused(folder, tmp_path, r"only pickles \(pytorch_model\.bin\).*never loaded")
 
 
+def test_an_adapter_beside_the_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Transformers would load it on top of them, in every later job."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refused(folder, tmp_path, r"an adapter \(LoRA\) lies beside its weights .*merge_and_unload.* no `adapter_\*` files")
+    (folder / "adapter_config.json").unlink()
+    fetch(folder, tmp_path)
+
+
 def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, tmp_path, "one `config.json`, and here are 0")

@@ -14,6 +14,7 @@ from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, link_or_copy, read_record, sha256_file
 from lowrank.model.runtime import parse_dtype
+from lowrank.model.shapes import require_no_adapter
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
 from lowrank.sources.gguf import convert_gguf
@@ -87,7 +88,7 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
     Weights are hard links if `link` says that nobody will ever change the source's files, and copies if not.
 
     Raises:
-        RankwiseError: no `config.json`, no safetensors weights, a missing shard, or a full disk.
+        RankwiseError: no `config.json`, an adapter beside it, no safetensors weights, a missing shard, or a full disk.
     """
     configs = [file for file in files if file.name == "config.json"]
     if len(configs) != 1:
@@ -96,6 +97,7 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
             "a model is a GGUF file or a folder with one `config.json`, "
             f"and here are {len(configs)} of those ({found})."
         )
+    require_no_adapter(configs[0], files)
     source = configs[0].parent
     weights = weight_files(source)
     sharded = weights != [source / WEIGHTS]
