@@ -95,3 +95,10 @@ def test_a_gguf_file_of_the_same_name_where_the_job_runs_is_another(
     monkeypatch.chdir(tmp_path)
     fetch(gguf_file, tmp_path, dtype="float32")
     assert load_file(tmp_path / "models/tiny/model.safetensors")["model.norm.weight"].all()
+
+
+def test_an_adapter_beside_a_gguf_file_is_none_of_it(gguf_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/m.gguf").symlink_to(gguf_file)
+    (tmp_path / "source/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "no/where"}))
+    assert fetch(tmp_path / "source/m.gguf", tmp_path)["parameters"] == PARAMETERS

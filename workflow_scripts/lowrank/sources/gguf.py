@@ -22,7 +22,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
 
     Args:
         file: the GGUF file.
-        folder: an existing folder.
+        folder: an existing folder, empty.
         dtype: of the weights in the checkpoint.
 
     Raises:
@@ -37,7 +37,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
     log.info("converting %s (%.1f M weights) to safetensors", file.name, parameters / 1e6)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            file.parent,
+            folder,  # which is empty: an adapter beside the file would be loaded too
             gguf_file=place,
             dtype=dtype,
             output_loading_info=True,
