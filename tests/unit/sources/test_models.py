@@ -228,6 +228,30 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "v_proj.weight holds torch.int8" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "mtp.proj.weight", "model.layers.0.mlp.up_proj.bias"]
+)
+def test_weights_that_the_model_does_not_have(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of a block too many, of a head for more tokens, a bias: transformers would leave them out, and others not."""
+    change_weights(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    message = refused(folder, tmp_path, "the weights cannot be used")
+    assert message.endswith(f":\n  model.safetensors: {name} is none of the model's weights; take it out of the file")
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_stored_buffers_of_old_checkpoints_are_passed_over(folder: Path, tmp_path: Path, prefix: str) -> None:
+    """As transformers does. (Llama's first checkpoints have frequencies in each block.)"""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    change_weights(folder, add)
+    assert fetch(folder, tmp_path)["parameters"] == PARAMETERS
+    load_checkpoint(tmp_path / "models/tiny", torch.float32)
+
+
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_head_of_its_own_that_the_configuration_ties_away(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
