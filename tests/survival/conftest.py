@@ -20,4 +20,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may spoil."""
-    return Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    return Path(shutil.copytree(finished / "run", tmp_path / "results/run"))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 HASH_CHUNK = 1 << 20
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """What says under which terms a model may be used; it goes where the weights go."""
+SECTIONS = ("files", "layers", "sha256")
+"""Keys of manifests under which names of files have their SHA-256."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -391,7 +393,8 @@ def load_layer(file: Path, names: Collection[str] = ()) -> dict[str, torch.Tenso
 def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip: tuple[str, ...] = ()) -> None:
     """Compare files of a folder with the manifest beside it: `<folder>.json`, or `manifest.json` in the same place.
 
-    A folder without a manifest is not checked: one that is being made, or a checkpoint that was copied elsewhere.
+    A folder without a manifest is not checked: one that is being made, or a checkpoint that was copied elsewhere, where
+    a `manifest.json` may be somebody else's.
 
     Args:
         folder: whose files.
@@ -418,7 +421,26 @@ def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip
 
 
 def manifest_of(folder: Path) -> Path | None:
-    """The manifest of a folder, which lies beside it, not beside a link to it; None if there is none."""
-    folder = folder.resolve()
-    places = (folder.with_name(f"{folder.name}.json"), folder.with_name("manifest.json"))
-    return next((place for place in places if place.is_file()), None)
+    """The manifest of a folder, which lies beside it, not beside a link to it; None if there is none.
+
+    In its place in a run, a file of that name is one, however damaged. Elsewhere it is if it lists checksums of files.
+    """
+    real = folder.resolve()
+    in_a_run = "results" in (*folder.absolute().parts, *real.parts)  # which may be a link to a larger disk
+    places = {
+        real.with_name(f"{real.name}.json"): real.parent.name in ("models", "tasks"),
+        real.with_name("manifest.json"): real.name in ("checkpoint", "layers"),
+    }
+    found = (file for file, ours in places.items() if file.is_file() and ((in_a_run and ours) or _lists_files(file)))
+    return next(found, None)
+
+
+def _lists_files(file: Path) -> bool:
+    """Whether a file holds what manifests do: names of files, each with its SHA-256."""
+    try:
+        record = read_record(file)
+    except RankwiseError:
+        return False
+    digest = re.compile("[0-9a-f]{64}")
+    listed = [names for section in SECTIONS if isinstance(names := record.get(section), dict)]
+    return any(names and all(digest.fullmatch(str(stated)) for stated in names.values()) for names in listed)

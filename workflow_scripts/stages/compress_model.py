@@ -35,7 +35,8 @@ def work(job: Snakemake) -> None:
     inputs = {name: path for name, path in job.input.items() if Path(path).is_file()}
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
         parts = Parts(state)
-        model = load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu")
+        dtype = parse_dtype(settings["dtype"])
+        model = load_checkpoint(job.input.model, dtype, "cpu")
         allocation = read_record(job.input.allocation)["ranks"] if job.input.get("allocation") else None
         tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"].long() if job.input.get("tokens") else None
         account: dict[str, Any] = {}
@@ -60,9 +61,10 @@ def work(job: Snakemake) -> None:
         )
         target, base = job.output.checkpoint, job.params.base
         parameters = count_parameters(model, shape)
+        size = parameters["total_dense"] * dtype.itemsize
         described = {
             "subject": settings["subject"],
-            "base": base_of(job.wildcards.model, base["source"], base["license"], Path(job.input.model)),
+            "base": base_of(job.wildcards.model, base["source"], base["license"], size),
             "method": method,
             "ranks": ranks,
             **account,

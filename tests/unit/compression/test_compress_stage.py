@@ -21,13 +21,15 @@ STAGE = Path(__file__).parents[3] / "workflow_scripts/stages/compress_model.py"
 KIND = "llama-gqa"
 
 
-def run(folder: Path, method: dict[str, Any], licence: str = "Apache-2.0", **inputs: str) -> dict[str, Any]:
-    """Run the stage on a tiny model; returns the manifest."""
+def run(
+    folder: Path, method: dict[str, Any], licence: str = "Apache-2.0", dtype: str = "float32", **inputs: str
+) -> dict[str, Any]:
+    """Run the stage on a tiny model, which is stored in float32; returns the manifest."""
     tiny.model(KIND).save_pretrained(folder / "base/model")
     tiny.tokenizer().save_pretrained(folder / "base/model")
     output = Named(checkpoint=str(folder / "checkpoint"), manifest=str(folder / "manifest.json"))
     subject = {"model": "tiny", "method": "m", "ratio": 30, "tuning": "none", "seed": 0}
-    settings = {"method": method, "dtype": "float32", "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
+    settings = {"method": method, "dtype": dtype, "shape": tiny.shape(KIND), "subject": subject, "covariance": None}
     settings |= {"state": str(folder / "state")}
     job = Named(
         **{"rule": "compress_model", "threads": 1, "log": [], "resources": {}, "output": output},
@@ -38,6 +40,10 @@ def run(folder: Path, method: dict[str, Any], licence: str = "Apache-2.0", **inp
     runpy.run_path(str(STAGE), init_globals={"snakemake": job})
     manifest: dict[str, Any] = json.loads(Path(output.manifest).read_text())
     return manifest
+
+
+def size_of(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
 
 
 def test_the_manifest_has_the_predicted_rise_of_the_loss_and_what_it_is(tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_pa
     found = run(tmp_path, {"kind": "svd"})
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert "README.md" not in found["files"]
-    before, after = ((tmp_path / f"{name}/model.safetensors").stat().st_size for name in ("base/model", "checkpoint"))
+    before, after = 4 * found["parameters"]["total_dense"], size_of(tmp_path / "checkpoint")
     assert found["base"] == {"name": "tiny", "source": {}, "license": "Apache-2.0", "bytes": before}
     assert f"| {found['parameters']['total_dense']:,} | {found['parameters']['total']:,} |" in card
     assert f"| bytes of weights | {before:,} | {after:,} | {100 * after / before:.2f} % |" in card
@@ -85,6 +91,18 @@ def test_the_card_lies_in_the_checkpoint_and_says_nothing_of_this_machine(tmp_pa
     (tmp_path / "again").mkdir()
     run(tmp_path / "again", {"kind": "svd"})
     assert (tmp_path / "again/checkpoint/README.md").read_text() == card
+
+
+def test_bytes_are_compared_with_the_base_in_the_dtype_in_which_it_was_compressed(tmp_path: Path) -> None:
+    """Not with its files: half of their bytes go with the dtype alone."""
+    found = run(tmp_path, {"kind": "svd"}, dtype="bfloat16")
+    before, after = 2 * found["parameters"]["total_dense"], size_of(tmp_path / "checkpoint")
+    assert found["base"]["bytes"] == before
+    assert size_of(tmp_path / "base/model") > 2 * before
+    assert (
+        f"| bytes of weights | {before:,} | {after:,} | {100 * after / before:.2f} % |"
+        in (tmp_path / "checkpoint/README.md").read_text()
+    )
 
 
 def test_with_another_licence_the_manifest_of_before_stands_and_the_card_has_the_new_one(tmp_path: Path) -> None:

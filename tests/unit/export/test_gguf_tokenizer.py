@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -58,6 +59,19 @@ def test_tokens_stand_at_their_places(tmp_path: Path) -> None:
     assert found["tokenizer.chat_template"] == "{{ messages }}"
     merges = [" ".join(pair) for pair in _model(tokenizer)["merges"]]
     assert found["tokenizer.ggml.merges"] == merges
+
+
+def test_without_a_tokenizer_json_the_message_says_how_to_make_one(tmp_path: Path) -> None:
+    model, checkpoint, another = _model(tiny.tokenizer()), tmp_path / "checkpoint", tmp_path / "another"
+    checkpoint.mkdir()
+    (checkpoint / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (checkpoint / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(RankwiseError, match=r"checkpoint: has no `tokenizer\.json`.*`AutoTokenizer`, `save_pre"):
+        fields_of(checkpoint, 500)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(another)
+    shutil.copy(another / "tokenizer.json", checkpoint)
+    assert fields_of(checkpoint, 500)["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_a_special_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import (
+    copy_companions,
     family_of,
     link_checkpoint,
     load_checkpoint,
@@ -124,6 +125,17 @@ def test_a_dense_checkpoint_has_no_code_in_it(tmp_path: Path, tokenizer_folder: 
     assert linked == files
     load_checkpoint(tmp_path / "linked", torch.float32)
     load_tokenizer(tmp_path / "linked")
+
+
+def test_every_file_that_a_tokenizer_may_be_comes_along_and_nothing_else(tmp_path: Path) -> None:
+    made_from, target = tmp_path / "from", tmp_path / "to"
+    names = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja"}
+    for folder in (made_from, target):
+        folder.mkdir()
+    for name in (*names, "config.json", "model.safetensors", "tokenizer_of_ours.py"):
+        (made_from / name).write_text(name)
+    copy_companions(made_from, target)
+    assert {path.name for path in target.iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", tiny.ALL_SHAPES)

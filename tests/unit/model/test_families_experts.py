@@ -162,7 +162,7 @@ def test_a_random_model_is_made_and_passes_the_checks(kind: str, tmp_path: Path)
         check_checkpoint("x", section, folder, files)
 
 
-def test_a_stored_expert_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+def test_a_stored_expert_that_is_missing_damaged_or_too_many_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -174,6 +174,10 @@ def test_a_stored_expert_that_is_missing_or_damaged_is_named(tmp_path: Path) -> 
     check_checkpoint("x", section, tmp_path, [file])
     save_file(tensors | {name: tensors[name] * np.nan}, file, metadata={"format": "pt"})
     with pytest.raises(RankwiseError, match=rf"{name} holds NaN"):
+        check_checkpoint("x", section, tmp_path, [file])
+    another = name.replace("experts.2", "experts.4")
+    save_file(tensors | {another: tensors[name].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(RankwiseError, match=rf"{another} is none of the model's weights"):
         check_checkpoint("x", section, tmp_path, [file])
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})

@@ -85,6 +85,22 @@ def test_shards_and_hub_snapshots(folder: Path, tmp_path: Path, monkeypatch: pyt
     refused(tmp_path / "shards", tmp_path / "again", f"not there: {shards_of_index[0].name}")
 
 
+def test_a_single_file_of_weights_goes_before_an_index_as_in_transformers(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "old.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old.safetensors")}))
+    caplog.set_level("INFO")
+    manifest = fetch(folder, tmp_path)
+    assert not {index.name, "old.safetensors"} & set(manifest["files"])
+    assert manifest["files"]["model.safetensors"] == sha256_file(folder / "model.safetensors")
+    assert f"{index.name} is left out" in caplog.text
+    (folder / "old.safetensors").unlink()
+    assert fetch(folder, tmp_path)["files"] == manifest["files"]
+
+
 def test_opt_has_its_own_names(tmp_path: Path) -> None:
     config = OPTConfig(
         vocab_size=VOCABULARY,
@@ -212,6 +228,30 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "v_proj.weight holds torch.int8" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "mtp.proj.weight", "model.layers.0.mlp.up_proj.bias"]
+)
+def test_weights_that_the_model_does_not_have(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of a block too many, of a head for more tokens, a bias: transformers would leave them out, and others not."""
+    change_weights(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    message = refused(folder, tmp_path, "the weights cannot be used")
+    assert message.endswith(f":\n  model.safetensors: {name} is none of the model's weights; take it out of the file")
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_stored_buffers_of_old_checkpoints_are_passed_over(folder: Path, tmp_path: Path, prefix: str) -> None:
+    """As transformers does. (Llama's first checkpoints have frequencies in each block.)"""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    change_weights(folder, add)
+    assert fetch(folder, tmp_path)["parameters"] == PARAMETERS
+    load_checkpoint(tmp_path / "models/tiny", torch.float32)
+
+
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_head_of_its_own_that_the_configuration_ties_away(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
@@ -276,6 +316,14 @@ def test_a_model_without_the_linear_layers_of_its_family(
 def test_pickled_weights_are_never_loaded(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, tmp_path, r"only pickles \(pytorch_model\.bin\).*never loaded")
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Transformers would load it on top of them, in every later job."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refused(folder, tmp_path, r"an adapter \(LoRA\) lies beside its weights .*merge_and_unload.* no `adapter_\*` files")
+    (folder / "adapter_config.json").unlink()
+    fetch(folder, tmp_path)
 
 
 def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:

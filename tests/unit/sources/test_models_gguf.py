@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from tests.unit.model.gguf_samples import write_gguf
+from lowrank.errors import RankwiseError
+from lowrank.sources.gguf import _require_window
+from tests.unit.model.gguf_samples import finish, started, write_gguf
 from tests.unit.sources.model_samples import PARAMETERS, VOCABULARY, add_head, fetch, make_tokenizer, refused
 
 
@@ -65,6 +67,10 @@ REFUSED = {
         lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)),
         r"its rotation of positions is scaled \(rope_freqs.weight\)",
     ),
+    "a window": (
+        lambda writer: writer.add_sliding_window(48),
+        r"its tokens see 48 tokens back \(attention.sliding_window\), which is not read. Take the safetensors version",
+    ),
     "biases": (
         lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)),
         f"it has {PARAMETERS + 32:,} weights, and the LlamaForCausalLM that .* makes of it {PARAMETERS:,}. Not all",
@@ -77,6 +83,29 @@ def test_a_gguf_file_of_which_a_part_would_be_left_out_is_refused(case: str, ori
     add, said = REFUSED[case]
     write_gguf(tmp_path / "more.gguf", original, load_file(original / "model.safetensors"), add)
     refused(tmp_path / "more.gguf", tmp_path / "out", said)
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_a_window_as_wide_as_the_context_is_none(window: int, original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original / "model.safetensors")
+    write_gguf(tmp_path / "m.gguf", original, tensors, lambda writer: writer.add_sliding_window(window))
+    assert fetch(tmp_path / "m.gguf", tmp_path)["parameters"] == PARAMETERS
+
+
+@pytest.mark.parametrize(("family", "read"), [("gemma3_text", True), ("phi3", False)])
+def test_windows_that_transformers_reads_are_taken(family: str, read: bool, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    writer = started(file, family.removesuffix("_text"), head_dim=8)
+    writer.add_sliding_window(48)
+    writer.add_vocab_size(3)
+    finish(writer)
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file=str(file))
+    assert config.model_type == family
+    if read:
+        _require_window(file, 48, config)
+    else:
+        with pytest.raises(RankwiseError, match="see 48 tokens back"):
+            _require_window(file, 48, config)
 
 
 def test_a_gguf_file_without_a_matrix_is_refused(original: Path, tmp_path: Path) -> None:
@@ -95,3 +124,10 @@ def test_a_gguf_file_of_the_same_name_where_the_job_runs_is_another(
     monkeypatch.chdir(tmp_path)
     fetch(gguf_file, tmp_path, dtype="float32")
     assert load_file(tmp_path / "models/tiny/model.safetensors")["model.norm.weight"].all()
+
+
+def test_an_adapter_beside_a_gguf_file_is_none_of_it(gguf_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/m.gguf").symlink_to(gguf_file)
+    (tmp_path / "source/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "no/where"}))
+    assert fetch(tmp_path / "source/m.gguf", tmp_path)["parameters"] == PARAMETERS

@@ -153,6 +153,11 @@ def test_what_cannot_be_granted(wish: Wish, changes: dict[str, str], message: st
     assert not (Path(wish.out) / CONFIG).exists()
 
 
+def test_a_model_with_an_adapter_beside_it_is_refused_before_anything_is_fetched(wish: Wish) -> None:
+    (Path(wish.model) / "adapter_config.json").write_text("{}")
+    assert refused(wish).startswith(f"MODEL: {wish.model}: an adapter (LoRA) lies beside its weights")
+
+
 def test_texts_that_are_no_use(wish: Wish, tmp_path: Path) -> None:
     text = tmp_path / "x.txt"
     text.write_text("short")

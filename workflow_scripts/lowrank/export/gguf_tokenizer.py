@@ -39,6 +39,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
     Raises:
         RankwiseError: no such tokenizer, or one that llama.cpp's names do not cover.
     """
+    if not (folder / "tokenizer.json").is_file():
+        raise RankwiseError(
+            f"{folder}: has no `tokenizer.json`, from which a GGUF file's tokens are taken. Open its tokenizer with "
+            "transformers' `AutoTokenizer`, `save_pretrained` it into another folder, and copy its `tokenizer.json` "
+            "from there into this one; or write `TO=dense`, and use llama.cpp's own converter."
+        )
     tokenizer = read_record(folder / "tokenizer.json")
     model = tokenizer["model"]
     if model.get("type") != "BPE":

@@ -19,7 +19,7 @@ NAMING = ("calibration", "covariance", "validation", "search", "instructions")
 """Keys of presets of methods and tunings that name other presets."""
 
 
-def base_of(name: str, source: Mapping[str, Any], licence: str | None, folder: Path) -> dict[str, Any]:
+def base_of(name: str, source: Mapping[str, Any], licence: str | None, size: int) -> dict[str, Any]:
     """What a manifest keeps of the base model: its name in the config, a public source, its licence, its size.
 
     Args:
@@ -27,10 +27,10 @@ def base_of(name: str, source: Mapping[str, Any], licence: str | None, folder: P
         source: of the config, as plain values; a path of a machine is no public source.
         licence: as the config states it. A checkpoint that is made again keeps its manifest if nothing else has
             changed.
-        folder: in which the base model lies, in the dtype in which it was compressed.
+        size: bytes of its weights in the dtype in which it was compressed, which may not be the one of its files.
     """
     public = {key: source[key] for key in ("hub", "revision", "pypi", "random") if key in source}
-    return {"name": name, "source": public, "license": licence, "bytes": weight_bytes(folder)}
+    return {"name": name, "source": public, "license": licence, "bytes": size}
 
 
 def weight_bytes(folder: Path) -> int:

@@ -249,6 +249,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy the files of a tokenizer, the generation config, and the licence byte for byte."""
     patterns = (
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+        "tekken.json",  # Mistral's: the whole of a tokenizer
         "generation_config.json",
         *LEGAL_FILES,
     )

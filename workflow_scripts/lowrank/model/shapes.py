@@ -28,6 +28,9 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 """What transformers takes for a key that a config.json leaves out, where that does not follow from others."""
 
+ADAPTER = "adapter_config.json"
+"""By this file peft knows an adapter."""
+
 INTERMEDIATE = {"opt": "ffn_dim", "qwen3_moe": "moe_intermediate_size"}
 """Families whose key of the MLP's width, or of that of an expert, is not `intermediate_size`."""
 _EXPERTS = ("num_experts", "num_local_experts")
@@ -113,7 +116,7 @@ def model_config(files: list[Path]) -> dict[str, Any]:
         files: the GGUF file, or the files of a checkpoint.
 
     Raises:
-        RankwiseError: they are no model, or cannot be read.
+        RankwiseError: they are no model, cannot be read, or there is an adapter among them.
     """
     if len(files) == 1 and files[0].suffix == ".gguf":
         return gguf_config(files[0])
@@ -122,7 +125,26 @@ def model_config(files: list[Path]) -> dict[str, Any]:
         raise RankwiseError(
             f"a model is a GGUF file or a folder with one `config.json`, and here are {len(configs)} of those."
         )
+    require_no_adapter(configs[0], files)
     return read_record(configs[0])
+
+
+def require_no_adapter(config: Path, files: list[Path]) -> None:
+    """See that no adapter lies beside a model: where peft is installed, transformers loads it too, without being asked.
+
+    Args:
+        config: the model's `config.json`.
+        files: all files of its source.
+
+    Raises:
+        RankwiseError: there is one.
+    """
+    if config.with_name(ADAPTER) in files:
+        raise RankwiseError(
+            f"an adapter (LoRA) lies beside its weights (`{ADAPTER}`), and would be loaded on top of them. Merge it "
+            "(peft's `merge_and_unload`, then `save_pretrained` into another folder); or, if the weights are meant "
+            "without it, give a copy of the folder that has no `adapter_*` files."
+        )
 
 
 def gguf_config(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,14 +164,21 @@ def _check_linears(model: Model, skeleton: torch.nn.Module) -> None:
 
 
 def _check_weights(skeleton: torch.nn.Module, weights: list[Path], family: Family) -> None:
-    """Every parameter is stored, in its shape, as finite floating point numbers; those of experts one by one."""
+    """Every parameter is stored, in its shape, as finite floating point numbers; those of experts one by one.
+
+    Nothing else is, but for what the model makes of others (a tied head, buffers) and what transformers passes over.
+    """
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     parameters = skeleton.named_parameters()
     wanted = {stored_name(name, family): tuple(parameter.shape) for name, parameter in parameters}
-    missing, problems = dict(wanted), []
+    beside = {stored_name(name, family) for name in skeleton.state_dict()}
+    passed_over = _passed_over(skeleton)
+    missing, problems, others = dict(wanted), [], []
     for file, name, tensor in _stored(weights):
         known = name if name in wanted else prefix + name  # a base model is stored without the prefix
         if known not in wanted:
+            if not beside & {name, known, name.removeprefix(prefix)} and not passed_over.search(name):
+                others.append(f"{file.name}: {name} is none of the model's weights; take it out of the file")
             continue
         missing.pop(known, None)
         if tuple(tensor.shape) != wanted[known]:
@@ -180,8 +188,17 @@ def _check_weights(skeleton: torch.nn.Module, weights: list[Path], family: Famil
         elif not bool(tensor.isfinite().all()):
             problems.append(f"{file.name}: {name} holds NaN or infinite values")
     problems += [f"{name} is not stored" for name in missing]
+    problems += others  # last: if all names are others, those that are missing say more
     if problems:
         raise RankwiseError(_listing("the weights cannot be used; fetch or make the model again", problems))
+
+
+def _passed_over(skeleton: Any) -> re.Pattern[str]:
+    """Names of stored tensors for which the model has no place, and which transformers leaves out without a word."""
+    patterns = set(skeleton._keys_to_ignore_on_load_unexpected or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in skeleton.named_buffers()):
+        patterns.add(r"rotary_emb\.inv_freq")  # once a buffer of each block
+    return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)) or "(?!)")
 
 
 def _check_tied_head(name: str, skeleton: torch.nn.Module, weights: list[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ log = logging.getLogger(__name__)
 
 ELSEWHERE = "Take the safetensors version of the model if there is one."
 PARTS, SCALING, ROTATION = "split.count", ".rope.scaling.type", "rope_freqs.weight"
-"""Of llama.cpp's format: the number of files of a model, and how a rotation of positions is scaled."""
+WINDOW = ".attention.sliding_window"
+"""Of llama.cpp's format: the number of files of a model, how a rotation of positions is scaled, and how far back a
+token sees, 0 for all the way."""
 
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -22,7 +25,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
 
     Args:
         file: the GGUF file.
-        folder: an existing folder.
+        folder: an existing folder, empty.
         dtype: of the weights in the checkpoint.
 
     Raises:
@@ -31,13 +34,13 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    parameters = _count_parameters(file)
+    parameters, window = _inspected(file)
     place = str(file.absolute())  # a bare name would be looked for in the working directory first
     require_free(folder, parameters * dtype.itemsize, f"converting {file.name}")
     log.info("converting %s (%.1f M weights) to safetensors", file.name, parameters / 1e6)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            file.parent,
+            folder,  # which is empty: an adapter beside the file would be loaded too
             gguf_file=place,
             dtype=dtype,
             output_loading_info=True,
@@ -55,12 +58,13 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
             f"{file}: it has {parameters:,} weights, and the {type(model).__name__} that transformers makes of it "
             f"{model.num_parameters():,}{missing}. Not all of the file is read. {ELSEWHERE}"
         )
+    _require_window(file, window, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _count_parameters(file: Path) -> int:
-    """The number of weights; reading all the tables shows a truncated file before anything is converted.
+def _inspected(file: Path) -> tuple[int, int]:
+    """The number of weights and the sliding window; reading all the tables shows a truncated file before converting.
 
     Raises:
         RankwiseError: the file is damaged, a part of several, or its rotation of positions is one that is not read.
@@ -72,6 +76,7 @@ def _count_parameters(file: Path) -> int:
         sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
         parts = reader.fields[PARTS].contents() if PARTS in reader.fields else 1
         scaling = {name: field.contents() for name, field in reader.fields.items() if name.endswith(SCALING)}
+        windows = [field.contents() for name, field in reader.fields.items() if name.endswith(WINDOW)]
     except Exception as error:  # the reader has no error type of its own: ValueError, IndexError, OSError, ...
         raise RankwiseError(
             f"{file}: truncated, or no GGUF file ({error}). Fetch it again and compare its size and checksum."
@@ -83,4 +88,22 @@ def _count_parameters(file: Path) -> int:
     if ROTATION in sizes or set(scaling.values()) - {"none"}:
         kind = ROTATION if ROTATION in sizes else next(iter(scaling))
         raise RankwiseError(f"{file}: its rotation of positions is scaled ({kind}), which is not read. {ELSEWHERE}")
-    return sum(sizes.values())
+    return sum(sizes.values()), max(windows, default=0)
+
+
+def _require_window(file: Path, window: int, config: Any) -> None:
+    """See that a sliding window has arrived; transformers reads it of some architectures only, of Phi-3's not.
+
+    Args:
+        file: the GGUF file.
+        window: as it says; 0 for none.
+        config: what transformers made of it.
+
+    Raises:
+        RankwiseError: the model would see further back.
+    """
+    found = getattr(config, "sliding_window", None)
+    if 0 < window < config.max_position_embeddings and found != window:
+        raise RankwiseError(
+            f"{file}: its tokens see {window} tokens back ({WINDOW.removeprefix('.')}), which is not read. {ELSEWHERE}"
+        )

@@ -14,6 +14,7 @@ from lowrank.config.sources import HubSource, Model, RandomSource
 from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, link_or_copy, read_record, sha256_file
 from lowrank.model.runtime import parse_dtype
+from lowrank.model.shapes import require_no_adapter
 from lowrank.sources import checks, hub
 from lowrank.sources.disk import require_free
 from lowrank.sources.gguf import convert_gguf
@@ -87,7 +88,7 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
     Weights are hard links if `link` says that nobody will ever change the source's files, and copies if not.
 
     Raises:
-        RankwiseError: no `config.json`, no safetensors weights, a missing shard, or a full disk.
+        RankwiseError: no `config.json`, an adapter beside it, no safetensors weights, a missing shard, or a full disk.
     """
     configs = [file for file in files if file.name == "config.json"]
     if len(configs) != 1:
@@ -96,8 +97,10 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
             "a model is a GGUF file or a folder with one `config.json`, "
             f"and here are {len(configs)} of those ({found})."
         )
+    require_no_adapter(configs[0], files)
     source = configs[0].parent
     weights = weight_files(source)
+    sharded = weights != [source / WEIGHTS]
     require_free(folder, sum(file.stat().st_size for file in weights), "the model")
     for file in weights:
         if link:
@@ -107,16 +110,22 @@ def copy_checkpoint(files: list[Path], folder: Path, link: bool) -> None:
     for file in files:
         legal = file.suffix in ("", ".md", ".txt") and any(fnmatch(file.name, pattern) for pattern in LEGAL_FILES)
         wanted = file.parent == source and (file.suffix in COMPANIONS or legal)
-        if wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
+        if wanted and file.name == INDEX and not sharded:
+            log.info("%s is left out: `%s` lies beside it, and holds all weights", INDEX, WEIGHTS)
+        elif wanted and (file.name == INDEX or not file.name.endswith(".index.json")):
             shutil.copyfile(file, folder / file.name)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model of a folder: the shards of its index, or the one file.
+    """The safetensors files that make up the model of a folder: the one file, or the shards of its index.
+
+    Where both are there, the one file is what transformers opens.
 
     Raises:
         RankwiseError: there are none, or a shard of the index is missing.
     """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         index = read_record(folder / INDEX)
         names = index.get("weight_map")
@@ -126,8 +135,6 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
             raise RankwiseError(f"{folder}: the index lists files that are not there: {', '.join(missing)}. Add them.")
         return files
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     only = f", only pickles ({', '.join(pickles)}), which can run code and are never loaded" if pickles else ""
     raise RankwiseError(
