@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.warm import Warm
+from lowrank.jobs.forkserver import SERVER
+from lowrank.jobs.stage import serve_forks
+from tests.warm import REPOSITORY, Warm
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,22 @@ def warm() -> Iterator[Warm]:
     started = Warm()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> str:
+    """The server of forks that a run has, for processes that tests start; what it needs loaded it loads once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY / "workflow_scripts"))
+        patch.delenv(SERVER, raising=False)
+        serve_forks()
+        return os.environ[SERVER]
+
+
+@pytest.fixture
+def forked_workers(fork_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker processes of a test are its forks: processes of their own as ever, which need load nothing."""
+    monkeypatch.setenv(SERVER, fork_server)
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,7 @@ def test_a_fork_has_all_that_its_job_was_started_with(server: Server, tmp_path: 
             "directory": os.getcwd(), "arguments": sys.argv[1:], "typed": input(), "mine": os.environ["MINE"],
             "length": len(os.environ["LONG"]), "name": __name__, "file": __file__, "temporary": tempfile.gettempdir(),
             "loaded": [name for name in ("wave", "colorsys", "sndhdr") if name in sys.modules],
-            "server": int(os.environ[FORK_OF]), "hidden": SERVER in os.environ, "path": sys.path[0],
+            "fork_of": os.environ[FORK_OF], "server": os.environ[SERVER], "path": sys.path[0],
             "interrupt": __import__("signal").getsignal(2) is __import__("signal").default_int_handler,
         }))
         print("an error", file=sys.stderr)
@@ -133,9 +133,34 @@ def test_a_fork_has_all_that_its_job_was_started_with(server: Server, tmp_path: 
     assert json.loads(run.stdout) == {
         **{"directory": str(elsewhere), "arguments": ["one", "two words"], "typed": "typed", "mine": "yes"},
         **{"length": 100_000, "name": "__main__", "file": str(tmp_path / "job.py"), "temporary": str(elsewhere)},
-        **{"loaded": ["wave", "colorsys"], "server": server.process.pid, "hidden": False, "path": str(tmp_path)},
-        "interrupt": True,
+        **{"loaded": ["wave", "colorsys"], "path": str(tmp_path), "interrupt": True},
+        **{"fork_of": f"{server.process.pid}, compute_bases", "server": server.environment[forkserver.SERVER]},
     }
+
+
+def test_the_processes_that_a_job_starts_are_forks_of_the_same_server(server: Server, tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(JOB.replace("compute_bases", forkserver.WORKER) + "print(os.environ[FORK_OF])")
+    run = server.run(
+        f"import subprocess\nsubprocess.run([sys.executable, {str(worker)!r}])\nprint(os.environ[FORK_OF])"
+    )
+    number = server.process.pid
+    assert run.stdout.splitlines() == [f"{number}, worker", f"{number}, compute_bases"]
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("3", 3), ("4,2", 1), (None, 1)])
+def test_torch_has_the_threads_that_the_environment_says(variable: str | None, threads: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "threads = 1\ndef set_num_threads(number):\n    global threads\n    threads = number"
+    )
+    (tmp_path / "colorsys.py").write_text("import torch")
+    server = Server(tmp_path / "server", f"{tmp_path}{os.pathsep}{LIBRARY}")
+    environment = {name: value for name, value in server.environment.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": variable} if variable else {}
+    try:
+        assert server.run("import torch\nprint(torch.threads)", env=environment).stdout == f"{threads}\n"
+    finally:
+        server.process.communicate(timeout=60)
 
 
 def test_jobs_do_not_see_what_others_have_changed(server: Server) -> None:
@@ -276,6 +301,7 @@ def test_what_fetches_and_what_needs_no_models_is_no_fork(monkeypatch: pytest.Mo
     for rule in ("fetch_model", "fetch_corpus", "evaluate_cost", "make_table"):
         assert forkserver.run_as_fork(rule) is None
     assert set(NEED_MODELS) - set(forkserver.FORKED) == {"fetch_model", "evaluate_cost"}
+    assert set(forkserver.FORKED) - set(NEED_MODELS) == {forkserver.WORKER}
     assert set(forkserver.MORE) <= set(forkserver.FORKED)
 
 

@@ -29,6 +29,7 @@ from lowrank.config.tuning import LoraTuning, ScaledSubspaceTuning, Tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import load_tensors
 from lowrank.jobs.crew import Crew
+from lowrank.jobs.forkserver import SERVER
 from lowrank.post_training.instructions import IGNORED
 from lowrank.post_training.job import PROGRESS_FILE, Progress, TrainingJob, vectors_file
 from lowrank.post_training.launch import launch
@@ -280,6 +281,7 @@ def test_a_killed_job_leaves_no_process_and_goes_on_to_the_same_bits(checkpoint:
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     "crew", [Crew(2, 1, "deepspeed"), Crew(1, 2)], ids=["one machine, DeepSpeed's launcher", "two machines"]
 )
@@ -313,7 +315,7 @@ class Divided(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def divided(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Divided:
+def divided(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: str) -> Divided:
     """By ZeRO's third stage: neither process has the model."""
     job = a_job(checkpoint, tmp_path_factory.mktemp("divided"), "zero3", **DIVIDED)
     said = io.StringIO()
@@ -322,7 +324,9 @@ def divided(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Divid
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        launch(job, Crew(2), threads=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SERVER, fork_server)
+            launch(job, Crew(2), threads=2)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -345,6 +349,7 @@ def test_weights_divided_between_two_processes_train_as_in_one(
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 def test_divided_weights_go_on_after_a_kill(divided: Divided, checkpoint: Path, tmp_path: Path) -> None:
     cut = a_job(checkpoint, tmp_path, "zero3", **DIVIDED)
     stage = stage_process(cut, 2)

@@ -33,8 +33,10 @@ from lowrank.versions import package_version
 SERVER = "RANKWISE_FORK_SERVER"
 """The variable by which jobs know the socket of the server, and the Python that it runs in: `socket:python`."""
 FORK_OF = "RANKWISE_FORK_OF"
-"""The variable by which a fork knows the process number of the server."""
-FORKED = tuple(rule for rule in NEED_MODELS if rule not in ("fetch_model", "evaluate_cost"))
+"""The variable by which a fork knows of what: `number of the server's process, rule`."""
+WORKER = "worker"
+"""In place of a rule, for the processes that a job starts."""
+FORKED = (*(rule for rule in NEED_MODELS if rule not in ("fetch_model", "evaluate_cost")), WORKER)
 """Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network, and of
 `evaluate_cost` a table shows the memory, to which a fork's libraries add what other rules need."""
 FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
@@ -54,6 +56,7 @@ MORE = {
         "botorch.sampling",
     ),
     "evaluate_zero_shot": ("lm_eval.models.huggingface", "lm_eval.evaluator"),
+    WORKER: ("deepspeed",),
 }
 """Modules that some rules need beside these."""
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -105,11 +108,12 @@ def run_as_fork(rule: str) -> int | None:
     """Run the script of this process as a fork of the server, to its end.
 
     Returns:
-        The exit status, negative for the signal that ended it; nothing if there is no server for this job, which then
-        is to do its work itself.
+        The exit status, negative for the signal that ended it; nothing if this is the fork, or if there is no server
+        for this job, which then is to do its work itself.
     """
     address, _, python = os.environ.get(SERVER, "").partition(":")
-    if rule not in FORKED or python != sys.executable:
+    this = os.environ.get(FORK_OF, "").rpartition(" ")[2]
+    if rule not in FORKED or rule == this or python != sys.executable:
         return None
     with socket.socket(socket.AF_UNIX) as connection:
         try:
@@ -124,7 +128,7 @@ def run_as_fork(rule: str) -> int | None:
             "arguments": sys.argv,
             "path": sys.path,
             "directory": os.getcwd(),
-            "environment": {name: value for name, value in os.environ.items() if name != SERVER},
+            "environment": dict(os.environ),
         }
         sys.stdout.flush()
         sys.stderr.flush()
@@ -239,13 +243,17 @@ def become(asked: dict[str, Any], files: list[int]) -> None:
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
-    os.environ.update(asked["environment"] | {FORK_OF: str(asked["server"])})
+    os.environ.update(asked["environment"] | {FORK_OF: f"{asked['server']}, {asked['rule']}"})
     os.chdir(asked["directory"])
     tempfile.tempdir = None  # to be looked up in this environment
     for name in [name for name in sys.modules if name.partition(".")[0] == "lowrank"]:
         del sys.modules[name]
     sys.path[:] = asked["path"]
     sys.argv[:] = asked["arguments"]
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():  # which torch has read in the server
+        torch: Any = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(int(threads))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -164,7 +164,7 @@ def describe_job(job: Job) -> str:
     parts = [
         f"Python {sys.version.split()[0]} ({sys.executable})",
         f"host {socket.gethostname()}",
-        *([f"a fork of process {os.environ[FORK_OF]}"] if FORK_OF in os.environ else []),
+        *([f"a fork of process {os.environ[FORK_OF].partition(',')[0]}"] if FORK_OF in os.environ else []),
         *([f"SLURM job {os.environ['SLURM_JOB_ID']}"] if os.environ.get("SLURM_JOB_ID") else []),
         f"{job.threads} thread{'s' if job.threads != 1 else ''}",
         *([f"{gpus} GPU{'s' if gpus != 1 else ''} asked for"] if gpus else []),

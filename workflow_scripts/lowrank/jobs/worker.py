@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from lowrank.files import read_json, write_json, write_text
+from lowrank.jobs.forkserver import WORKER, end_as, run_as_fork
 from lowrank.jobs.imports import uncollected
 from lowrank.jobs.share import Share
 
@@ -108,6 +109,8 @@ def _log_memory() -> None:
 
 
 if __name__ == "__main__":
+    if (status := run_as_fork(WORKER)) is not None:
+        end_as(status)
     code = main(sys.argv[-1])
     logging.shutdown()
     sys.stderr.flush()
