@@ -177,6 +177,7 @@ def test_two_processes_of_one_machine(name: str, tmp_path: Path, monkeypatch: py
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_two_machines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are this one: what SLURM says of them is all that tells them apart."""
@@ -191,6 +192,7 @@ def test_two_machines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     ("kind", "said", "count"), [("ours", r"^model\.layers\.3: no\.$", 2), ("bug", "failed: ValueError: what", 1)]
 )
@@ -206,6 +208,7 @@ def test_workers_leave_out_what_torch_warns_of(tmp_path: Path) -> None:
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 def test_a_process_that_ends_without_a_message_is_told(tmp_path: Path) -> None:
     with pytest.raises(RankwiseError, match=r"ended without a message \(exit code -9\)"):
         launch("tests.unit.jobs.crew_work:die", {}, Crew(), 1, tmp_path)
@@ -246,6 +249,7 @@ def _wait_until(condition: Any, seconds: float = 90) -> None:
 
 
 @ON_CPU
+@pytest.mark.usefixtures("forked_workers")
 def test_statistics_and_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     """The whole way of the stages, files on disk included."""
     tiny.model("llama-gqa").save_pretrained(tmp_path / "model")
