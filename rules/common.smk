@@ -193,6 +193,8 @@ def asks(rule):
     """The resources of a rule that may run as a job of a cluster."""
     return {
         "uses_gpu": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).gpu),
+        "spreads_model": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).spreads),
+        "shares_work": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).shared),
         "gpu": lambda wildcards: gpus(rule, wildcards) or None,
         "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
         "processes": lambda wildcards: 1 if given(rule, wildcards).over > 1 else None,

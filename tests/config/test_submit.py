@@ -227,8 +227,9 @@ def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> 
     for job, _ in jobs_of(run):
         assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
         if job["resources"].keys() & {"uses_gpu"}:  # a job that may take a GPU of its own, if there are any
-            uses = estimator.need(job["rule"], job["wildcards"]).gpu
-            assert job["resources"]["uses_gpu"] == int(uses), job
+            need = estimator.need(job["rule"], job["wildcards"])
+            told = {"uses_gpu": need.gpu, "spreads_model": need.spreads, "shares_work": need.shared}
+            assert told.items() <= job["resources"].items(), job
 
 
 @pytest.mark.parametrize("config", ["paper", "quickstart"])

@@ -111,6 +111,11 @@ class Need:
         largest = inside / gpus if self.evenly else fullest([inside / self.blocks] * self.blocks, around, gpus) - around
         return max(self.device_bytes - inside + largest, self.alone) + CUDA_DEVICE
 
+    @property
+    def spreads(self) -> bool:
+        """Whether one process can have its model on several GPUs."""
+        return bool(self.split) and not self.evenly
+
     def fewest_gpus(self, memory: float, most: int) -> int | None:
         """How many GPUs of so many bytes hold its model, or None if so many at most do not."""
         numbers = range(1, most + 1) if self.split else range(1, 2)
