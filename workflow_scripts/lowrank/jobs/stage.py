@@ -38,6 +38,9 @@ FETCHING = "fetch_"
 PASSES = ("collect_statistics", "collect_gradients")
 """Rules that hold the sums of some blocks at a time."""
 
+TIMED = ("evaluate_cost",)
+"""Rules that measure speed: others on the same GPU would be measured too."""
+
 TAKES_LESS = {
     "post_train": "a smaller `micro_batch_size` in its `tuning` takes less; `deepspeed: zero3` there divides the "
     "weights among the GPUs of a job, and `zero3-offload` keeps them in main memory",
@@ -116,7 +119,8 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
             if taken_over:
                 log.warning("%s: %s", job.rule, taken_over)
             require_same_environment()
-            with own_gpus(wanted_gpus(job), int(job.resources.get("jobs_per_gpu", 0) or 1)):
+            jobs_per_gpu = int(job.resources.get("jobs_per_gpu", 0) or 1)
+            with own_gpus(wanted_gpus(job), jobs_per_gpu, alone=job.rule in TIMED):
                 started = time.monotonic()  # waiting for a GPU that others hold is no work
                 load_models(job.rule)
                 require_gpus(job)
