@@ -136,7 +136,7 @@ def test_the_gpus_of_a_study_of_70b() -> None:
     tuning["scales"]["deepspeed"] = "zero3-offload"
     need = Estimator(study_of(LLAMA_70B, tuning=tuning), AUTO.memory).need("post_train", JOBS["post_train"])
     assert AUTO.given("post_train", need) == Given(1)
-    assert need.host["offloaded weights"] > 100 * GIB
+    assert need.together["offloaded weights"] > 100 * GIB
 
 
 def test_the_experts_of_a_block_are_gathered_as_one() -> None:
