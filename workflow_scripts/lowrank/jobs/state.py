@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,8 @@ def resumable_state(root: str | Path, stage: str, settings: Any, inputs: Mapping
         raise write_error(folder, error) from error
     write_json(folder / KEY, key)
     yield folder
+    with suppress(OSError):
+        (folder / KEY).unlink()  # first: what a kill leaves of the rest must not be taken for unfinished work
     shutil.rmtree(folder, ignore_errors=True)
 
 
