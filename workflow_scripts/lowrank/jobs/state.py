@@ -41,6 +41,10 @@ class Clock:
         """Of all parts so far."""
         return self.before + time.monotonic() - self.started
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so many of them, which are counted elsewhere."""
+        self.before -= seconds
+
     def save(self) -> None:
         """Remember the time until now."""
         write_json(self.path, self.seconds)
