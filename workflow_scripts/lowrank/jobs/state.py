@@ -27,6 +27,10 @@ KEY = "key.json"
 """In a folder of unfinished work: all that decides the result, in full."""
 
 
+SECONDS = "seconds.json"
+"""There too: the time that was spent on it, see `Clock`."""
+
+
 class Clock:
     """Seconds of work, those before a kill included."""
 
@@ -55,7 +59,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: of the unfinished work."""
-        self.folder, self.clock = folder, Clock(folder / "seconds.json")
+        self.folder, self.clock = folder, Clock(folder / SECONDS)
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """A part, or None if it is not there yet.

@@ -11,7 +11,7 @@ from lowrank.config.tuning import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import Record, load_tensors, read_record
 from lowrank.jobs.crew import Crew
-from lowrank.jobs.state import Clock, resumable_state
+from lowrank.jobs.state import SECONDS, Clock, resumable_state
 from lowrank.model.card import model_card
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.runtime import describe_environment, parse_dtype
@@ -57,7 +57,7 @@ def tune_checkpoint(
     key = {name: value for name, value in settings.items() if name != "state"} | {"processes": processes}
     inputs = {"manifest": manifest, "instructions": instructions}
     with resumable_state(settings["state"], "post_train", key, inputs) as folder:
-        clock = Clock(folder / "seconds.json")  # of all but the loops, whose progress says how long they took
+        clock = Clock(folder / SECONDS)  # of all but the loops, whose progress says how long they took
         folders = [folder / f"stage{stage}" for stage in range(len(stages_of(tuning)))]
         _tokenise(instructions, checkpoint, tuning, folders)
         clock.save()
