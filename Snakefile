@@ -28,7 +28,9 @@ include: "rules/paper.smk"
 
 
 checked(
-    check_rules, workflow.resource_settings._parsed_overwrite_resources.keys(), [rule.name for rule in workflow.rules]
+    check_rules,
+    {rule: as_written(values) for rule, values in workflow.resource_settings._parsed_overwrite_resources.items()},
+    [rule.name for rule in workflow.rules],
 )
 
 

@@ -181,18 +181,30 @@ def of_node(rule, count):
     return -(-count // of_rule(rule, "nodes", 1))
 
 
+def processes_of(rule, wildcards):
+    """How many processes of a job are on one node: `processes` of the profile, as jobs read it, or one a GPU."""
+    if not ESTIMATOR.need(rule, wildcards).shared:
+        return 1
+    return of_rule(rule, "processes", of_node(rule, given(rule, wildcards).processes))
+
+
 def memory_of(rule, wildcards, attempt):
     """What a job asks of a node's main memory, in MB."""
-    dealt, need = given(rule, wildcards), ESTIMATOR.need(rule, wildcards)
-    processes = of_rule(rule, "processes", dealt.processes) if need.shared else dealt.processes
-    node = of_node(rule, dealt.gpus), of_node(rule, processes)
-    return memory_request(need, node[0], attempt, SITE.max_mem_mb, node[1])
+    node = of_node(rule, gpus(rule, wildcards)), processes_of(rule, wildcards)
+    return memory_request(ESTIMATOR.need(rule, wildcards), node[0], attempt, SITE.max_mem_mb, node[1])
+
+
+def computing(rule, wildcards):
+    """How many GPUs of a job compute at the same time, one for each process; 0: it computes on processors."""
+    return gpus(rule, wildcards) and of_rule(rule, "nodes", 1) * processes_of(rule, wildcards)
 
 
 def asks(rule):
     """The resources of a rule that may run as a job of a cluster."""
     return {
         "uses_gpu": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).gpu),
+        "spreads_model": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).spreads),
+        "shares_work": lambda wildcards: int(ESTIMATOR.need(rule, wildcards).shared),
         "gpu": lambda wildcards: gpus(rule, wildcards) or None,
         "nodes": lambda wildcards: 1 if gpus(rule, wildcards) else None,
         "processes": lambda wildcards: 1 if given(rule, wildcards).over > 1 else None,
@@ -200,7 +212,7 @@ def asks(rule):
         "mem_mb": lambda wildcards, attempt: memory_of(rule, wildcards, attempt),
         "runtime": lambda wildcards, attempt, threads: runtime_request(
             ESTIMATOR.need(rule, wildcards),
-            gpus(rule, wildcards) and given(rule, wildcards).processes,
+            computing(rule, wildcards),
             threads,
             attempt,
             SITE.max_runtime,

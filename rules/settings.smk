@@ -166,14 +166,17 @@ def distillation_settings(wildcards):
 
 
 def evaluation_settings(stage, wildcards):
+    """A model's longest context is a setting where texts are cut at it: windows of a perplexity have their own length."""
+    cuts = stage in ("evaluate_zero_shot", "evaluate_generation")
+    longest = {"max_length": STUDY.models[wildcards.model].max_length} if cuts else {}
     return with_code(
         stage,
         model_settings(wildcards.model)
         | {
             "suite": STUDY.suites[wildcards.suite].plain(),
             "subject": subject(wildcards),
-            "max_length": STUDY.models[wildcards.model].max_length,
-        },
+        }
+        | longest,
     )
 
 

@@ -168,6 +168,40 @@ def test_a_site_decides_number_and_type_of_gpus(tmp_path: Path) -> None:
     assert any(job["rule"] == "post_train" for job in jobs)
 
 
+def test_memory_is_that_of_a_nodes_processes_and_time_that_of_all(tmp_path: Path) -> None:
+    """`processes` are those of each node: one that has its model on four GPUs is no faster than on one."""
+    asked = {  # rule -> GPUs of each node, its processes, nodes
+        "evaluate_perplexity": (4, 1, 1),
+        "evaluate_zero_shot": (4, 4, 1),
+        "compute_bases": (2, 1, 1),  # which shares nothing
+        "post_train": (4, 4, 2),
+        "collect_statistics": (0, 3, 2),
+    }
+    several = {"nodes": 2, "mpi": "srun", "tasks_per_node": 4}
+    profile = {
+        "default-resources": {"gpus_per_job": 1},
+        "set-resources": {
+            "evaluate_perplexity": {"gpu": 4, "processes": 1},
+            "evaluate_zero_shot": {"gpu": 4},
+            "compute_bases": {"gpu": 2},
+            "post_train": {"gpu": 8, **several},
+            "collect_statistics": {"gpu": 0, "processes": 3, **several},
+        },
+    }
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/profile.yaml").write_text(yaml.safe_dump(profile))
+    jobs = [job for job, _ in jobs_of(plan(tmp_path, "all", "--profile", "slurm", "--profile", str(tmp_path / "site")))]
+    estimator = Estimator(load_study(PAPER))
+    for job in jobs:
+        if job["rule"] in asked:
+            gpus, processes, nodes = asked[job["rule"]]
+            need = estimator.need(job["rule"], job["wildcards"])
+            memory = memory_request(need, gpus, processes=processes)
+            runtime = runtime_request(need, gpus and processes * nodes, job["threads"])
+            assert (job["resources"]["mem_mb"], job["resources"]["runtime"]) == (memory, runtime), job
+    assert asked.keys() <= {job["rule"] for job in jobs}
+
+
 def test_a_cluster_without_gpus_is_asked_for_memory_instead(tmp_path: Path) -> None:
     jobs = [
         job for job, _ in jobs_of(plan_small(tmp_path, "--default-resources", "gpus_per_job=0")) if not job["local"]
@@ -227,8 +261,9 @@ def test_a_laptop_plans_the_same_jobs_and_nothing_binds_them(tmp_path: Path) -> 
     for job, _ in jobs_of(run):
         assert not {"gpu", "gpu_model", "nodes"} & job["resources"].keys(), job
         if job["resources"].keys() & {"uses_gpu"}:  # a job that may take a GPU of its own, if there are any
-            uses = estimator.need(job["rule"], job["wildcards"]).gpu
-            assert job["resources"]["uses_gpu"] == int(uses), job
+            need = estimator.need(job["rule"], job["wildcards"])
+            told = {"uses_gpu": need.gpu, "spreads_model": need.spreads, "shares_work": need.shared}
+            assert told.items() <= job["resources"].items(), job
 
 
 @pytest.mark.parametrize("config", ["paper", "quickstart"])

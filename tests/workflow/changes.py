@@ -69,9 +69,10 @@ def having(name: str, **wildcards: str) -> Concerns:
     return lambda job, study: job.rule == name and wildcards.items() <= job.wildcards.items()
 
 
-def judging(model: str) -> Concerns:
-    """Evaluations of what has become of a model."""
-    return lambda job, study: job.rule.startswith("evaluate_") and job.wildcards["model"] == model
+def answering(model: str) -> Concerns:
+    """Evaluations that cut texts at the longest context of a model."""
+    rules = ("evaluate_zero_shot", "evaluate_generation")
+    return lambda job, study: job.rule in rules and job.wildcards["model"] == model
 
 
 def searching(preset: str) -> Concerns:

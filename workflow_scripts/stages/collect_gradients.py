@@ -11,7 +11,7 @@ def work(job: Snakemake) -> None:
     from lowrank.files import checksums_of, load_tensors, publish_layers, write_json
     from lowrank.jobs.crew import crew_of
     from lowrank.jobs.launcher import run_shared
-    from lowrank.jobs.state import Clock, resumable_state
+    from lowrank.jobs.state import SECONDS, Clock, resumable_state
     from lowrank.model.runtime import describe_environment, limit_threads
 
     settings = job.params.settings
@@ -20,7 +20,7 @@ def work(job: Snakemake) -> None:
     tokens = load_tensors(job.input.tokens, ("tokens",))["tokens"][: settings["windows"]]
     key = settings | {"wildcards": dict(job.wildcards.items())}  # two presets may ask for the same at the same time
     with resumable_state(settings["state"], job.rule, key, inputs) as state:
-        clock = Clock(state / "seconds.json")
+        clock = Clock(state / SECONDS)
         arguments = {
             "model": str(job.input.model),
             "dtype": settings["dtype"],

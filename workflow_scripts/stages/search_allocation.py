@@ -14,7 +14,7 @@ def work(job: Snakemake) -> None:
     from lowrank.config.presets import Search
     from lowrank.config.sources import ModelShape
     from lowrank.files import atomic_path, load_tensors, read_record, write_json
-    from lowrank.jobs.state import Clock, resumable_state
+    from lowrank.jobs.state import SECONDS, Clock, resumable_state
     from lowrank.model.runtime import describe_environment
     from lowrank.ranks.budget import Ranks
     from lowrank.search.kept_ratios import SearchSpace
@@ -48,7 +48,7 @@ def work(job: Snakemake) -> None:
     objective = Objective.of(opened.sliced, windows, search, opened.device)
     total = sum(parameter.numel() for parameter in opened.sliced.model.parameters())
     with resumable_state(settings["state"], job.rule, settings, inputs) as state:
-        clock = Clock(state / "seconds.json")
+        clock = Clock(state / SECONDS)
 
         def evaluate(ranks: Ranks) -> Score:
             score = objective.evaluate(ranks)

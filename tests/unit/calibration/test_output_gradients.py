@@ -15,6 +15,7 @@ from lowrank.calibration.output_gradients import collect_output_gradients, colle
 from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors
 from lowrank.jobs.share import ALONE
+from lowrank.jobs.state import SECONDS, Clock
 from lowrank.model import losses
 from lowrank.model.checkpoint import family_of
 from tests import tiny
@@ -199,15 +200,41 @@ def test_a_kill_between_the_files_of_a_group_leaves_it_unfinished(
     assert [path.read_bytes() for path in resumed] == [path.read_bytes() for path in whole]
 
 
-def test_a_process_reads_as_many_windows_and_draws_as_its_job_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokens = tiny.model("llama"), some_tokens()
-    model.save_pretrained(tmp_path / "model")
-    save_tensors(tmp_path / "tokens.safetensors", {"tokens": tokens.int()})
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a process is told of a tiny model and `some_tokens`."""
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    save_tensors(tmp_path / "tokens.safetensors", {"tokens": some_tokens().int()})
     monkeypatch.setattr(output_gradients, "pick_devices", lambda: [CPU])
-    job = {"dtype": "float32", "layers_per_pass": 1, "windows": 3, "draws": 2, "state": str(tmp_path / "found")}
-    job |= {"model": str(tmp_path / "model"), "tokens": str(tmp_path / "tokens.safetensors")}
+    files = {"model": str(tmp_path / "model"), "tokens": str(tmp_path / "tokens.safetensors")}
+    return files | {
+        "dtype": "float32",
+        "layers_per_pass": 1,
+        "windows": 3,
+        "draws": 2,
+        "state": str(tmp_path / "found"),
+    }
+
+
+def test_the_time_before_a_kill_counts(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def passed(*arguments: Any) -> None:
+        passes.append(0)
+        if len(passes) > 3:  # in the group after the first
+            raise KeyboardInterrupt
+        gradients.backpropagate(*arguments)
+
+    monkeypatch.setattr(output_gradients, "backpropagate", passed)
+    monkeypatch.setattr(output_gradients, "TOKENS_PER_BATCH", 9)
+    clock = Clock(Path(job["state"]) / SECONDS)
+    with pytest.raises(KeyboardInterrupt):
+        collect_share(job, ALONE)
+    assert 0 < Clock(clock.path).before <= clock.seconds
+
+
+def test_a_process_reads_as_many_windows_and_draws_as_its_job_says(tmp_path: Path, job: dict[str, Any]) -> None:
+    model, tokens = tiny.model("llama"), some_tokens()
     collect_share(job, ALONE)
     asked = {"found": (tokens[:3], 2), "of the text": (tokens[:3], None), "of all windows": (tokens, 2)}
     expected = {

@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank.cluster.checkpoint_needs import tuning_need
 from lowrank.cluster.dealing import Dealing, Given
 from lowrank.cluster.needs import CUDA_DEVICE, GIB, PROGRAM, Need
 from lowrank.cluster.resources import Estimator
+from lowrank.cluster.sizes import Sizes
+from lowrank.config.sources import ModelShape
+from lowrank.config.tuning import ScaledSubspaceTuning
+from lowrank.config.zero import Zero
 from lowrank.errors import RankwiseError
-from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_70B
+from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_70B, MISTRAL_7B, MIXTRAL_8X7B
 from tests.unit.cluster.test_resources import BOLACO, CALIBRATION, JOBS, study_of
 
 AUTO = Dealing(None, 80 * GIB, 8)
@@ -131,7 +136,17 @@ def test_the_gpus_of_a_study_of_70b() -> None:
     tuning["scales"]["deepspeed"] = "zero3-offload"
     need = Estimator(study_of(LLAMA_70B, tuning=tuning), AUTO.memory).need("post_train", JOBS["post_train"])
     assert AUTO.given("post_train", need) == Given(1)
-    assert need.host["offloaded weights"] > 100 * GIB
+    assert need.together["offloaded weights"] > 100 * GIB
+
+
+def test_the_experts_of_a_block_are_gathered_as_one() -> None:
+    tuning = ScaledSubspaceTuning(kind="scaled-subspace", instructions="alpaca", deepspeed="zero3")
+    gathered = {}
+    for shape in (MISTRAL_7B, MIXTRAL_8X7B):
+        sizes = Sizes(ModelShape.model_validate(shape), "bfloat16")
+        gathered[shape["family"]] = tuning_need(sizes, sizes, tuning, Zero(3, False, 10**9)).device["gathered layers"]
+    attention = 2 * 4096 * 4096 + 2 * 1024 * 4096
+    assert gathered == {"mistral": 2 * 10**9, "mixtral": 2 * (8 * 3 * 4096 * 14336 + attention)}
 
 
 def test_a_small_model_gets_one_gpu_everywhere() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.cluster.compression_needs import TAKE_GRADIENTS, computes_on_device
-from lowrank.cluster.needs import GIB, Need, Work, memory_request, runtime_request
+from lowrank.cluster.needs import CUDA_HOST, GIB, Need, Work, memory_request, runtime_request
 from lowrank.cluster.resources import Estimator
 from lowrank.cluster.sizes import Sizes
 from lowrank.config.load import check_study, load_study
@@ -193,6 +194,16 @@ def test_memory_moves_to_the_host_without_a_gpu() -> None:
     assert need.host_bytes(1) == (1 + 3 + 10) * GIB  # the weights pass through, the texts come afterwards
     assert need.host_bytes(4) == (1 + 12 + 40) * GIB
     assert need.largest(0) == need.largest(1) == ("weights", 10 * GIB)
+
+
+def test_each_process_of_an_evaluation_builds_the_requests_of_its_harness() -> None:
+    need = Estimator(study_of(LLAMA_7B)).need("evaluate_zero_shot", JOBS["evaluate_zero_shot"])
+    assert need.host["requests"] == 2 * GIB
+    loaded = replace(need, loading=0)
+    assert loaded.host_bytes(4) - loaded.host_bytes(1) > 3 * (CUDA_HOST + 2 * GIB)
+    assert loaded.host_bytes(4, 1) == pytest.approx(loaded.host_bytes(1) + 3 * CUDA_HOST)
+    training = replace(Estimator(study_of(LLAMA_7B)).need("post_train", JOBS["post_train"]), loading=0)
+    assert training.host_bytes(4) == training.host_bytes(1) + 3 * CUDA_HOST  # the weights are merged once
 
 
 sizes = st.floats(0, 1e12)

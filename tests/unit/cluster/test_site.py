@@ -54,9 +54,20 @@ def test_as_many_gpus_as_hold_a_model_need_to_know_how_large_they_are() -> None:
 
 
 def test_rules_that_there_are_not() -> None:
-    check_rules(["post_train"], ["post_train", "all"])
+    check_rules({"post_train": {}}, ["post_train", "all"])
     with pytest.raises(RankwiseError, match=r"set-resources\.post_trian: there is no such rule .*'post_train'\?"):
-        check_rules(["post_trian"], ["post_train", "all"])
+        check_rules({"post_trian": {}}, ["post_train", "all"])
+
+
+def test_several_nodes_are_for_rules_whose_processes_meet_on_them() -> None:
+    rules = ["post_train", "evaluate_perplexity", "evaluate_zero_shot"]
+    check_rules({"post_train": {"nodes": "2"}, "evaluate_perplexity": {"nodes": "1", "gpu": "4"}}, rules)
+    with pytest.raises(RankwiseError) as refused:
+        check_rules({"post_train": {"nodes": "2"}, "evaluate_zero_shot": {"gpu": "8", "nodes": "2"}}, rules)
+    assert str(refused.value).splitlines()[1:] == [
+        "set-resources.evaluate_zero_shot.nodes: '2'; jobs of this rule run on one node, so leave it out. On several: "
+        "collect_statistics, collect_gradients, post_train (docs/cluster.md)"
+    ]
 
 
 def test_numbers_of_rules() -> None:

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lowrank.jobs import gpus
+from lowrank.jobs import gpus, stage
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
 SMI = """#!/bin/sh
@@ -27,7 +28,7 @@ from lowrank.jobs import gpus
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 gpus.package_version = lambda _: "2.13.0"  # this machine's torch may be one that knows no GPU
 gpus.POLL = 0.02
-with gpus.own_gpus({count}, {per_gpu}, Path({folder!r})):
+with gpus.own_gpus({count}, {per_gpu}, Path({folder!r}), {alone}):
     started = time.monotonic()
     print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
     {work}
@@ -55,9 +56,9 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(
-    locks: Path, count: int, work: str = "time.sleep(0.2)", per_gpu: int = 1, **variables: str
+    locks: Path, count: int, work: str = "time.sleep(0.2)", per_gpu: int = 1, alone: bool = False, **variables: str
 ) -> subprocess.Popen[str]:
-    script = JOB.format(count=count, per_gpu=per_gpu, folder=str(locks), work=work)
+    script = JOB.format(count=count, per_gpu=per_gpu, folder=str(locks), work=work, alone=alone)
     return subprocess.Popen(
         [sys.executable, "-c", script],
         env=os.environ | variables,
@@ -69,9 +70,9 @@ def start(
 
 
 @contextmanager
-def running(locks: Path, count: int, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def running(locks: Path, count: int, per_gpu: int = 1, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A job that holds GPUs until its input is closed, and what it sees."""
-    job = start(locks, count, work="sys.stdin.read()", **variables)
+    job = start(locks, count, work="sys.stdin.read()", per_gpu=per_gpu, **variables)
     assert job.stdout is not None
     try:
         yield job, job.stdout.readline().strip()
@@ -100,6 +101,22 @@ def test_jobs_side_by_side_never_share_a_gpu_and_all_get_theirs(pretend: Path, p
             assert sum(started <= moment < stopped for started, stopped in times) <= per_gpu
     assert any("waiting for" in log for *_, log in found)
     assert all(f"GPU{'s' if len(seen) > 1 else ''} {', '.join(seen)} of this machine" in log for seen, *_, log in found)
+
+
+def test_what_is_measured_has_its_gpus_to_itself(pretend: Path) -> None:
+    """Though two jobs may hold each of the three."""
+    wanted = [(1, False), (1, True), (2, True), (1, False), (3, True), (2, False), (1, True), (3, False)]
+    jobs = [start(pretend, count, per_gpu=2, alone=alone) for count, alone in wanted]
+    found = [ended(job) for job in jobs]
+    assert [len(set(seen)) for seen, *_ in found] == [count for count, _ in wanted]
+    for (_, alone), (seen, started, stopped, _) in zip(wanted, found, strict=True):
+        for others, began, end, _ in found:
+            if alone and (began, end) != (started, stopped) and set(seen) & set(others):
+                assert end <= started or stopped <= began
+    with running(pretend, 2, per_gpu=2) as (_, first):
+        assert ended(start(pretend, 1, per_gpu=2, alone=True))[0] == ["2"]
+        assert ended(start(pretend, 3, per_gpu=2))[0] == ["0", "1", "2"]  # places that were looked at are given back
+    assert first == "0,1"
 
 
 def test_a_gpu_of_a_killed_job_is_free_again(pretend: Path) -> None:
@@ -190,6 +207,23 @@ def test_a_driver_that_does_not_answer_is_said(
     (pretend.parent / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert gpus.usable_gpus({}) == {}
     assert "GPUs are not dealt out, jobs side by side use the same ones: nvidia-smi failed" in caplog.text
+
+
+def test_stages_that_measure_speed_are_alone_on_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, tuple[int, bool]] = {}
+
+    @contextmanager
+    def taken(count: int, jobs_per_gpu: int, alone: bool) -> Iterator[None]:
+        asked[rule] = (jobs_per_gpu, alone)
+        yield
+
+    monkeypatch.setattr(stage, "own_gpus", taken)
+    for name in ("set_up_logging", "set_up_environment", "load_models", "require_gpus", "write_job_record"):
+        monkeypatch.setattr(stage, name, lambda *_: None)
+    for rule in ("evaluate_cost", "evaluate_perplexity"):
+        job = SimpleNamespace(rule=rule, threads=1, log=[], resources={"gpu": 1, "jobs_per_gpu": 4}, output=[])
+        stage.run_stage(job, lambda _: None)  # type: ignore[arg-type]
+    assert asked == {"evaluate_cost": (4, True), "evaluate_perplexity": (4, False)}
 
 
 def test_a_stage_takes_its_gpu_before_it_works_and_others_see_none(pretend: Path, tmp_path: Path) -> None:

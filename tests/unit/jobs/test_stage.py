@@ -18,6 +18,7 @@ from lowrank.jobs.lock import output_lock
 from lowrank.reruns.fingerprint import Code
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
+SPREAD, SHARED = {"spreads_model": 1}, {"shares_work": 1}
 MODELS = "lowrank.model.checkpoint"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 SCRIPT = """
@@ -255,31 +256,49 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "resources", "told"),
+    ("rule", "resources", "told"),
     [
         (
-            torch.OutOfMemoryError("1 GiB wanted"),
-            {},
-            "with `set-resources: collect_gradients: {gpu: 2}` in the profile",
+            "collect_gradients",
+            {"layers_per_pass": 4},
+            "{layers_per_pass: 1}` in the profile a pass holds",
         ),
+        ("collect_gradients", SPREAD | SHARED, "{gpu: 2, processes: 1}` in the profile its model lies on 2 GPUs"),
         (
-            RankwiseError("a worker process failed: OutOfMemoryError: 1 GiB wanted"),
-            {"gpu": 4},
-            "with `set-resources: collect_gradients: {gpu: 4, processes: 1}` in the profile one process has all",
+            "collect_gradients",
+            SPREAD | SHARED | {"gpu": 4},
+            "{gpu: 4, processes: 1}` in the profile its",
         ),
-        (torch.OutOfMemoryError("1 GiB wanted"), {"gpu": 3, "processes": 1}, "{gpu: 4}` in"),
-        (torch.OutOfMemoryError("1 GiB wanted"), {"layers_per_pass": 1}, "{gpu: 2}` in"),
+        ("collect_gradients", SPREAD | SHARED | {"gpu": 3, "processes": 1}, "{gpu: 4, processes: 1}` in"),
+        ("evaluate_cost", SPREAD, "{gpu: 2}` in the profile its model lies on 2 GPUs"),
+        ("evaluate_cost", SPREAD | {"gpu": 2}, "{gpu: 3}` in"),
     ],
 )
-def test_a_gpu_that_is_too_small_names_the_line_to_write(
-    error: Exception, resources: dict[str, Any], told: str
-) -> None:
-    hint = stage.memory_hint(SimpleNamespace(rule="collect_gradients", resources=resources), error)
-    fewer = "with `set-resources: collect_gradients: {layers_per_pass: 1}` in the profile a pass holds the sums of one "
-    assert hint.startswith(". The memory of a GPU is too small: with `set-resources: collect_gradients: {")
-    assert (fewer in hint) == ("layers_per_pass" not in resources)
-    assert told in hint
-    assert not stage.memory_hint(SimpleNamespace(rule="compress_model", resources={}), ValueError("1 GiB wanted"))
+def test_a_gpu_that_is_too_small_names_the_line_to_write(rule: str, resources: dict[str, Any], told: str) -> None:
+    job = SimpleNamespace(rule=rule, resources=resources)
+    for error in (
+        torch.OutOfMemoryError("1 GiB wanted"),
+        RankwiseError("a worker process failed: OutOfMemoryError: 1 GiB wanted"),
+    ):
+        hint = stage.memory_hint(job, error)
+        assert hint.startswith(f". The memory of a GPU is too small: with `set-resources: {rule}: {{")
+        assert f"with `set-resources: {rule}: {told}" in hint
+    assert not stage.memory_hint(job, ValueError("1 GiB wanted"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "resources", "told"),
+    [
+        ("post_train", SHARED, "a smaller `micro_batch_size` in its `tuning` takes less; `deepspeed: zero3` there"),
+        ("distil_features", {"gpu": 1}, "a smaller `batch_size` in its `tuning` takes less."),
+        ("compute_bases", {"spreads_model": 0}, "this rule needs one with more."),
+        ("collect_statistics", SHARED | {"layers_per_pass": 1}, "this rule needs one with more."),
+    ],
+)
+def test_no_second_gpu_is_named_where_it_would_change_nothing(rule: str, resources: dict[str, Any], told: str) -> None:
+    hint = stage.memory_hint(SimpleNamespace(rule=rule, resources=resources), torch.OutOfMemoryError("1 GiB wanted"))
+    assert hint.startswith(f". The memory of a GPU is too small: {told}")
+    assert "gpu:" not in hint
 
 
 def test_a_process_is_told_over_how_many_gpus_it_may_spread_a_model(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Unfinished work is found again by those it belongs to, and by nobody else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,30 @@ def test_state_survives_a_failure_and_is_removed_on_success(tmp_path: Path) -> N
     with resumable_state(tmp_path, "search", {"a": 1}, {"in": source}) as again:
         assert again == folder
     assert not folder.exists()
+
+
+def test_a_kill_while_it_is_removed_leaves_nothing_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "input"
+    source.write_text("one")
+
+    def killed(folder: Path, ignore_errors: bool) -> None:
+        (folder / "checkpoint").unlink()
+        raise KeyboardInterrupt
+
+    state = resumable_state(tmp_path, "post_train", {"a": 1}, {"in": source})
+    folder = state.__enter__()
+    for name in ("checkpoint", "progress.json"):
+        (folder / name).write_text("done")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            state.__exit__(None, None, None)
+    assert (folder / "progress.json").exists()
+    with resumable_state(tmp_path, "post_train", {"a": 1}, {"in": source}) as again:
+        assert again == folder
+        assert [path.name for path in again.iterdir()] == ["key.json"]
 
 
 def test_parts_are_found_again_with_the_time_that_they_took(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lowrank.config.tuning import parse_tuning
 from lowrank.model.checkpoint import replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
+from lowrank.model.modeling_rankwise import separate_projections
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob
 
@@ -28,19 +30,42 @@ def tiny_model(compressed: bool = True) -> LlamaForCausalLM:
         num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    if compressed:
+        truncate(model, LAYERS)
+    return model
+
+
+def tiny_mixture() -> MixtralForCausalLM:
+    """Two layers with sixteen experts each, of which a short text leaves some without a token; some are compressed."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=16, num_experts_per_tok=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    separate_projections(model)
+    truncate(model, [f"mlp.experts.{expert}.{path}" for expert in (0, 3, 7, 12) for path in ("up_proj", "down_proj")])
+    return model
+
+
+def truncate(model: PreTrainedModel, layers: Sequence[str]) -> None:
+    """Replace these layers of both blocks by their truncated SVDs of rank 6, in place."""
     factors = {}
-    for name in (f"model.layers.{layer}.{path}" for layer in range(2) for path in LAYERS):
+    for name in (f"model.layers.{block}.{path}" for block in range(2) for path in layers):
         u, s, v = torch.linalg.svd(model.get_submodule(name).weight.detach(), full_matrices=False)
         factors[name] = LowRankFactors(v[:6], u[:, :6] * s[:6], torch.full((len(u),), 0.01))
-    if compressed:
-        replace_modules(model, factors)
-    return model
+    replace_modules(model, factors)
 
 
 def save_tiny_model(folder: Path, compressed: bool = True) -> Path:
     """The tiny model as a checkpoint."""
+    return save_model(tiny_model(compressed), folder)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    """A model as a checkpoint without a tokenizer."""
     (folder / "no_tokenizer").mkdir(parents=True)
-    save_checkpoint(tiny_model(compressed), folder / "no_tokenizer", folder / "checkpoint")
+    save_checkpoint(model, folder / "no_tokenizer", folder / "checkpoint")
     return folder / "checkpoint"
 
 

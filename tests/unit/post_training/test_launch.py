@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lowrank.errors import RankwiseError
-from lowrank.files import read_json, sha256_file
+from lowrank.files import read_json, save_tensors, sha256_file
+from lowrank.jobs import state
 from lowrank.jobs.crew import Crew
 from lowrank.model.checkpoint import load_checkpoint
 from lowrank.post_training import tune
-from lowrank.post_training.adapters import trained_numbers
-from lowrank.post_training.job import Progress, TrainingJob
+from lowrank.post_training.adapters import learnt_by, trained_numbers
+from lowrank.post_training.job import Progress, TrainingJob, vectors_file
 from lowrank.post_training.launch import launch
-from lowrank.post_training.subspace import SubspaceVectors, pack_vectors
+from lowrank.post_training.subspace import SubspaceVectors, attach_subspaces, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
 from tests.unit.post_training.post_training_samples import SUBJECT, a_job, save_tiny_model, write_manifest
 
@@ -104,6 +106,39 @@ def test_a_stopped_stage_goes_on_with_as_many_processes_and_begins_anew_with_mor
         with pytest.raises(KeyboardInterrupt):
             tune_checkpoint(**stage, crew=Crew(processes))
     assert folders[0] == folders[1] != folders[2]
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading and writing, as for compressions; and the loop of a try that was killed, as far as it was kept."""
+    now, tokenise = [0.0], tune._tokenise
+    monkeypatch.setattr(state, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def tokenised(*arguments: Any) -> None:
+        now[0] += 5
+        tokenise(*arguments)
+
+    def trained(job: TrainingJob, crew: Crew, threads: int) -> None:
+        folder = Path(job.folder)
+        progress = Progress.load(folder)
+        now[0] += 10 + 30  # to load, and in the loop
+        step = progress.step + 3
+        layers = attach_subspaces(load_checkpoint(job.checkpoint, torch.float32), 4, "top", job.seed)
+        vectors = {name: learnt_by(layer) for name, layer in layers.items()}
+        save_tensors(vectors_file(folder, step), pack_vectors(vectors))
+        validation = [(0, 3.0), (step, 2.0)]
+        Progress(step, validation=validation, best=step, seconds=progress.seconds + 30).save(folder)
+        if step < 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_tokenise", tokenised)
+    monkeypatch.setattr(tune, "launch", trained)
+    stage = a_stage(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        tune_checkpoint(**stage, crew=Crew())
+    tune_checkpoint(**stage, crew=Crew())
+    manifest = read_json(tmp_path / "tuned.json")
+    assert manifest["training"]["seconds"] == 30 + 30
+    assert manifest["seconds"] == 5 + 30 + 5 + 10 + 30
 
 
 @pytest.mark.parametrize(("after", "warns"), [(2.9, False), (3.0, True), (3.1, True)])

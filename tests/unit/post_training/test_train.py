@@ -37,7 +37,15 @@ from lowrank.post_training.schedule import learning_rate, rows_of_step
 from lowrank.post_training.subspace import attach_subspaces
 from lowrank.post_training.train import Trainer, train
 from tests.unit.jobs import fake_slurm
-from tests.unit.post_training.post_training_samples import REPOSITORY, a_job, save_tiny_model, some_rows, tiny_model
+from tests.unit.post_training.post_training_samples import (
+    REPOSITORY,
+    a_job,
+    save_model,
+    save_tiny_model,
+    some_rows,
+    tiny_mixture,
+    tiny_model,
+)
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 ENGINES = sorted(path.stem for path in (REPOSITORY / "config" / "deepspeed").glob("*.json"))
@@ -359,3 +367,39 @@ def test_divided_weights_go_on_after_a_kill(divided: Divided, checkpoint: Path, 
     wait_for(lambda: not processes_of(cut.folder), seconds=60)
     launch(cut, Crew(2), threads=2)
     assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(divided.job.folder)).loss
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tiny_mixture(), tmp_path_factory.mktemp("mixture"))
+
+
+FEW: dict[str, Any] = {"micro_batch_size": 1, "batch_size": 4, "steps": 2, "evaluate_every": 1, "warmup_steps": 0}
+
+
+def test_divided_experts_train_where_nothing_before_them_does(mixture: Path, tmp_path: Path) -> None:
+    """DeepSpeed gathers a block's experts as one, and must not take their gradients before they are there."""
+    whole, divided = (train(a_job(mixture, tmp_path / name, name, **FEW)) for name in ("zero2", "zero3"))
+    assert [loss for _, loss in divided.loss] == pytest.approx([loss for _, loss in whole.loss], rel=1e-5)
+    assert dict(divided.validation) == pytest.approx(dict(whole.validation), rel=1e-5)
+
+
+@ON_CPU
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"leaf_module": {"classes": []}}], ids=["as one", "singly"])
+def test_experts_gathered_in_two_processes_train_as_in_one(
+    changes: dict[str, Any], mixture: Path, tmp_path: Path
+) -> None:
+    """Gathered each time, as larger weights are; experts without a token are not the same in both processes."""
+    whole, job = (a_job(mixture, tmp_path / name, name, **FEW) for name in ("zero2", "zero3"))
+    train(whole)
+    job.deepspeed["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} | changes
+    stage = stage_process(job, 2)
+    try:
+        assert stage.wait(timeout=240) == 0  # processes that gather different weights may wait for each other
+    finally:
+        stage.kill()
+        stage.wait()
+    one, two = (Progress.load(Path(each.folder)) for each in (whole, job))
+    for curve in ("loss", "validation"):
+        assert dict(getattr(two, curve)) == pytest.approx(dict(getattr(one, curve)), rel=1e-5)

@@ -35,6 +35,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
 from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
+from lowrank.jobs.state import SECONDS, Clock
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.devices import pick_devices
 from lowrank.model.families import Family, family_for
@@ -54,10 +55,11 @@ def collect_share(arguments: dict[str, Any], share: Share) -> None:
             "draws": as of `collect_output_gradients`.
         share: this process among those of the job.
     """
+    layers_per_pass, draws, state = arguments["layers_per_pass"], arguments["draws"], Path(arguments["state"])
+    clock = Clock(state / SECONDS)
     model = load_checkpoint(arguments["model"], parse_dtype(arguments["dtype"]), pick_devices())
     tokens = load_tensors(arguments["tokens"], ("tokens",))["tokens"].long()[: arguments["windows"]]
-    layers_per_pass, draws, state = arguments["layers_per_pass"], arguments["draws"], Path(arguments["state"])
-    collect_output_gradients(model, tokens, layers_per_pass, state, model.device, share, draws)
+    collect_output_gradients(model, tokens, layers_per_pass, state, model.device, share, draws, clock)
 
 
 def collect_output_gradients(
@@ -68,6 +70,7 @@ def collect_output_gradients(
     device: torch.device,
     share: Share = ALONE,
     draws: int | None = None,
+    clock: Clock | None = None,
 ) -> list[Path]:
     """Collect G = E[g g'] for all linear layers of all blocks.
 
@@ -79,6 +82,7 @@ def collect_output_gradients(
         device: where the model is, or its embeddings are.
         share: this process among those of the job, which all see `state`.
         draws: G is the mean over so many next tokens drawn at each position; None: for those of the text.
+        clock: of the job; it is saved with each group of blocks.
 
     Returns:
         One safetensors file per block, in `state`, with the key of a type -> m x m in float32, packed. An
@@ -111,6 +115,8 @@ def collect_output_gradients(
             share.sum(total)
         if share.first:
             _store(family, files, moments, tokens.numel() * (draws or 1))
+            if clock:
+                clock.save()
         del moments, total  # before the next pass makes its own
         rate = tokens.numel() / (time.monotonic() - started)
         log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)

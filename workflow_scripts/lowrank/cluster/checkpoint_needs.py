@@ -58,7 +58,7 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning, zero: Zero) -> Nee
         shared=True,
         device={
             "weights": weights,
-            "gathered layers": opened.number * max(min(zero.live, opened.linears), opened.head) if zero.divided else 0,
+            "gathered layers": opened.number * _gathered(opened, zero) if zero.divided else 0,
             "trained numbers": trained,
             "activations": opened.training_activations(tokens) + _trained_activations(opened, tuning, tokens),
             "logits": opened.logits(min(tokens, TRAINING_HEAD_TOKENS), 2),
@@ -68,7 +68,8 @@ def tuning_need(opened: Sizes, stored: Sizes, tuning: Tuning, zero: Zero) -> Nee
         evenly=zero.divided,
         divides=tuning.batch_size // tuning.micro_batch_size,
         remedy=_remedy(zero),
-        host={"program": 2 * PROGRAM, "merged weights": stored.weights, "offloaded weights": away},
+        host={"program": 2 * PROGRAM},
+        together={"merged weights": stored.weights, "offloaded weights": away},
         loading=opened.weights,
         disk=stored.weights,
         scratch=trained,
@@ -129,6 +130,12 @@ def _kept_for_factors(sizes: Sizes, tokens: float) -> float:
     ranks = [m.out_features * m.in_features / (m.out_features + m.in_features) for m in sizes.block]
     read = tokens * sizes.number * (sum(sizes.inputs) + sizes.kept * sum(ranks))
     return sizes.training_activations(tokens) / sizes.shape.layers + read
+
+
+def _gathered(sizes: Sizes, zero: Zero) -> float:
+    """How many weights are whole on a device at once where they are divided; the experts of a block come as one."""
+    together = sizes.linears / sizes.shape.layers if sizes.shape.experts else 0
+    return max(min(zero.live, sizes.linears), together, sizes.head)
 
 
 def _remedy(zero: Zero) -> str:

@@ -79,7 +79,7 @@ class Dealing:
             RankwiseError: they do not hold it.
         """
         given = Dealing(gpus, self.memory, gpus).given(rule, need)
-        spreads = need.split and not need.evenly and (given.over > 1 or not need.shared)
+        spreads = need.spreads and (given.over > 1 or not need.shared)
         return Given(given.gpus and gpus, gpus if spreads and gpus else 1)
 
     def _complaint(self, rule: str, need: Need) -> str:

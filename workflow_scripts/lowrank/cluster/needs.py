@@ -64,7 +64,8 @@ class Need:
         gpu: whether it computes on a GPU where the site hands them out.
         shared: whether it can use several of them, a process each.
         device: part -> bytes where the model runs.
-        host: part -> bytes in main memory, wherever the model runs.
+        host: part -> bytes in main memory, wherever the model runs, of each process that shares the work.
+        together: part -> bytes in main memory of all processes together.
         blocks: of the model, among which `split` is divided where its blocks lie on several GPUs; 0: they cannot.
         split: part of `device` -> bytes of it that lie with the blocks.
         alone: bytes on the first GPU in another part of its work, of which nothing is divided.
@@ -81,6 +82,7 @@ class Need:
     shared: bool = False
     device: Mapping[str, float] = field(default_factory=dict)
     host: Mapping[str, float] = field(default_factory=lambda: {"program": PROGRAM})
+    together: Mapping[str, float] = field(default_factory=dict)
     blocks: int = 0
     split: Mapping[str, float] = field(default_factory=dict)
     alone: float = 0
@@ -111,6 +113,11 @@ class Need:
         largest = inside / gpus if self.evenly else fullest([inside / self.blocks] * self.blocks, around, gpus) - around
         return max(self.device_bytes - inside + largest, self.alone) + CUDA_DEVICE
 
+    @property
+    def spreads(self) -> bool:
+        """Whether one process can have its model on several GPUs."""
+        return bool(self.split) and not self.evenly
+
     def fewest_gpus(self, memory: float, most: int) -> int | None:
         """How many GPUs of so many bytes hold its model, or None if so many at most do not."""
         numbers = range(1, most + 1) if self.split else range(1, 2)
@@ -129,16 +136,17 @@ class Need:
             processes: that share them, or the processors, each of which loads the model; None: one a GPU. Several
                 are started by the stage's own, which waits.
         """
-        program = self.host.get("program", 0)
+        program, once = self.host.get("program", 0), sum(self.together.values())
         rest = sum(self.host.values()) - program
         if gpus:
-            return program + CUDA_HOST * gpus + max(self.loading * (processes or gpus), rest)
+            sharing = processes or gpus
+            return program + CUDA_HOST * gpus + max(self.loading * sharing, rest * sharing + once)
         of_workers = processes if processes and processes > 1 else 0
-        return program * (1 + of_workers) + (rest + self.device_bytes) * (of_workers or 1)
+        return program * (1 + of_workers) + (rest + self.device_bytes) * (of_workers or 1) + once
 
     def largest(self, gpus: int) -> tuple[str, float]:
         """The largest part and its bytes: of the GPU's memory, or of the main memory if there is none."""
-        parts = self.device if gpus and self.device else {**self.host, **self.device}
+        parts = self.device if gpus and self.device else {**self.host, **self.together, **self.device}
         return max(parts.items(), key=lambda part: part[1])
 
     def seconds(self, gpus: int, threads: int) -> float:

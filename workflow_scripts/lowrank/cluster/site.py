@@ -19,6 +19,8 @@ from lowrank.jobs.crew import LAUNCHERS
 DEFAULTS, RULES = "default-resources", "set-resources"
 _NUMBERS = ("gpus_per_job", "gpu_memory", "gpus_per_node", "jobs_per_gpu", "max_mem_mb", "max_runtime")
 _NEEDED_BY_AUTO = {"gpu_memory": "GiB of one GPU", "gpus_per_node": "what one job can have at most"}
+SEVERAL_NODES = ("collect_statistics", "collect_gradients", "post_train")
+"""Rules whose processes meet in a folder that all nodes see; those of others, in one of their own node."""
 _GPU_TYPE = r"[A-Za-z0-9_.]+"
 """What the plugin takes for a type of GPU."""
 
@@ -111,15 +113,26 @@ def site_of(defaults: Mapping[str, str], in_flight: str | None) -> Site:
     return Site(gpu_type=defaults.get("gpu_type"), in_flight=int(in_flight) if in_flight else None, **numbers)
 
 
-def check_rules(named: Collection[str], rules: Collection[str]) -> None:
-    """Stop if `set-resources` is about a rule that there is not.
+def check_rules(named: Mapping[str, Mapping[str, str]], rules: Collection[str]) -> None:
+    """Stop if `set-resources` is about a rule that there is not, or gives several nodes to one that works on one.
+
+    Args:
+        named: rule -> name -> value as written.
+        rules: all that there are.
 
     Raises:
         RankwiseError: with every such name.
     """
-    _refuse(
-        [f"{RULES}.{name}: there is no such rule{suggestion(name, list(rules))}" for name in named if name not in rules]
-    )
+    problems = [
+        f"{RULES}.{name}: there is no such rule{suggestion(name, list(rules))}" for name in named if name not in rules
+    ]
+    problems += [
+        f"{RULES}.{name}.nodes: '{values['nodes']}'; jobs of this rule run on one node, so leave it out. On several: "
+        f"{', '.join(SEVERAL_NODES)} (docs/cluster.md)"
+        for name, values in named.items()
+        if name in rules and name not in SEVERAL_NODES and values.get("nodes", "1") != "1"
+    ]
+    _refuse(problems)
 
 
 def whole_number(rule: str, name: str, value: str) -> int:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from lowrank.versions import package_version
@@ -78,7 +79,7 @@ def _listed() -> dict[str, str]:
 
 
 @contextmanager
-def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None) -> Iterator[None]:
+def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None, alone: bool = False) -> Iterator[None]:
     """Hold GPUs of this machine, and show CUDA these alone.
 
     Does nothing where the head has not said that jobs share its machine, or where there are fewer GPUs than `count`:
@@ -88,6 +89,7 @@ def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None) -> I
         count: how many.
         jobs_per_gpu: jobs that may hold one GPU at the same time.
         folder: of the locks; all jobs of all users of the machine must see the same.
+        alone: no other job may hold them, not even where several may hold one.
     """
     gpus = usable_gpus(os.environ) if count and DEALING in os.environ else {}
     if not gpus or len(gpus) < count:
@@ -95,7 +97,7 @@ def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None) -> I
         return
     before = {name: os.environ.get(name) for name in (ORDER, VISIBLE)}
     with ExitStack() as held:
-        taken = _take(gpus, count, jobs_per_gpu, folder or _folder(), held)
+        taken = _take(gpus, count, jobs_per_gpu, alone, folder or _folder(), held)
         os.environ.setdefault(ORDER, "PCI_BUS_ID")  # in which nvidia-smi counts
         os.environ[VISIBLE] = ",".join(taken)
         log.info("GPU%s %s of this machine", "s" if count > 1 else "", ", ".join(taken))
@@ -106,22 +108,30 @@ def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None) -> I
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _take(gpus: Mapping[str, str], count: int, jobs_per_gpu: int, folder: Path, held: ExitStack) -> list[str]:
+def _take(
+    gpus: Mapping[str, str], count: int, jobs_per_gpu: int, alone: bool, folder: Path, held: ExitStack
+) -> list[str]:
     """The GPUs that were taken, in CUDA's order; their locks are in `held`."""
+    needed = jobs_per_gpu if alone else 1  # places on each
     with ExitStack() as turn:
         if not _lock(folder / "turn", turn):
             log.info("waiting for %d of %d GPUs: other jobs came before", count, len(gpus))
             _lock(folder / "turn", turn, wait=True)
-        taken: set[str] = set()
+        locks = {entry: turn.enter_context(ExitStack()) for entry in gpus}  # of GPUs that are not taken in the end
+        places: dict[str, set[int]] = {entry: set() for entry in gpus}
+        taken: list[str] = []
         told = False
         while True:
             # The first place on every GPU before the second on any.
-            for place in range(jobs_per_gpu):
-                for entry, name in gpus.items():
-                    if len(taken) < count and entry not in taken and _lock(folder / f"{name}.{place}", held):
-                        taken.add(entry)
+            for place, (entry, name) in product(range(jobs_per_gpu), gpus.items()):
+                wanted = len(taken) < count and len(places[entry]) < needed and place not in places[entry]
+                if wanted and _lock(folder / f"{name}.{place}", locks[entry]):
+                    places[entry].add(place)
+                    taken = [entry for entry in gpus if len(places[entry]) == needed]
             if len(taken) == count:
-                return [entry for entry in gpus if entry in taken]
+                for entry in taken:
+                    held.enter_context(locks[entry].pop_all())
+                return taken
             if not told:
                 log.info("waiting for %d of %d GPUs: other jobs hold them", count - len(taken), len(gpus))
                 told = True

@@ -38,6 +38,16 @@ FETCHING = "fetch_"
 PASSES = ("collect_statistics", "collect_gradients")
 """Rules that hold the sums of some blocks at a time."""
 
+TIMED = ("evaluate_cost",)
+"""Rules that measure speed: others on the same GPU would be measured too."""
+
+TAKES_LESS = {
+    "post_train": "a smaller `micro_batch_size` in its `tuning` takes less; `deepspeed: zero3` there divides the "
+    "weights among the GPUs of a job, and `zero3-offload` keeps them in main memory",
+    "distil_features": "a smaller `batch_size` in its `tuning` takes less",
+}
+"""Rule whose model is not spread over GPUs -> what helps, but a larger one."""
+
 ENVIRONMENT = "RANKWISE_ENVIRONMENT"
 """The variable that hands the head node's environment to its jobs."""
 
@@ -109,7 +119,8 @@ def run_stage(job: Job, work: Callable[[Job], None]) -> None:
             if taken_over:
                 log.warning("%s: %s", job.rule, taken_over)
             require_same_environment()
-            with own_gpus(wanted_gpus(job), int(job.resources.get("jobs_per_gpu", 0) or 1)):
+            jobs_per_gpu = int(job.resources.get("jobs_per_gpu", 0) or 1)
+            with own_gpus(wanted_gpus(job), jobs_per_gpu, alone=job.rule in TIMED):
                 started = time.monotonic()  # waiting for a GPU that others hold is no work
                 load_models(job.rule)
                 require_gpus(job)
@@ -237,20 +248,28 @@ def memory_hint(job: Job, error: BaseException) -> str:
     """What to do if the memory of a GPU was too small, here or in a worker; nothing if that was not it."""
     if "OutOfMemoryError" not in f"{type(error).__name__} {error}":  # torch's, which is not imported for it
         return ""
-    asked = asked_gpus(job) or 1
-    if asked > 1 and str(job.resources.get("processes", "")) != "1":
-        more = f"{{gpu: {asked}, processes: 1}}` in the profile one process has all of them"
-    else:
-        more = f"{{gpu: {asked + 1}}}` in the profile it has one more"
-    fewer = ""
+    cures = []
     if job.rule in PASSES and str(job.resources.get("layers_per_pass", "")) != "1":
-        fewer = (
+        cures.append(
             f"with `set-resources: {job.rule}: {{layers_per_pass: 1}}` in the profile a pass holds the sums of one "
-            "block; "
+            "block"
         )
+    if job.resources.get("spreads_model"):
+        cures.append(_on_more_gpus(job))
+    elif job.rule in TAKES_LESS:
+        cures.append(TAKES_LESS[job.rule])
+    return f". The memory of a GPU is too small: {'; '.join(cures) or 'this rule needs one with more'}."
+
+
+def _on_more_gpus(job: Job) -> str:
+    """The line by which a model that one process runs lies on several GPUs, or on one more."""
+    gpus, alone = asked_gpus(job) or 1, str(job.resources.get("processes", "")) == "1"
+    together = bool(job.resources.get("shares_work"))  # several GPUs are for a process each, if nobody says otherwise
+    if gpus == 1 or alone or not together:
+        gpus += 1
     return (
-        f". The memory of a GPU is too small: {fewer}with `set-resources: {job.rule}: {more}; which rules have their "
-        "model on several GPUs, and that `gpus_per_job: auto` counts them, is in docs/cluster.md."
+        f"with `set-resources: {job.rule}: {{gpu: {gpus}{', processes: 1' if together else ''}}}` in the profile its "
+        f"model lies on {gpus} GPUs; that `gpus_per_job: auto` counts them is in docs/cluster.md"
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 KEY = "key.json"
 """In a folder of unfinished work: all that decides the result, in full."""
+
+
+SECONDS = "seconds.json"
+"""There too: the time that was spent on it, see `Clock`."""
 
 
 class Clock:
@@ -41,6 +45,10 @@ class Clock:
         """Of all parts so far."""
         return self.before + time.monotonic() - self.started
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so many of them, which are counted elsewhere."""
+        self.before -= seconds
+
     def save(self) -> None:
         """Remember the time until now."""
         write_json(self.path, self.seconds)
@@ -51,7 +59,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: of the unfinished work."""
-        self.folder, self.clock = folder, Clock(folder / "seconds.json")
+        self.folder, self.clock = folder, Clock(folder / SECONDS)
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """A part, or None if it is not there yet.
@@ -106,6 +114,8 @@ def resumable_state(root: str | Path, stage: str, settings: Any, inputs: Mapping
         raise write_error(folder, error) from error
     write_json(folder / KEY, key)
     yield folder
+    with suppress(OSError):
+        (folder / KEY).unlink()  # first: what a kill leaves of the rest must not be taken for unfinished work
     shutil.rmtree(folder, ignore_errors=True)
 
 

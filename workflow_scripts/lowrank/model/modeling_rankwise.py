@@ -453,8 +453,8 @@ class SeparateExperts(nn.ModuleList):
     ) -> torch.Tensor:
         """The weighted sum of what each token's experts make of it.
 
-        An expert gets its tokens in their order. One without any is called where gradients are wanted: shards of
-        weights are gathered by all processes or by none.
+        An expert gets its tokens in their order. One without any is called where gradients are wanted, or where its
+        weights are divided among processes: they are gathered by all of them or by none.
 
         Args:
             hidden_states: tokens x d.
@@ -468,11 +468,16 @@ class SeparateExperts(nn.ModuleList):
         order: Any = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
         for expert, places in zip(self, order.split(counts), strict=True):
-            if len(places) or torch.is_grad_enabled():
+            if len(places) or torch.is_grad_enabled() or _is_divided(expert):
                 tokens = places // top_k_index.shape[1]
                 fed = expert(hidden_states[tokens]) * top_k_weights.flatten()[places, None]
                 summed.index_add_(0, tokens, fed.to(summed.dtype))
         return summed
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether ZeRO's third stage has divided the weights, which it numbers, among processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 class Shortcuts:

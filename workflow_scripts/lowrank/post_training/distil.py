@@ -66,16 +66,17 @@ def distil_checkpoint(
         dense, compressed = (load_checkpoint(each, dtype, device) for each in (model, checkpoint))
         windows = load_tensors(tokens, ("tokens",))["tokens"].long()
         blocks = distil_model(compressed, dense, windows, tuning, settings["subject"]["seed"], parts)
-        seconds = parts.clock.seconds
+        parameters = sum(parameter.numel() for parameter in compressed.parameters())
         new = {
             "subject": settings["subject"],
             "tuning": settings["tuning"],
-            "training": describe_distillation(blocks, sum(p.numel() for p in compressed.parameters()), seconds),
+            "training": describe_distillation(blocks, parameters, parts.clock.seconds),
         }
         described = Record(read_record(manifest) | new, Path(manifest))
         files = save_checkpoint(compressed, checkpoint, target, lambda folder: model_card(described, folder))
         write_manifest(
-            target_manifest, described | {"files": files, "seconds": seconds, "environment": describe_environment()}
+            target_manifest,
+            described | {"files": files, "seconds": parts.clock.seconds, "environment": describe_environment()},
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import get_z3_leaf_modules
 
 from lowrank.config.tuning import parse_tuning
 from lowrank.config.zero import DIVIDED_STAGE
@@ -85,6 +86,10 @@ class Trainer:
         if self.divided:
             _divide(loss, config, self.device)
         self.engine = _initialize(loss, optimizer, config, self.device, self.folder)
+        if get_z3_leaf_modules(loss):
+            # DeepSpeed gathers a block's experts as one, and reduces their gradients when that of their input is known:
+            # too early in the first block, if nothing before its experts is trained.
+            model.enable_input_require_grads()
         # Neither in steps has the frozen model dropout, as in its own statistics; what is trained may have.
         self.engine.eval()
         vectors = self.vectors()  # on all processes: they gather divided ones together

@@ -11,7 +11,7 @@ from lowrank.config.tuning import Tuning, parse_tuning
 from lowrank.errors import RankwiseError
 from lowrank.files import Record, load_tensors, read_record
 from lowrank.jobs.crew import Crew
-from lowrank.jobs.state import resumable_state
+from lowrank.jobs.state import SECONDS, Clock, resumable_state
 from lowrank.model.card import model_card
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.runtime import describe_environment, parse_dtype
@@ -57,15 +57,20 @@ def tune_checkpoint(
     key = {name: value for name, value in settings.items() if name != "state"} | {"processes": processes}
     inputs = {"manifest": manifest, "instructions": instructions}
     with resumable_state(settings["state"], "post_train", key, inputs) as folder:
+        clock = Clock(folder / SECONDS)  # of all but the loops, whose progress says how long they took
         folders = [folder / f"stage{stage}" for stage in range(len(stages_of(tuning)))]
         _tokenise(instructions, checkpoint, tuning, folders)
+        clock.save()
         seed = settings["subject"]["seed"]
         results: list[Path] = []
         for name, part in zip(stages_of(tuning), folders, strict=True):
             log.info("post-training: %s", name)
             earlier = [str(path) for path in results]
             job = TrainingJob(str(checkpoint), str(part), settings["tuning"], settings["deepspeed"], seed, earlier)
+            before = Progress.load(part).seconds
             launch(job, crew, threads)
+            clock.leave_out(Progress.load(part).seconds - before)
+            clock.save()
             results.append(_result(part))
         progress = joined([Progress.load(part) for part in folders])
         _warn_if_worse(progress)
@@ -82,9 +87,9 @@ def tune_checkpoint(
         }
         described = Record(read_record(manifest) | new, Path(manifest))
         files = save_checkpoint(model, checkpoint, target, lambda folder: model_card(described, folder))
+        seconds = progress.seconds + clock.seconds
         write_manifest(
-            target_manifest,
-            described | {"files": files, "seconds": progress.seconds, "environment": describe_environment()},
+            target_manifest, described | {"files": files, "seconds": seconds, "environment": describe_environment()}
         )
 
 
