@@ -1,7 +1,7 @@
 """Ranks by predicted loss: one multiplier over all matrices of a model, no search and no groups of layers.
 
 Each matrix chooses among dense and the multiples of 8. A rank costs parameters, and loses half the sum of the
-eigenvalues it leaves out (`fisher_bases`). Matrices may also choose together, as those of an MLP do that lose the same
+eigenvalues it leaves out (`bases.fisher`). Matrices may also choose together, as those of an MLP do that lose the same
 neurons: such a group has a list of what it may become, with parameters and losses of its own. Minimising the sum of
 losses under a budget of parameters is a multiple choice knapsack; its Lagrangian relaxation splits into one choice a
 matrix or group, and with the right multiplier it is exact on the convex hulls of their curves. What the rounding of
