@@ -313,6 +313,25 @@ def test_a_magnitude_needs_no_windows() -> None:
     assert study({**PRUNED, "importance": "param_mix", "sequences": 99}, 20) != []
 
 
+@pytest.mark.parametrize(
+    ("preset", "key"),
+    [
+        ({"kind": "fwsvd"}, "sequences"),
+        ({"kind": "zs-svd"}, "sequences"),
+        ({"kind": "obd-llm", "allocation": "first-order"}, "sequences"),
+        ({"kind": "aa-svd"}, "windows"),
+        ({"kind": "svd-llm", "update": True}, "windows"),
+    ],
+)
+def test_more_windows_than_the_calibration_has_are_refused(preset: dict[str, Any], key: str) -> None:
+    assert study({**preset, "calibration": "c4-32", key: 32}, 20) == []
+    assert study({**preset, "calibration": "c4-32", key: 33}, 20) == [
+        f"methods.other.{key}: 33 windows are more than the calibration 'c4-32' has (32); calibrate on more, or take "
+        f"fewer ({SHAPE})"
+    ]
+    assert study({"kind": "asvd", "calibration": "c4-32", "windows": 33}, 20) == [], "it takes at most so many"
+
+
 def test_what_two_rows_do_wrong_in_the_same_way_is_said_once() -> None:
     rows = [{"model": "smollm2-135m", "method": "other", "ratio": ratio} for ratio in (20, 30)]
     raw = changed((("methods", "other"), {**PRUNED, "sequences": 33}), (("tables", "table_7", "rows"), rows))

@@ -141,14 +141,13 @@ def _search_ranks(
     device: torch.device,
 ) -> dict[str, int | None]:
     """The ranks of the sensitivity-based search."""
-    from lowrank.calibration.corpora import first_windows
     from lowrank.compression.sensitivity_search import cut_trials, measure_layers, spend_rest
     from lowrank.model.devices import pick_devices
     from lowrank.model.partial_forward import on_devices
     from lowrank.ranks.reach import candidate_ranks
 
     settings, budget = task.settings, task.budget
-    windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
+    windows = task.required_tokens()[: settings.windows, : settings.length]
     candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
     with on_devices(task.model, pick_devices()):
         trials = measure_layers(task.model, windows, budget, candidates, factorise, task.model.device)

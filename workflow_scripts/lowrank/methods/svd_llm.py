@@ -32,6 +32,7 @@ class Settings(UniformSettings):
     """SVD-LLM reads second moments, and calibration windows for its update."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+    counts_windows: ClassVar[str] = "windows"
 
     kind: Literal["svd-llm"]
     calibration: Name
