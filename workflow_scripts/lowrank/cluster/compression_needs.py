@@ -163,7 +163,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
     if "gradients" in method.needs:
         host["a block's gradients"] = dense.output_moments(SINGLE)
         work = plus(work, disk=dense.shape.layers * dense.gradients_file)
-    if reads_tokens(method) and calibration:
+    if "tokens" in method.needs and calibration:
         rounds = 1 + getattr(method, "corrections", 0)
         windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
         length = getattr(method, "length", None) or calibration.length
@@ -234,8 +234,3 @@ def computes_on_device(method: MethodSettings) -> bool:
     """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there."""
     reads = {"gradients", "tokens"} & set(method.needs)
     return method.kind not in ON_PROCESSORS and (method.covariance is None or bool(reads))
-
-
-def reads_tokens(method: MethodSettings) -> bool:
-    """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
-    return "tokens" in method.needs and bool(getattr(method, "update", True))

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
 from lowrank.config.low_rank import UniformSettings
-from lowrank.config.presets import Calibration
+from lowrank.config.presets import Calibration, Reads
 from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _LEAST_SCALE = 1e-6
 class Settings(UniformSettings):
     """ASVD reads the mean size of all inputs, and calibration windows for its search."""
 
-    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+    reads: ClassVar[Reads] = ("statistics", "tokens")
 
     kind: Literal["asvd"]
     calibration: Name
@@ -57,6 +57,19 @@ class Settings(UniformSettings):
         default="give-back",
         description="strs: whether what the cut leaves of the budget is given back, in steps of 8; uniform: as of svd",
     )
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """One kept ratio for all needs no trials."""
+        reasons = super().unread(given)
+        if given.get("allocation") == "uniform":
+            reasons |= dict.fromkeys(("kept", "windows", "length"), "is for `allocation: strs` only; leave it out")
+        return reasons
+
+    @property
+    def needs(self) -> Reads:
+        """Windows are for the trials."""
+        return ("statistics",) if self.allocation == "uniform" else self.reads
 
     @property
     def is_random(self) -> bool:
