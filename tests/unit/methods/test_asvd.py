@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_every_layer_is_the_decomposition_scaled_by_its_inputs(kind: str) -> Non
         expected = samples.truncation(layer.weight.double() * s, rank) / s
         assert torch.allclose(samples.product(model, name), expected, atol=1e-4 * float(layer.weight.abs().max()))
         assert (model.get_submodule(name).up.bias is None) == (layer.bias is None)
+
+
+@pytest.mark.parametrize("more", [{"allocation": "uniform"}, {"windows": 2, "kept": [0.5, 0.75], "rounding": "down"}])
+def test_a_layer_is_made_when_those_before_it_are_in_their_places(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of a whole model in float32 are twice as large as it is in 16 bits."""
+    model, seen, make = tiny.model("llama").half(), [], weighted_svd.OrderedFactors.factors
+
+    def watched(self: weighted_svd.OrderedFactors, *arguments: Any) -> LowRankFactors:
+        seen.append(sum(isinstance(module, LowRankLinear) for module in model.modules()))
+        return make(self, *arguments)
+
+    monkeypatch.setattr(weighted_svd.OrderedFactors, "factors", watched)
+    _, ranks = samples.compressed("asvd", "llama", 30, model=model, **more)
+    count = sum(rank is not None for rank in ranks.values())
+    assert count > 3
+    assert seen[-count:] == list(range(count))
 
 
 def test_the_exponent_decides_the_scale() -> None:

@@ -72,6 +72,7 @@ class Need:
         divides: a number that the processes must divide, if not 0.
         remedy: what helps, but larger GPUs, where it does not fit.
         loading: bytes in main memory on the way to a GPU; over before the parts of `host` are there.
+        returning: bytes of `device` that are in main memory again while the parts of `host` are there.
         disk: bytes that it leaves behind.
         scratch: bytes on disk while it runs.
         work: what it computes.
@@ -88,6 +89,7 @@ class Need:
     divides: int = 0
     remedy: str = ""
     loading: float = 0
+    returning: float = 0
     disk: float = 0
     scratch: float = 0
     work: Work = field(default_factory=Work)
@@ -132,7 +134,7 @@ class Need:
         program = self.host.get("program", 0)
         rest = sum(self.host.values()) - program
         if gpus:
-            return program + CUDA_HOST * gpus + max(self.loading * (processes or gpus), rest)
+            return program + CUDA_HOST * gpus + max(self.loading * (processes or gpus), rest + self.returning)
         of_workers = processes if processes and processes > 1 else 0
         return program * (1 + of_workers) + (rest + self.device_bytes) * (of_workers or 1)
 

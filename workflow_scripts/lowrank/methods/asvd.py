@@ -108,12 +108,13 @@ class Settings(UniformSettings):
         return self.allocation == "uniform"
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Find the ranks, and decompose every matrix with scaled columns.
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
+    """Find the ranks; every matrix is decomposed with scaled columns as it is asked for.
 
     Raises:
         RankwiseError: the ratio is out of reach, or a decomposition fails; the layer is named.
     """
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import layers_with_ranks, uniform_layers
 
@@ -125,7 +126,13 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     else:
         layers = layers_with_ranks(task.budget, _search_ranks(task, factorise, device))
-    return {module.name: factorise(module)(rank) for module, rank in layers}
+    chosen = {module.name: (module, rank) for module, rank in layers}
+
+    def factors(name: str) -> LowRankFactors:
+        module, rank = chosen[name]
+        return factorise(module)(rank)
+
+    return Deferred(chosen, factors)
 
 
 def _factoriser(
