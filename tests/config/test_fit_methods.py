@@ -15,12 +15,12 @@ from lowrank.compression.sensitivity_search import Trial, cut_trials
 from lowrank.compression.slicing import sliced_parameters
 from lowrank.compression.structured import lowest_removal, lowest_units
 from lowrank.compression.widths import Widths
-from lowrank.config.presets import Calibration, MethodSettings
+from lowrank.config.presets import Calibration, MethodSettings, Reads
 from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 from lowrank.errors import RankwiseError
 from lowrank.layout import Layout
-from lowrank.methods import asvd, flap, llm_pruner, modegpt, slicegpt
+from lowrank.methods import asvd, flap, llm_pruner, method_modules, modegpt, slicegpt
 from lowrank.ranks.budget import Budget
 from lowrank.ranks.reach import candidate_ranks
 from tests.config.test_fit import shapes
@@ -309,8 +309,61 @@ def test_reach_is_judged_with_the_rounding_in_force(ratio: int, keys: dict[str, 
 
 
 def test_a_magnitude_needs_no_windows() -> None:
-    assert study({**PRUNED, "importance": "l1", "sequences": 99}, 20) == []
-    assert study({**PRUNED, "importance": "param_mix", "sequences": 99}, 20) != []
+    few = (("calibration", "c4-32", "windows"), 9)
+    assert study({**PRUNED, "importance": "l1"}, 20, few) == []
+    assert study({**PRUNED, "importance": "param_mix"}, 20, few) != []
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "read", "unread"),
+    [
+        ({"kind": "asvd"}, {"allocation": "uniform"}, ("statistics", "tokens"), ("statistics",)),
+        ({"kind": "svd-llm", "update": True}, {"update": False}, ("statistics", "tokens"), ("statistics",)),
+        *((PRUNED, {"importance": each}, ("tokens",), ()) for each in ("l1", "l2", "random")),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", [("kept", [0.5]), ("windows", 8), ("length", 16), ("target", "dense"), ("sequences", 8)]
+)
+def test_what_a_setting_leaves_unread_is_refused_and_not_waited_for(
+    preset: dict[str, Any], setting: dict[str, Any], read: Reads, unread: Reads, key: tuple[str, Any]
+) -> None:
+    preset = {"calibration": "c4-32", **preset}
+    kind = method_modules()[preset["kind"]].Settings
+    assert kind.model_validate(preset).needs == read
+    assert kind.model_validate(preset | setting).needs == unread
+    if key[0] not in kind.model_fields:
+        return
+    assert study(preset | dict([key]), 20) == []
+    (message,) = study(preset | setting | dict([key]), 20)
+    assert message.startswith(f"methods.other.{key[0]}: ")
+    assert " only; " in message or "reads no windows" in message
+
+
+def test_gradients_that_are_not_there_are_not_damped() -> None:
+    for gradients, says in (("none", 1), ("predict", 0), ("weigh", 0)):
+        changes = [(("covariance", "naive", key), value) for key, value in (("gradients", gradients), ("damping", 0.1))]
+        messages = [message for message in errors_of(changed(*changes)) if "damping" in message]
+        assert messages == ["covariance.naive.damping: says nothing to `gradients: none`; leave it out"][:says]
+
+
+@pytest.mark.parametrize(
+    ("preset", "key"),
+    [
+        ({"kind": "fwsvd"}, "sequences"),
+        ({"kind": "zs-svd"}, "sequences"),
+        ({"kind": "obd-llm", "allocation": "first-order"}, "sequences"),
+        ({"kind": "aa-svd"}, "windows"),
+        ({"kind": "svd-llm", "update": True}, "windows"),
+    ],
+)
+def test_more_windows_than_the_calibration_has_are_refused(preset: dict[str, Any], key: str) -> None:
+    assert study({**preset, "calibration": "c4-32", key: 32}, 20) == []
+    assert study({**preset, "calibration": "c4-32", key: 33}, 20) == [
+        f"methods.other.{key}: 33 windows are more than the calibration 'c4-32' has (32); calibrate on more, or take "
+        f"fewer ({SHAPE})"
+    ]
+    assert study({"kind": "asvd", "calibration": "c4-32", "windows": 33}, 20) == [], "it takes at most so many"
 
 
 def test_what_two_rows_do_wrong_in_the_same_way_is_said_once() -> None:

@@ -21,6 +21,7 @@ from lowrank.calibration import corpora
 from lowrank.calibration.corpora import (
     consecutive_windows,
     default_bos,
+    first_windows,
     load_documents,
     sample_calibration,
     sample_windows,
@@ -324,6 +325,14 @@ def test_calibration_windows_fit_the_model(tmp_path: Path) -> None:
     preset = Calibration(corpora=["c"], windows=1, length=65)
     with pytest.raises(RankwiseError, match="of 65 tokens, but the model 'tiny' reads at most 64"):
         sample_calibration("tiny", preset, tmp_path / "model", [tmp_path / "c.json"], tmp_path / "out.safetensors")
+
+
+def test_the_first_windows_are_as_many_as_asked_for_or_an_error() -> None:
+    tokens = torch.arange(12).view(4, 3)
+    assert torch.equal(first_windows(tokens, 3, "sequences"), tokens[:3])
+    assert torch.equal(first_windows(tokens, None, "sequences"), tokens)
+    with pytest.raises(RankwiseError, match="`sequences: 5`: the calibration has 4 windows; calibrate on more, or"):
+        first_windows(tokens, 5, "sequences")
 
 
 def test_calibration_on_given_tokens(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def some_tokens(windows: int = 5, length: int = 9) -> torch.Tensor:
 
 
 def by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
-    """sum over tokens of g g' / tokens, with the loss as transformers computes it, a window at a time."""
+    """sum over tokens of g g' / predictions, with the loss as transformers computes it, a window at a time."""
     family, outputs = family_of(model), {}
     handles = []
     for layer in range(tiny.LAYERS):
@@ -52,11 +52,11 @@ def by_autograd(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[int,
     model.requires_grad_(False)
     for handle in handles:
         handle.remove()
-    return {key: total / tokens.numel() for key, total in sums.items()}
+    return {key: total / (len(tokens) * (tokens.shape[1] - 1)) for key, total in sums.items()}
 
 
 def fisher_by_enumeration(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
-    """sum over positions and all next tokens v of p(v) g_v g_v' / tokens: the Fisher information, without a draw."""
+    """sum over positions and all next tokens v of p(v) g_v g_v' / predictions: the Fisher information."""
     family, outputs = family_of(model), {}
     handles = []
     for layer in range(tiny.LAYERS):
@@ -77,7 +77,7 @@ def fisher_by_enumeration(model: PreTrainedModel, tokens: torch.Tensor) -> dict[
     model.requires_grad_(False)
     for handle in handles:
         handle.remove()
-    return {key: total / tokens.numel() for key, total in sums.items()}
+    return {key: total / (len(tokens) * (tokens.shape[1] - 1)) for key, total in sums.items()}
 
 
 def stored(files: list[Path], model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:

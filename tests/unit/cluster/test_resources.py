@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.cluster.compression_needs import TAKE_GRADIENTS, computes_on_device
-from lowrank.cluster.needs import CUDA_HOST, GIB, Need, Work, memory_request, runtime_request
+from lowrank.cluster.needs import CUDA_HOST, GIB, PROGRAM, Need, Work, memory_request, runtime_request
 from lowrank.cluster.resources import Estimator
 from lowrank.cluster.sizes import Sizes
 from lowrank.config.load import check_study, load_study
@@ -280,6 +280,30 @@ def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> Non
     assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert "sums" not in needs["slicegpt"].device
     assert needs["modegpt"].device["a decomposition"] == 7 * 8 * 11008**2
+
+
+def test_weights_that_come_back_from_a_gpu_count_beside_what_is_made_of_them() -> None:
+    """In 7B: ASVD makes a layer at a time, others all before they are written; LLM-Pruner's gradients come back too."""
+    from lowrank.methods import method_modules
+
+    study, needs = study_of(LLAMA_7B), {}
+    windows = {"svd-llm": {}, "asvd": {"windows": 4, "length": 32}, "llm-pruner": {}, "modegpt": {}, "slicegpt": {}}
+    for kind, more in windows.items():
+        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
+        needs[kind] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    weights = 2 * (linears + 2 * 32000 * 4096 + 65 * 4096)
+    made = weights - 0.2 * 2 * linears
+    for kind, beside in {"llm-pruner": 4 * linears, "modegpt": made, "slicegpt": made}.items():
+        need = needs[kind]
+        others = {"program", "weights", "new weights"}
+        more = CUDA_HOST + PROGRAM + sum(size for part, size in need.host.items() if part not in others)
+        assert need.host_bytes(1) == pytest.approx(weights + beside + more), kind
+    assert needs["asvd"].host_bytes(1) == pytest.approx(needs["svd-llm"].host_bytes(1), rel=1e-3)
+    for kind in ("asvd", "llm-pruner", "modegpt"):  # where nothing moves, nothing is there twice
+        need = needs[kind]
+        assert "weights" not in need.host
+        assert need.host_bytes(0) == need.device_bytes + sum(need.host.values())
 
 
 def test_rounds_of_correction_take_passes_and_second_moments_of_gradients_are_read() -> None:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from lowrank.compression import masks
 from lowrank.compression.masks import MaskedLinear, MaskTraining
+from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
+from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.model.factor_samples import CPU, TOKENS
 
@@ -115,6 +117,54 @@ def _as_they_are(layers: Any, logits: torch.Tensor, sizes: Any, temperature: flo
     with torch.enable_grad():
         for layer, part in zip(layers.values(), torch.split(logits, sizes), strict=True):
             layer.mask = part * 1.0
+
+
+def with_large_states(dtype: torch.dtype) -> tuple[Any, dict[str, MaskedLinear]]:
+    """A model whose hidden states are thousands of times as large as before, and masks for its matrices."""
+    model = tiny.model("llama")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+            parameter.data *= 10_000
+    model.model.norm.weight.data *= 3000
+    model.to(dtype)
+    layers = {}
+    for module in Budget.of(ModelShape(**tiny.shape("llama"))).modules:
+        weight = model.get_submodule(module.name).weight
+        u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+        layers[module.name] = MaskedLinear((s.sqrt()[:, None] * vh).to(dtype), (u * s.sqrt()).to(dtype), None)
+    return model, layers
+
+
+def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Of logits by the distance: as it is, and by way of a scale; and that scale."""
+    model, layers = with_large_states(dtype)
+    sizes = [len(layer.down) for layer in layers.values()]
+    logits = torch.zeros(sum(sizes), requires_grad=True)
+    masks._draw_masks(layers, logits, sizes, 0.4, torch.Generator().manual_seed(0))
+    course = masks._Course()
+    with torch.enable_grad():
+        loss = masks._distance(model, TOKENS.repeat(8, 1), layers)
+    (plain,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    return plain, masks._gradient(loss, logits, course), course.scale
+
+
+def test_half_precision_holds_the_gradient_of_many_tokens_with_large_states() -> None:
+    expected, same, unchanged = gradients(torch.float32)
+    assert torch.equal(expected, same)
+    assert unchanged == masks.FIRST_SCALE
+    lost, found, scale = gradients(torch.float16)
+    assert not lost.any()
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
+    assert float((found - expected).norm()) < 0.03 * float(expected.norm())
+    assert 1 < scale < masks.FIRST_SCALE, "at the first one, gradients overflow"
+
+
+def test_a_gradient_that_is_not_finite_at_any_scale_is_an_error() -> None:
+    logits = torch.zeros(3, requires_grad=True)
+    with torch.enable_grad():
+        loss = logits.abs().sqrt().sum()
+    with pytest.raises(RankwiseError, match="the gradient of step 7 is not finite; set `dtype: float32`"):
+        masks._gradient(loss, logits, masks._Course(7))
 
 
 def test_a_pressure_that_outgrows_numbers_says_what_to_lower() -> None:

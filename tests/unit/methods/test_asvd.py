@@ -94,6 +94,24 @@ def test_every_layer_is_the_decomposition_scaled_by_its_inputs(kind: str) -> Non
         assert (model.get_submodule(name).up.bias is None) == (layer.bias is None)
 
 
+@pytest.mark.parametrize("more", [{"allocation": "uniform"}, {"windows": 2, "kept": [0.5, 0.75], "rounding": "down"}])
+def test_a_layer_is_made_when_those_before_it_are_in_their_places(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of a whole model in float32 are twice as large as it is in 16 bits."""
+    model, seen, make = tiny.model("llama").half(), [], weighted_svd.OrderedFactors.factors
+
+    def watched(self: weighted_svd.OrderedFactors, *arguments: Any) -> LowRankFactors:
+        seen.append(sum(isinstance(module, LowRankLinear) for module in model.modules()))
+        return make(self, *arguments)
+
+    monkeypatch.setattr(weighted_svd.OrderedFactors, "factors", watched)
+    _, ranks = samples.compressed("asvd", "llama", 30, model=model, **more)
+    count = sum(rank is not None for rank in ranks.values())
+    assert count > 3
+    assert seen[-count:] == list(range(count))
+
+
 def test_the_exponent_decides_the_scale() -> None:
     plain, _ = samples.compressed("svd", "llama", 30)
     names = [name for name, module in plain.named_modules() if isinstance(module, LowRankLinear)]

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.unit.model import factor_samples as samples
 
 DOWN = {"rounding": "down"}
-PRUNED = {"skip_first": 1, "skip_last": 0, "sequences": 2, "length": 16, "importance": "l1"}
+PRUNED = {"skip_first": 1, "skip_last": 0, "importance": "l1"}
 PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("svd", {}),
     ("svd", DOWN),

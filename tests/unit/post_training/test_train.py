@@ -385,7 +385,7 @@ def test_divided_experts_train_where_nothing_before_them_does(mixture: Path, tmp
 
 
 @ON_CPU
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("changes", [{}, {"leaf_module": {"classes": []}}], ids=["as one", "singly"])
 def test_experts_gathered_in_two_processes_train_as_in_one(
     changes: dict[str, Any], mixture: Path, tmp_path: Path

@@ -1,7 +1,9 @@
 """Parameter accounting, against numbers published for real models and against counting by hand."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.model.families import FAMILIES
-from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for
+from lowrank.ranks.budget import Budget, break_even_rank, largest_rank, rank_for, share_of
 from lowrank.ranks.by_type import lord_ranks, uniform_ranks
+from lowrank.ranks.predicted_loss import allocate
+from lowrank.ranks.zero_sum import greedy_ranks
 from tests import tiny
 
 LLAMA_7B = ModelShape(
@@ -120,6 +124,27 @@ def test_biases_that_are_not_there_buy_rank() -> None:
         assert without.kept(uniform_ranks(without, ratio, ())) <= 1 - ratio / 100
         more, less = (sum(rank or 0 for rank in uniform_ranks(b, ratio, ()).values()) for b in (without, counted))
         assert more >= less
+
+
+@given(parameters=st.integers(1, 10**12), ratio=st.integers(0, 90))
+def test_what_may_stay_is_never_a_whole_parameter_less_or_more(parameters: int, ratio: int) -> None:
+    assert math.floor(share_of(parameters, ratio)) == parameters * (100 - ratio) // 100
+
+
+@pytest.mark.parametrize("way", ["zero-sum", "uniform", "predicted"])
+def test_ranks_that_fit_exactly_fit(way: str) -> None:
+    """Of 160 x 160 matrices rank 8 keeps a tenth, and (1 - 90 / 100) times all of them is a little less in floats."""
+    shape = {**tiny.shape("opt"), "hidden": 160, "intermediate": 160, "heads": 4, "kv_heads": 4, "head_dim": 40}
+    budget = replace(Budget.of(ModelShape(**shape)), adds_bias=False)
+    losses = {module.name: np.ones(160) for module in budget.modules}
+    all_8 = {module.name: 8 for module in budget.modules}
+    assert budget.parameters(all_8) * 10 == budget.dense_parameters
+    ranks = {
+        "zero-sum": lambda: greedy_ranks(budget, 90, losses).ranks,
+        "uniform": lambda: uniform_ranks(budget, 90, ()),
+        "predicted": lambda: allocate(budget, 90, losses).ranks,
+    }[way]()
+    assert ranks == all_8
 
 
 def test_uniform_ranks_meet_the_budget() -> None:

@@ -69,6 +69,32 @@ def slow_steps(choices: Mapping[str, Curve], begun: Mapping[str, int], allowed: 
         picked[name] = index
 
 
+@pytest.mark.parametrize(("kind", "ratio"), [("llama", 5), ("llama-gqa", 20), ("opt", 40)])
+def test_the_multiplier_is_halved_no_longer_than_it_changes(
+    kind: str, ratio: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred halvings are three times as many as the 53 bits of a multiplier need, and find the same."""
+    budget = budget_of(kind)
+    choices = {m.name: choices_of(budget, m, losses_of(budget, ratio)[m.name]) for m in budget.modules}
+    asked, plain = [], np.argmin
+
+    def counted(values: np.ndarray) -> np.intp:
+        asked.append(values)
+        return plain(values)
+
+    def pick(multiplier: float) -> dict[str, int]:
+        return {name: int(plain(c.losses + multiplier * c.parameters)) for name, c in choices.items()}
+
+    low, high = 0.0, 1.0  # losses here are so small that more is never needed
+    for _ in range(200):
+        middle = (low + high) / 2
+        kept = sum(float(choices[name].parameters[index]) for name, index in pick(middle).items())
+        low, high = (low, middle) if kept <= budget.allowed(ratio) else (middle, high)
+    monkeypatch.setattr(np, "argmin", counted)
+    assert _by_multiplier(choices, budget.allowed(ratio)) == pick(high)
+    assert len(asked) < 100 * len(choices)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_rounding_leaves_goes_where_a_parameter_gains_most(kind: str) -> None:
     budget = budget_of(kind)

@@ -17,7 +17,7 @@ from lowrank.config.presets import Covariance, Search
 from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name, save_tensors
 from lowrank.model.checkpoint import family_of, replace_modules
-from lowrank.ranks.budget import Budget
+from lowrank.ranks.budget import Budget, Ranks
 from lowrank.search import search, surrogate
 from lowrank.search.allocation import sliced_factors
 from lowrank.search.kept_ratios import SearchSpace
@@ -188,7 +188,8 @@ def test_a_share_of_the_steps_is_random_and_says_so(tmp_path: Path, monkeypatch:
     assert len({tuple(trial.x) for trial in always[4:]}) == 3
     some = Search(random_share=0.3)
     monkeypatch.setattr(search, "candidates", lambda *_: [always[0].x])
-    found = [search.propose(Unbounded(), always, some, step) for step in range(300)]
+    space = Unbounded()
+    found = [search.propose(space, always, some, step, space.ranks) for step in range(300)]
     points = np.array([x for origin, x in found if origin == "random"])
     assert 0.2 < len(points) / len(found) < 0.4
     assert points.mean(axis=0) == pytest.approx(0.5, abs=0.1)  # that they are drawn decides nothing of where
@@ -219,9 +220,28 @@ def test_ranks_that_were_evaluated_are_not_evaluated_again(monkeypatch: pytest.M
     known, new = space.uniform(), space.sample(1, 0)[0]
     trials = [Trial("uniform", known, Score(3.0, 0.0, 3.0), 0.8)]
     monkeypatch.setattr(search, "candidates", lambda *_: np.array([known, known - 1e-9, new]))
-    assert np.array_equal(search.propose(space, trials, Search(), 0)[1], new)
+    assert np.array_equal(search.propose(space, trials, Search(), 0, space.ranks)[1], new)
     monkeypatch.setattr(search, "candidates", lambda *_: np.array([known, known - 1e-9]))
-    assert np.array_equal(search.propose(space, trials, Search(), 0)[1], known)
+    assert np.array_equal(search.propose(space, trials, Search(), 0, space.ranks)[1], known)
+
+
+def test_a_point_is_allocated_once_by_a_resumed_search_too(whole: tuple[list[Trial], Path], tmp_path: Path) -> None:
+    """An allocation of a large model takes most of a second, and each step looks at the ranks of all trials."""
+    asked: list[bytes] = []
+
+    class Counted(SearchSpace):
+        def ranks(self, x: np.ndarray) -> Ranks:
+            asked.append(x.tobytes())
+            return super().ranks(x)
+
+    trials, path = whole
+    space = Counted(Budget.of(SMOLLM), 20, 1, ("v",), lower=0.2)
+    part = tmp_path / "part.csv"
+    part.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))  # of the trials, the first four
+    search_allocation(space, landscape(space), Search(evaluations=7, initial=4), 0, part)
+    assert part.read_bytes() == path.read_bytes()
+    assert len(asked) == len(set(asked))
+    assert {trial.x.tobytes() for trial in trials} <= set(asked)
 
 
 def test_a_search_of_one_variable_ends(tmp_path: Path) -> None:

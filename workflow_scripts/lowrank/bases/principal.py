@@ -27,7 +27,7 @@ class PrincipalBasis:
 
     Attributes:
         directions: U, m x k, orthonormal columns by decreasing variance (of a Fisher basis: M^-1 V, see
-            `fisher_bases`; then read V' M for U').
+            `bases.fisher`; then read V' M for U').
         projection: U' W, k x n.
         mean: mu, m: the mean output; for an uncentred estimate the layer's own bias, None if it has none.
         projected_mean: U' W mu_x, k; None for an uncentred estimate.

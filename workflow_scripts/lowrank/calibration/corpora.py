@@ -279,13 +279,18 @@ def _too_short(tokens: int, available: int, windows: int, length: int) -> str:
 
 
 def first_windows(tokens: torch.Tensor, count: int | None, key: str) -> torch.Tensor:
-    """The first calibration windows, all if there are fewer.
+    """The first calibration windows.
 
     Args:
         tokens: windows x length token ids.
-        count: how many at most, or None for all.
-        key: the setting that says so, for the log.
+        count: how many, or None for all.
+        key: the setting that says so, for errors.
+
+    Raises:
+        RankwiseError: there are fewer.
     """
     if count is not None and count > len(tokens):
-        log.info("`%s: %d`: the calibration has %d windows; all are used", key, count, len(tokens))
+        raise RankwiseError(
+            f"`{key}: {count}`: the calibration has {len(tokens)} windows; calibrate on more, or take fewer"
+        )
     return tokens[:count]

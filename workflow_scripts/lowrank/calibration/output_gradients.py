@@ -3,7 +3,8 @@
 To second order, and with the Fisher information in place of the Hessian, an error e_t of a layer's output y_t raises
 the mean loss per token by 1/2 E[(g_t' e_t)^2], where g_t is the gradient of the summed next-token loss at y_t. For
 errors that do not depend on g_t this is 1/2 tr(G Cov(e)) with G = E[g_t g_t'], which is what is collected here: one
-m x m matrix a layer, from one backward pass over the calibration windows.
+m x m matrix a layer, from one backward pass over the calibration windows. The mean is over the tokens that a next one
+is predicted of; on the last of a window no loss depends.
 
 The Fisher information itself takes the next tokens from the model's own predictions, not from the text; with `draws`
 they are drawn from there (Kunstner et al. 2019 on the difference). And each of several draws from one window brings
@@ -114,7 +115,7 @@ def collect_output_gradients(
         for total in moments.values():
             share.sum(total)
         if share.first:
-            _store(family, files, moments, tokens.numel() * (draws or 1))
+            _store(family, files, moments, tokens[:, 1:].numel() * (draws or 1))
             if clock:
                 clock.save()
         del moments, total  # before the next pass makes its own

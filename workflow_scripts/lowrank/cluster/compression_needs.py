@@ -28,10 +28,10 @@ ON_PROCESSORS = ("dense", "flap")
 TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 """Kinds of methods that take loss gradients of weights, if they read calibration windows."""
 
-STORE_AS_WRITTEN = ("asvd", "modegpt", "slicegpt")
+STORE_AS_WRITTEN = ("modegpt", "slicegpt")
 """Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
 
-MADE_IN_PLACE = ("flap", "llm-pruner", "svd", "svd-llm")
+MADE_IN_PLACE = ("asvd", "flap", "llm-pruner", "svd", "svd-llm")
 """Kinds of methods whose new layers are made one at a time, in the place of the old ones, unless they are updated."""
 
 TRAIN_MASKS = ("llrc",)
@@ -145,15 +145,15 @@ def _with_influence(need: Need, method: MethodSettings, dense: Sizes, calibratio
 def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration: Calibration | None) -> Need:
     """A method that decomposes or prunes by itself, with gradients or hidden states if it reads the calibration
     windows. An upper estimate for all of them."""
-    on_device, split = computes_on_device(method), dict[str, float]()
+    on_device, split, returning = computes_on_device(method), dict[str, float](), 0.0
     matrices = _stacked(method, dense)
     device = {"a decomposition": float(decomposition(matrices))} if on_device else {}
     if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
         device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
     host = {"program": PROGRAM, "weights": dense.weights}
     in_place = method.kind in MADE_IN_PLACE and not getattr(method, "update", False)
+    as_written = method.kind in STORE_AS_WRITTEN
     if not in_place:
-        as_written = method.kind in STORE_AS_WRITTEN
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
     work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
     work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
@@ -163,7 +163,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
     if "gradients" in method.needs:
         host["a block's gradients"] = dense.output_moments(SINGLE)
         work = plus(work, disk=dense.shape.layers * dense.gradients_file)
-    if reads_tokens(method) and calibration:
+    if "tokens" in method.needs and calibration:
         rounds = 1 + getattr(method, "corrections", 0)
         windows = getattr(method, "windows", None) or getattr(method, "sequences", None) or calibration.windows
         length = getattr(method, "length", None) or calibration.length
@@ -180,8 +180,10 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
             split = _split(method, dense, device)
         if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
             host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
-        elif not in_place:
+        elif not block_by_block:
             del host["weights"]
+            if in_place or as_written:  # factors in float64 leave room for what comes back
+                returning = device["weights"] + device.get("sums", 0.0)
         if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
             host["hidden states"] = 2 * dense.hidden(tokens)
         # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
@@ -201,6 +203,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
         split=split,
         remedy="Nothing of it can be divided among GPUs: take larger ones, or another method.",
         loading=dense.weights,
+        returning=returning,
         disk=sizes.weights,
         work=work,
     )
@@ -234,8 +237,3 @@ def computes_on_device(method: MethodSettings) -> bool:
     """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there."""
     reads = {"gradients", "tokens"} & set(method.needs)
     return method.kind not in ON_PROCESSORS and (method.covariance is None or bool(reads))
-
-
-def reads_tokens(method: MethodSettings) -> bool:
-    """Whether the method runs the model on calibration windows; one with an `update` setting does for that alone."""
-    return "tokens" in method.needs and bool(getattr(method, "update", True))

@@ -73,6 +73,7 @@ class Need:
         divides: a number that the processes must divide, if not 0.
         remedy: what helps, but larger GPUs, where it does not fit.
         loading: bytes in main memory on the way to a GPU; over before the parts of `host` are there.
+        returning: bytes of `device` that are in main memory again while the parts of `host` are there.
         disk: bytes that it leaves behind.
         scratch: bytes on disk while it runs.
         work: what it computes.
@@ -90,6 +91,7 @@ class Need:
     divides: int = 0
     remedy: str = ""
     loading: float = 0
+    returning: float = 0
     disk: float = 0
     scratch: float = 0
     work: Work = field(default_factory=Work)
@@ -140,7 +142,7 @@ class Need:
         rest = sum(self.host.values()) - program
         if gpus:
             sharing = processes or gpus
-            return program + CUDA_HOST * gpus + max(self.loading * sharing, rest * sharing + once)
+            return program + CUDA_HOST * gpus + max(self.loading * sharing, rest * sharing + once + self.returning)
         of_workers = processes if processes and processes > 1 else 0
         return program * (1 + of_workers) + (rest + self.device_bytes) * (of_workers or 1) + once
 

@@ -38,6 +38,9 @@ FIRST_LOGIT, LAST_LOGIT = 6.0, 3.0
 """Of the directions in the order of their singular values, at the start."""
 LARGEST_GROWTH = 60
 """As the exponent of e: what is left of float32 then holds sums of all logits."""
+FIRST_SCALE = 2.0**32
+"""Of the loss in backward passes. The gradient by a hidden state is about one over the number of tokens and the state's
+size, which float16 rounds to zero. Where a gradient overflows, the scale is halved; a power of two changes no digit."""
 STEPS_KEPT = 50
 """Another try begins at most so many steps before the stop."""
 
@@ -97,11 +100,13 @@ class _Course:
         step: the next one.
         met: the first step before which the budget was met; None before that.
         best: the logits that met it last.
+        scale: of the loss in backward passes.
     """
 
     step: int = 0
     met: int | None = None
     best: torch.Tensor | None = None
+    scale: float = FIRST_SCALE
 
 
 def trained_masks(
@@ -125,7 +130,7 @@ def trained_masks(
         parts: where the state is kept from time to time, and found again; it must be of the same call.
 
     Raises:
-        RankwiseError: the budget is not met within all steps, or the loss is not finite.
+        RankwiseError: the budget is not met within all steps, or the loss or its gradient is not finite.
     """
     sizes = [len(layer.down) for layer in layers.values()]
     logits = torch.cat([torch.linspace(FIRST_LOGIT, LAST_LOGIT, size) for size in sizes]).to(device)
@@ -151,16 +156,13 @@ def trained_masks(
         _draw_masks(layers, logits, sizes, training.temperature, generator)
         with torch.enable_grad():
             loss = _distance(model, tokens[chosen].to(device), layers)
-            pressure = 0.0 if meets else _pressure(training, step if course.met is None else course.met)
-            total = loss + pressure * (weight * logits).sum()
-        if not math.isfinite(float(total.detach())):
-            raise RankwiseError(f"masks: the loss of step {step} is not finite; set `dtype: float32` for this model")
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward([total])
+        pressure = 0.0 if meets else _pressure(training, step if course.met is None else course.met)
+        logits.grad = _gradient(loss, logits, course) + pressure * weight
+        loss = loss.detach()  # no longer holds the pass
         optimiser.step()
         course.step += 1
         if course.step % STEPS_KEPT == 0:
-            log.info("masks: step %d, distance of hidden states %.3g", course.step, float(loss.detach()))
+            log.info("masks: step %d, distance of hidden states %.3g", course.step, float(loss))
             if parts is not None:
                 parts.save("masks", _state(optimiser, logits, course))
     if course.best is None:
@@ -221,6 +223,23 @@ def _distance(model: PreTrainedModel, ids: torch.Tensor, layers: Mapping[str, Ma
     return torch.stack([share.mean() for share in shares]).sum()
 
 
+def _gradient(loss: torch.Tensor, logits: torch.Tensor, course: _Course) -> torch.Tensor:
+    """Of the loss, by the logits; lowers the scale where gradients on the way overflow the model's dtype.
+
+    Raises:
+        RankwiseError: the loss is not finite, or its gradient is not at any scale.
+    """
+    if not math.isfinite(float(loss.detach())):
+        raise RankwiseError(f"masks: the loss of step {course.step} is not finite; set `dtype: float32` for this model")
+    while course.scale >= 1:
+        scale = loss.new_tensor(course.scale)
+        (gradient,) = torch.autograd.grad([loss], [logits], [scale], retain_graph=True)
+        if bool(gradient.isfinite().all()):
+            return gradient / scale
+        course.scale /= 2
+    raise RankwiseError(f"masks: the gradient of step {course.step} is not finite; set `dtype: float32` for this model")
+
+
 def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     blocks: Any = model.get_submodule(family_of(model).blocks)
     caught: list[torch.Tensor] = []
@@ -245,6 +264,7 @@ def _state(optimiser: torch.optim.Adam, logits: torch.Tensor, course: _Course) -
         "first": moments["exp_avg"],
         "second": moments["exp_avg_sq"],
         "step": torch.tensor([course.step]),
+        "scale": torch.tensor([course.scale]),
     }
 
 
@@ -259,6 +279,7 @@ def _restored(parts: Parts | None, optimiser: torch.optim.Adam, logits: torch.Te
     moments = {name: kept[key].to(logits) for name, key in (("exp_avg", "first"), ("exp_avg_sq", "second"))}
     optimiser.state[logits] = {**moments, "step": torch.tensor(float(step))}
     log.info("masks: going on with step %d", step)
-    if "met" not in kept:
-        return _Course(step)
-    return _Course(step, int(kept["met"]), kept["best"].to(logits.device))
+    course = _Course(step, scale=float(kept["scale"]))
+    if "met" in kept:
+        course.met, course.best = int(kept["met"]), kept["best"].to(logits.device)
+    return course

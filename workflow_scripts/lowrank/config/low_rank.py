@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from lowrank.config.presets import Covariance, MethodSettings
+from lowrank.config.presets import Calibration, Covariance, MethodSettings
 from lowrank.ranks.budget import Budget, Ranks, uniform_kept
 from lowrank.ranks.by_type import uniform_ranks
 from lowrank.ranks.rounding import Rounding
@@ -22,7 +22,10 @@ class LowRankSettings(MethodSettings):
     Attributes:
         identity_block: store every pair with an identity block in its second factor, which frees r^2 weights less r
             indices. The method's budget counts so, hence its ranks are larger at the same ratio.
+        counts_windows: a key that says how many of the calibration's windows are read; so many must be there.
     """
+
+    counts_windows: ClassVar[str] = ""
 
     identity_block: bool = Field(
         default=False, description="store pairs with an identity block: the same map, and more rank a parameter"
@@ -42,6 +45,16 @@ class LowRankSettings(MethodSettings):
         """
         adds_bias = covariance is not None and covariance.centred
         return replace(budget, identity_block=self.identity_block, adds_bias=adds_bias)
+
+    def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
+        """A calibration with fewer windows than are asked for."""
+        asked = getattr(self, self.counts_windows) if self.counts_windows else None
+        if calibration and asked is not None and asked > calibration.windows:
+            yield (
+                self.counts_windows,
+                f"{asked} windows are more than the calibration '{self.calibration}' has ({calibration.windows}); "
+                "calibrate on more, or take fewer",
+            )
 
 
 class RoundedSettings(LowRankSettings):

@@ -76,7 +76,9 @@ class Covariance(Section):
         description="predict: the bases say what leaving out a direction costs the loss; weigh: and are chosen by it",
     )
     damping: Share = Field(
-        default=0.01, description="weigh: share of each output's own second moment of the gradient that is added to it"
+        default=0.01,
+        description="weigh, and where `rankwise` removes neurons: share of each output's own second moment of the "
+        "gradient that is added to it",
     )
     directions: Literal["break-even", "all"] = Field(
         default="break-even",
@@ -86,8 +88,11 @@ class Covariance(Section):
 
     @classmethod
     def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
-        """Only a pooled estimate has groups."""
-        return {} if given.get("estimator") == "pooled" else {"groups": _OF_POOLING}
+        """Only a pooled estimate has groups, and only gradients are damped."""
+        reasons = {} if given.get("estimator") == "pooled" else {"groups": _OF_POOLING}
+        if given.get("gradients", "none") == "none":
+            reasons["damping"] = "says nothing to `gradients: none`; leave it out"
+        return reasons
 
     @model_validator(mode="after")
     def _pooling_needs_groups(self) -> Covariance:

@@ -3,8 +3,8 @@
 A method is a module of this package with
 
 - `Settings`, a `MethodSettings` whose `kind` is a Literal of the method's name: what a preset may say;
-- `compress(task: CompressionTask) -> dict[str, LowRankFactors]`: what becomes of each linear layer
-  (layers that are not named stay dense).
+- `compress(task: CompressionTask) -> Replacements`: what becomes of the linear layers that it names, and of norms,
+  attention modules and blocks if it changes those too (`model.replacements`); what is not named stays as it is.
 
 Modules import torch inside functions only, since the config check reads their settings on every start.
 """

@@ -38,6 +38,7 @@ class Settings(UniformSettings):
     """AA-SVD runs the model, block by block, on its calibration windows."""
 
     reads: ClassVar[Reads] = ("tokens",)
+    counts_windows: ClassVar[str] = "windows"
 
     kind: Literal["aa-svd"]
     calibration: Name

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Distinct, Name, Number, Positive, Share
 from lowrank.config.low_rank import UniformSettings
-from lowrank.config.presets import Calibration
+from lowrank.config.presets import Calibration, Reads
 from lowrank.ranks.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _LEAST_SCALE = 1e-6
 class Settings(UniformSettings):
     """ASVD reads the mean size of all inputs, and calibration windows for its search."""
 
-    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+    reads: ClassVar[Reads] = ("statistics", "tokens")
 
     kind: Literal["asvd"]
     calibration: Name
@@ -57,6 +57,19 @@ class Settings(UniformSettings):
         default="give-back",
         description="strs: whether what the cut leaves of the budget is given back, in steps of 8; uniform: as of svd",
     )
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """One kept ratio for all needs no trials."""
+        reasons = super().unread(given)
+        if given.get("allocation") == "uniform":
+            reasons |= dict.fromkeys(("kept", "windows", "length"), "is for `allocation: strs` only; leave it out")
+        return reasons
+
+    @property
+    def needs(self) -> Reads:
+        """Windows are for the trials."""
+        return ("statistics",) if self.allocation == "uniform" else self.reads
 
     @property
     def is_random(self) -> bool:
@@ -95,12 +108,13 @@ class Settings(UniformSettings):
         return self.allocation == "uniform"
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Find the ranks, and decompose every matrix with scaled columns.
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
+    """Find the ranks; every matrix is decomposed with scaled columns as it is asked for.
 
     Raises:
         RankwiseError: the ratio is out of reach, or a decomposition fails; the layer is named.
     """
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import layers_with_ranks, uniform_layers
 
@@ -112,7 +126,13 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
     else:
         layers = layers_with_ranks(task.budget, _search_ranks(task, factorise, device))
-    return {module.name: factorise(module)(rank) for module, rank in layers}
+    chosen = {module.name: (module, rank) for module, rank in layers}
+
+    def factors(name: str) -> LowRankFactors:
+        module, rank = chosen[name]
+        return factorise(module)(rank)
+
+    return Deferred(chosen, factors)
 
 
 def _factoriser(
@@ -141,14 +161,13 @@ def _search_ranks(
     device: torch.device,
 ) -> dict[str, int | None]:
     """The ranks of the sensitivity-based search."""
-    from lowrank.calibration.corpora import first_windows
     from lowrank.compression.sensitivity_search import cut_trials, measure_layers, spend_rest
     from lowrank.model.devices import pick_devices
     from lowrank.model.partial_forward import on_devices
     from lowrank.ranks.reach import candidate_ranks
 
     settings, budget = task.settings, task.budget
-    windows = first_windows(task.required_tokens(), settings.windows, "windows")[:, : settings.length]
+    windows = task.required_tokens()[: settings.windows, : settings.length]
     candidates = candidate_ranks(budget, settings.kept, settings.uncompressed)
     with on_devices(task.model, pick_devices()):
         trials = measure_layers(task.model, windows, budget, candidates, factorise, task.model.device, task.parts)

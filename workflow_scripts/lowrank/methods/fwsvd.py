@@ -23,6 +23,7 @@ class Settings(UniformSettings):
     """FWSVD reads calibration windows, for gradients."""
 
     reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
+    counts_windows: ClassVar[str] = "sequences"
 
     kind: Literal["fwsvd"]
     calibration: Name

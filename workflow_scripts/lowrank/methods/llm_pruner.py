@@ -14,14 +14,14 @@ with the key/value head that they share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank.config.base import AtLeastTwo, Name, NotNegative, Positive, Share
-from lowrank.config.presets import Calibration, MethodSettings
+from lowrank.config.presets import Calibration, MethodSettings, Reads
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 
 _NEEDS_GRADIENT = ("param_first", "param_mix", "vectorize")
 _NEEDS_SQUARES = ("param_second", "param_mix")
+_WITHOUT_GRADIENTS = ("l1", "l2", "random")
 
 
 class Settings(MethodSettings):
     """LLM-Pruner reads calibration windows, to take gradients on."""
 
-    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("tokens",)
+    reads: ClassVar[Reads] = ("tokens",)
     makes_pairs: ClassVar[bool] = False
     beside_ratio: ClassVar[str] = "own_ratio"
 
@@ -57,22 +58,31 @@ class Settings(MethodSettings):
         "whatever that is of the whole; null: what meets the row's ratio",
     )
 
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Windows are for gradients."""
+        reasons, importance = super().unread(given), given.get("importance")
+        if importance in _WITHOUT_GRADIENTS:
+            reason = f"says nothing to `importance: {importance}`, which reads no windows; leave it out"
+            reasons |= dict.fromkeys(("sequences", "length"), reason)
+        return reasons
+
+    @property
+    def needs(self) -> Reads:
+        """Windows are for gradients."""
+        return () if self.importance in _WITHOUT_GRADIENTS else self.reads
+
     @property
     def is_random(self) -> bool:
         """A random importance is drawn from the seed."""
         return super().is_random or self.importance == "random"
-
-    @property
-    def reads_windows(self) -> bool:
-        """Whether it takes gradients."""
-        return self.importance in (*_NEEDS_GRADIENT, *_NEEDS_SQUARES)
 
     def misfits(self, budget: Budget, ratio: int, calibration: Calibration | None) -> Iterator[tuple[str, str]]:
         """Heads that hang together, too many blocks that stay whole, or too few windows of calibration."""
         from lowrank.compression.branches import Structure
         from lowrank.errors import RankwiseError
 
-        if calibration and self.reads_windows and (why := self.too_few(calibration.windows, calibration.length)):
+        if calibration and self.needs and (why := self.too_few(calibration.windows, calibration.length)):
             yield "sequences", why
         try:
             Structure.of(budget).require_separate_heads("llm-pruner")

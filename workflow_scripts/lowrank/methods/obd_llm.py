@@ -37,6 +37,7 @@ class Settings(UniformSettings):
     """OBD-LLM reads second moments of inputs and of loss gradients; IO-SVD's ranks want calibration windows too."""
 
     reads: ClassVar[Reads] = ("statistics", "gradients")
+    counts_windows: ClassVar[str] = "sequences"
 
     kind: Literal["obd-llm"]
     calibration: Name

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from lowrank.config.base import Name, Positive
 from lowrank.config.low_rank import UniformSettings
+from lowrank.config.presets import Reads
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class Settings(UniformSettings):
     """SVD-LLM reads second moments, and calibration windows for its update."""
 
-    reads: ClassVar[tuple[Literal["statistics", "tokens"], ...]] = ("statistics", "tokens")
+    reads: ClassVar[Reads] = ("statistics", "tokens")
+    counts_windows: ClassVar[str] = "windows"
 
     kind: Literal["svd-llm"]
     calibration: Name
@@ -46,9 +48,17 @@ class Settings(UniformSettings):
 
     @classmethod
     def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Two keys are about the update."""
+        reasons = super().unread(given)
+        if not given.get("update"):
+            reasons["windows"] = "is for `update: true` only; the whitening reads the statistics of all windows"
+            reasons["target"] = "is for `update: true` only; leave it out"
+        return reasons
+
+    @property
+    def needs(self) -> Reads:
         """Windows are for the update."""
-        reason = "is for `update: true` only; the whitening reads the statistics of all windows"
-        return super().unread(given) | ({} if given.get("update") else {"windows": reason})
+        return self.reads if self.update else ("statistics",)
 
     @property
     def takes_experts(self) -> bool:

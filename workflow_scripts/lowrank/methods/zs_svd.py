@@ -46,6 +46,7 @@ class Settings(LowRankSettings):
     """ZS-SVD reads second moments, and calibration windows for gradients."""
 
     reads: ClassVar[Reads] = ("statistics", "tokens")
+    counts_windows: ClassVar[str] = "sequences"
 
     kind: Literal["zs-svd"]
     calibration: Name

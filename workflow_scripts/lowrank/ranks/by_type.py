@@ -14,9 +14,6 @@ from lowrank.ranks.budget import Budget, Ranks, authors_ranks, lord_kept, unifor
 from lowrank.ranks.reach import why_out_of_reach
 from lowrank.ranks.rounding import Rounder, Rounding, Unit
 
-WHOLE = 1e-3
-"""Parameters: by so little a budget may fall short of a whole number, which a product of floats misses."""
-
 
 def uniform_ranks(budget: Budget, ratio: int, uncompressed: Sequence[str], rounding: Rounding = "give-back") -> Ranks:
     """The same kept ratio for every compressed matrix, as ranks.
@@ -82,7 +79,7 @@ def _given_back(
     rounder = Rounder(budget, units, "give-back")
     ratios = [kept[name] for name, _ in free]
     size = sum(rounder.cost(index, None) for index in range(len(units)))
-    allowed = math.floor(budget.allowed(ratio) + WHOLE) - (budget.dense_parameters - size)
+    allowed = math.floor(budget.allowed(ratio)) - (budget.dense_parameters - size)
     wanted = sum(share * rounder.cost(index, None) + rounder.cost(index, 0) for index, share in enumerate(ratios))
     ranks: Ranks = {module.name: None for module in budget.modules}
     for unit, rank in zip(units, rounder.choose(ratios, allowed, round(wanted)), strict=True):

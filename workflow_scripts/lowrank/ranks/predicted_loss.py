@@ -1,7 +1,7 @@
 """Ranks by predicted loss: one multiplier over all matrices of a model, no search and no groups of layers.
 
 Each matrix chooses among dense and the multiples of 8. A rank costs parameters, and loses half the sum of the
-eigenvalues it leaves out (`fisher_bases`). Matrices may also choose together, as those of an MLP do that lose the same
+eigenvalues it leaves out (`bases.fisher`). Matrices may also choose together, as those of an MLP do that lose the same
 neurons: such a group has a list of what it may become, with parameters and losses of its own. Minimising the sum of
 losses under a budget of parameters is a multiple choice knapsack; its Lagrangian relaxation splits into one choice a
 matrix or group, and with the right multiplier it is exact on the convex hulls of their curves. What the rounding of
@@ -28,6 +28,7 @@ MEANING = "second order, on the calibration text"
 """What a predicted rise of the loss is; that of many matrices at once, on other text, was measured to be larger."""
 Losses = Mapping[str, npt.NDArray[np.float64]]
 _BISECTIONS = 200
+"""At most: where next to no multiplier is needed, numbers halve more than a thousand times."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def _by_multiplier(choices: Mapping[str, Curve], allowed: float) -> dict[str, in
     while not fits(pick(high)):
         high *= 16
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
+        if not low < (middle := (low + high) / 2) < high:
+            break
         low, high = (low, middle) if fits(pick(middle)) else (middle, high)
     return pick(high)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from lowrank.model.families import LinearModule
-from lowrank.ranks.budget import ALIGNMENT, Budget
+from lowrank.ranks.budget import ALIGNMENT, Budget, share_of
 
 _CLOSE = 1e-9
 """Shares closer than this are equal: a range of one point is no range to search."""
@@ -92,7 +92,7 @@ def why_out_of_reach(
     dense = sum(module.parameters for module in block)
     fixed = dense - sum(module.parameters for module in free)
     biases = sum(budget.cost(module, 0) for module in free)
-    allowed = (1 - ratio / 100) * dense
+    allowed = share_of(dense, ratio)
     limits = limits_of(free, lower, upper, bounds or {})
     least, most = (
         (fixed + biases + sum(limits[module.type.tied][side] * module.parameters for module in free)) / dense

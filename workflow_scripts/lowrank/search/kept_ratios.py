@@ -18,7 +18,6 @@ from lowrank.config.presets import Search
 from lowrank.errors import RankwiseError
 from lowrank.model.families import LinearModule
 from lowrank.ranks.budget import Budget, Ranks
-from lowrank.ranks.by_type import WHOLE
 from lowrank.ranks.reach import limits_of, why_out_of_reach
 from lowrank.ranks.rounding import DENSE, Rounder, Rounding, Unit
 from lowrank.search.space import Space
@@ -248,7 +247,7 @@ class SearchSpace(Space):
 
     def ranks(self, x: np.ndarray) -> Ranks:
         """The ranks of a point; the budget is never exceeded, see `Rounder`."""
-        allowed = math.floor(self.budget.allowed(self.ratio) + WHOLE) - self._fixed
+        allowed = math.floor(self.budget.allowed(self.ratio)) - self._fixed
         dense = self.budget.dense_parameters
         wanted = round(allowed - (self.total - float(self.share(x))) * dense)
         choices = self._rounder.choose([float(x[unit.variable]) for unit in self.units], allowed, wanted)

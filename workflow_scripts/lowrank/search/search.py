@@ -123,13 +123,14 @@ def search_allocation(
     if trials:
         log.info("search: %d of %d evaluations were finished before", len(trials), settings.evaluations)
     starts = initial_points(space, settings, seed, transferred)
+    ranks_of = _remembered(space)
     for index in range(len(trials), settings.evaluations):
         started = time.monotonic()
         if index < len(starts):
             origin, x = starts[index].origin, starts[index].x
         else:
-            origin, x = propose(space, trials, settings, seed * 100_003 + index)
-        ranks = space.ranks(x)
+            origin, x = propose(space, trials, settings, seed * 100_003 + index, ranks_of)
+        ranks = ranks_of(x)
         trial = Trial(origin, x, evaluate(ranks), space.budget.kept(ranks))
         trial_log.append(index, trial)
         trials.append(trial)
@@ -155,11 +156,20 @@ def objective_of(trials: list[Trial], origin: str) -> float | None:
     return next((trial.score.objective for trial in trials if trial.origin == origin), None)
 
 
-def propose(space: Space, trials: list[Trial], settings: Search, seed: int) -> tuple[str, np.ndarray]:
+def propose(
+    space: Space, trials: list[Trial], settings: Search, seed: int, ranks_of: Callable[[np.ndarray], Ranks]
+) -> tuple[str, np.ndarray]:
     """The point to try next: where the model expects most, or, in a share of the steps, a random one.
 
     A point whose ranks were evaluated before teaches nothing, so the best of those with new ranks is taken, if there
     is one.
+
+    Args:
+        space: variables and budget.
+        trials: those so far.
+        settings: of the search.
+        seed: of this step.
+        ranks_of: the space's ranks of a point; it is asked for all trials each time.
 
     Returns:
         The point, after the word that the log of trials has for where it comes from: `improvement`, or `random`,
@@ -177,8 +187,20 @@ def propose(space: Space, trials: list[Trial], settings: Search, seed: int) -> t
         # A resumed search would fail at the same evaluation again, so it must be able to go on.
         log.warning("search: no model of the objective could be fitted (%s); taking a random allocation", error)
         return "random", space.sample(1, seed)[0]
-    known = {_key(space.ranks(x)) for x in points}
-    return "improvement", next((x for x in best if _key(space.ranks(x)) not in known), best[0])
+    known = {_key(ranks_of(x)) for x in points}
+    return "improvement", next((x for x in best if _key(ranks_of(x)) not in known), best[0])
+
+
+def _remembered(space: Space) -> Callable[[np.ndarray], Ranks]:
+    """The ranks of points, each computed once: those of a search over loss scales are an allocation of the model."""
+    found: dict[bytes, Ranks] = {}
+
+    def ranks_of(x: np.ndarray) -> Ranks:
+        if (point := x.tobytes()) not in found:
+            found[point] = space.ranks(x)
+        return found[point]
+
+    return ranks_of
 
 
 def _key(ranks: Ranks) -> tuple[int | None, ...]:

@@ -1,6 +1,6 @@
 """Single matrices truncated, each alone: by how much the loss rises, beside by how much it was predicted to.
 
-Predictions come from the gradients of the calibration windows (`fisher_bases`), measurements from other text. What
+Predictions come from the gradients of the calibration windows (`bases.fisher`), measurements from other text. What
 counts for an allocation is the order of the predictions, so their rank correlation with the measurements is given.
 """
 
