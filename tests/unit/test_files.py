@@ -186,12 +186,15 @@ def test_files_of_a_folder(pattern: str | None, found: list[str], tmp_path: Path
 STRANGERS = ["[1, 2]", "{}", '{"files": ["a.txt"]}', '{"files": {"main.js": "/static/main.3b1c.js"}}', "{cut off", ""]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "model.json"])
 @pytest.mark.parametrize("content", STRANGERS)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("models/m", "manifest.json"), ("models/m", "m.json"), ("results/try/checkpoint", "manifest.json")],
+)
 def test_beside_a_copied_checkpoint_a_file_of_somebody_else_is_no_manifest(
-    content: str, name: str, tmp_path: Path
+    place: str, name: str, content: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "models/model"
+    folder = tmp_path / place
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     folder.with_name(name).write_text(content)

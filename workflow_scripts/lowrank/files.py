@@ -29,6 +29,8 @@ LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """What says under which terms a model may be used; it goes where the weights go."""
 SECTIONS = ("files", "layers", "sha256")
 """Keys of manifests under which names of files have their SHA-256."""
+KINDS = ("models", "tasks", "statistics", "gradients", "bases", "neurons", "compressed", "tuned")
+"""Folders of a run in which there are manifests."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -426,13 +428,19 @@ def manifest_of(folder: Path) -> Path | None:
     In its place in a run, a file of that name is one, however damaged. Elsewhere it is if it lists checksums of files.
     """
     real = folder.resolve()
-    in_a_run = "results" in (*folder.absolute().parts, *real.parts)  # which may be a link to a larger disk
+    in_a_run = any(_in_a_run(path) for path in (folder.absolute(), real))  # which may be a link to a larger disk
     places = {
         real.with_name(f"{real.name}.json"): real.parent.name in ("models", "tasks"),
         real.with_name("manifest.json"): real.name in ("checkpoint", "layers"),
     }
     found = (file for file, ours in places.items() if file.is_file() and ((in_a_run and ours) or _lists_files(file)))
     return next(found, None)
+
+
+def _in_a_run(path: Path) -> bool:
+    """Whether a path is one of a run: `results/<run>/<kind>/...`."""
+    above = zip(path.parts, path.parts[2:], strict=False)
+    return any(first == "results" and third in KINDS for first, third in above)
 
 
 def _lists_files(file: Path) -> bool:

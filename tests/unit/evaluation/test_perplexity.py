@@ -169,6 +169,8 @@ def test_a_family_that_needs_it_has_bos_in_each_window_and_still_every_token_onc
     assert results["c"]["tokens"] == 7 + step * (windows - 1)
     assert results["c"]["mean_nll"] == pytest.approx(sum(map(sum, expected)) / results["c"]["tokens"], rel=1e-5)
     assert protocol["bos"].startswith("before each window")
+    _, protocol = evaluate_corpora(model, "m", make_tokenizer(False), suite, [index])
+    assert protocol["bos"] == "nowhere"
 
 
 def test_given_tokens_are_scored_as_they_are(model: LlamaForCausalLM, tmp_path: Path) -> None:

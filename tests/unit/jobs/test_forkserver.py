@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ SERVE = f"""
 import sys
 from lowrank.jobs import forkserver
 forkserver.MODELS = {LOADS!r}
-if found := forkserver.serve(sys.argv[1]):
+if found := forkserver.serve(sys.argv[1], int(sys.argv[2])):
     forkserver.become(*found)
 """
 JOB = """
@@ -56,13 +57,16 @@ class Server:
             "PYTHONPATH": str(library),
             forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(self.sockets)],
-            stdin=subprocess.PIPE,
-            env=self.environment,
-            process_group=0,
-        )
-        until(lambda: (self.sockets / "socket").exists())
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.sockets / "socket"))
+            listener.listen()
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", SERVE, str(self.sockets), str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=self.environment,
+                process_group=0,
+            )
 
     def start(self, work: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """A job whose fork does this; it is in the group of the server, as all are in the head's."""
@@ -234,6 +238,30 @@ def test_a_terminals_interrupt_reaches_every_fork_and_not_the_server(server: Ser
     assert server.run("print('next')").stdout == "next\n"
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_what_the_job_was_started_to_ignore_its_fork_ignores(ignored: bool, server: Server) -> None:
+    """As by `nohup`, or in a script that starts it in the background."""
+    script = "import signal, sys, os\n" + (
+        "signal.signal(2, signal.SIG_IGN)\nsignal.signal(1, signal.SIG_IGN)\n" if ignored else ""
+    )
+    work = "import signal\nprint([signal.getsignal(number) == signal.SIG_IGN for number in (1, 2, 15)])"
+    file = server.folder / "job.py"
+    file.write_text(script + JOB + work)
+    run = subprocess.run(
+        [sys.executable, str(file)], env=server.environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"{[ignored, ignored, False]}\n"
+
+
+def test_a_signal_to_end_that_all_get_ends_jobs_and_not_the_server(server: Server) -> None:
+    with server.start(WAITS) as job:
+        server.fork_of(job)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        job.communicate(timeout=60)
+    assert job.returncode == -signal.SIGTERM
+    assert server.run("print('next')").stdout == "next\n"
+
+
 def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
     with server.start(WAITS) as job:
         fork = server.fork_of(job)
@@ -283,8 +311,59 @@ def test_without_its_server_a_job_says_so_and_works_by_itself(server: Server) ->
     server.process.wait()
     run = server.run("print(FORK_OF in os.environ)", process_group=0)
     assert (run.returncode, run.stdout) == (0, "False\n")
-    assert run.stderr.startswith("compute_bases: the fork server of this run is gone (")
+    assert run.stderr.startswith("compute_bases: no fork of this run's server (")
     assert run.stderr.endswith("); this job loads torch itself\n")
+
+
+def test_a_server_that_ends_while_it_loads_lets_jobs_work_by_themselves(tmp_path: Path) -> None:
+    loading = tmp_path / "loading"
+    (tmp_path / "colorsys.py").write_text(f"import time\nopen({str(loading)!r}, 'w').close()\ntime.sleep(60)")
+    slow = Server(tmp_path / "slow", f"{tmp_path}{os.pathsep}{LIBRARY}")
+    jobs = [slow.start("print(FORK_OF in os.environ)", process_group=0) for _ in range(2)]
+    until(loading.exists)
+    time.sleep(0.5)  # until both have asked
+    slow.process.kill()
+    slow.process.wait()
+    for job in jobs:
+        said, errors = job.communicate(timeout=60)
+        assert (job.returncode, said) == (0, "False\n")
+        assert errors.startswith("compute_bases: no fork of this run's server (")
+
+
+def test_a_module_that_cannot_be_loaded_is_left_to_the_job(tmp_path: Path) -> None:
+    (tmp_path / "wave.py").write_text("raise ValueError('binary incompatibility')")
+    server = Server(tmp_path / "server", f"{tmp_path}{os.pathsep}{LIBRARY}")
+    try:
+        assert server.run("print(FORK_OF in os.environ)").stdout == "True\n"
+    finally:
+        server.process.communicate(timeout=60)
+
+
+def test_modules_of_the_folder_where_a_run_starts_are_no_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(forkserver.SERVER, raising=False)
+    monkeypatch.setattr(forkserver, "_servers", [])
+    forkserver.start_fork_server(os.environ | {"PYTHONPATH": str(LIBRARY)})
+    (started,) = forkserver._servers
+    time.sleep(1)
+    assert started.poll() is None
+    started.communicate(timeout=60)
+    assert started.returncode == 0
+
+
+def test_where_no_socket_can_be_a_run_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.delenv(forkserver.SERVER, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    forkserver.start_fork_server(os.environ)
+    assert forkserver.SERVER not in os.environ
+    assert capfd.readouterr().err == "without a fork server (AF_UNIX path too long): each job loads torch itself\n"
 
 
 @pytest.mark.parametrize("value", [None, "", "{socket}:/another/python"])
@@ -340,6 +419,8 @@ def test_forks_that_cannot_be_watched_are_not_made(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(forkserver, "package_version", lambda name: "2.13.0+cpu")
     monkeypatch.setattr(forkserver.os, "pidfd_open", refuse)
+    assert not forkserver.forks_are_safe()
+    monkeypatch.delattr(forkserver.os, "pidfd_open")  # as in a Python that was built on an old system
     assert not forkserver.forks_are_safe()
 
 

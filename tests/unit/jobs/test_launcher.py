@@ -171,9 +171,11 @@ def test_one_process_of_its_own_needs_no_launcher(tmp_path: Path, monkeypatch: p
 def test_two_processes_of_one_machine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # DeepSpeed's launcher would number devices of its own
     monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setattr(launcher, "WORKERS", [])
     given = {"text": "ä", "number": 0.1}
     result = run_shared(crew_work.add_ranks, given, Crew(2, 1, name), 6, tmp_path)
     assert result == {"total": [1, 2, 2e-30], "own": [[0, 3], [1, 3]], "given": given, "devices": ""}
+    assert [100 < peak < 5000 for peak in launcher.WORKERS] == [True, True]
 
 
 @ON_CPU

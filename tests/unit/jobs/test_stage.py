@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowrank.errors import RankwiseError
-from lowrank.jobs import imports, stage
+from lowrank.jobs import imports, stage, usage
 from lowrank.jobs.lock import output_lock
 from lowrank.reruns.fingerprint import Code
 
@@ -94,7 +94,7 @@ from contextlib import contextmanager
 from lowrank.jobs import stage
 
 @contextmanager
-def slow(*_):
+def slow(*_, **__):
     time.sleep(3)
     yield
 
@@ -352,9 +352,16 @@ def test_a_laptop_asks_for_nothing(resources: dict[str, Any]) -> None:
 
 
 def test_the_peak_is_that_of_the_resident_memory() -> None:
-    before = stage.peak_resident_mib()
+    before = usage.peak_resident_mib()
     size = int(before + 100) * 2**20
     block = bytearray(size)  # zeros take no memory until they are written
     block[::4096] = b"x" * len(block[::4096])
     del block
-    assert before + 100 <= stage.peak_resident_mib() <= before + size / 2**20 + 50
+    assert before + 100 <= usage.peak_resident_mib() <= before + size / 2**20 + 50
+
+
+def test_the_largest_process_that_a_job_has_started_may_be_a_worker_of_another_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(usage, "WORKERS", [300.0, 1e6, 400.0])
+    assert usage.usage_since(0.0)["child_peak_mib"] == 1e6

@@ -178,3 +178,13 @@ def test_a_budget_that_is_not_met_says_what_to_raise() -> None:
         compressed("llama", 30, steps=3)
     with pytest.raises(RankwiseError, match="no allocation fits the budget"):
         compressed("llama", 99)
+
+
+def test_the_scale_of_the_loss_is_kept_with_the_rest(tmp_path: Path) -> None:
+    logits = torch.zeros(3, requires_grad=True)
+    optimiser = torch.optim.Adam([logits])
+    logits.grad = torch.ones(3)
+    optimiser.step()
+    parts = Parts(tmp_path)
+    parts.save("masks", masks._state(optimiser, logits, masks._Course(step=4, scale=2.0**9)))
+    assert masks._restored(parts, optimiser, logits) == masks._Course(step=4, scale=2.0**9)

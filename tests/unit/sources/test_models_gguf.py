@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank.errors import RankwiseError
+from lowrank.model.tokenizer import load_tokenizer
 from lowrank.sources.gguf import _require_window
 from tests.unit.model.gguf_samples import finish, started, write_gguf
 from tests.unit.sources.model_samples import PARAMETERS, VOCABULARY, add_head, fetch, make_tokenizer, refused
@@ -131,3 +133,15 @@ def test_an_adapter_beside_a_gguf_file_is_none_of_it(gguf_file: Path, tmp_path: 
     (tmp_path / "source/m.gguf").symlink_to(gguf_file)
     (tmp_path / "source/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "no/where"}))
     assert fetch(tmp_path / "source/m.gguf", tmp_path)["parameters"] == PARAMETERS
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_none_of_it(gguf_file: Path, tmp_path: Path) -> None:
+    fetch(gguf_file, tmp_path / "alone")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/m.gguf").symlink_to(gguf_file)
+    other = Tokenizer(models.WordLevel({"<s>": 0, "river": 1}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=other, bos_token="<s>").save_pretrained(tmp_path / "source")
+    fetch(tmp_path / "source/m.gguf", tmp_path)
+    found, expected = (load_tokenizer(folder / "models/tiny") for folder in (tmp_path, tmp_path / "alone"))
+    assert found.get_vocab() == expected.get_vocab()
+    assert found("river stone")["input_ids"] == expected("river stone")["input_ids"]

@@ -88,7 +88,7 @@ def collect_output_gradients(
     Returns:
         One safetensors file per block, in `state`, with the key of a type -> m x m in float32, packed. An
         expert's gradient is zero for tokens that it does not get: its G is that of an error of its own outputs, in the
-        mean over all tokens.
+        mean over all tokens that a next one is predicted of.
 
     Raises:
         RankwiseError: windows of one token, or a gradient that is not finite; the layer is named.

@@ -139,7 +139,7 @@ def evaluate_corpora(
         RankwiseError: a text too short for the windows, a corpus of another tokenizer, a loss that is not finite.
     """
     stride = suite.stride or suite.length
-    bos_each = family_of(model).needs_bos
+    bos, bos_each = default_bos(tokenizer) if suite.add_bos else None, family_of(model).needs_bos
     files = {read_index(index)["corpus"]: index for index in indices}
     results: dict[str, dict[str, Any]] = {}
     for corpus in suite.corpora:
@@ -160,8 +160,10 @@ def evaluate_corpora(
         if stride == suite.length
         else f"all tokens of the first window but its first, the last {stride} tokens of the others",
         "documents": "joined by an empty line, tokenised together; windows of a `tokens:` corpus as they are",
-        "bos_token": default_bos(tokenizer) if suite.add_bos else None,
-        "bos": "before each window, as this family needs it; not scored"
+        "bos_token": bos,
+        "bos": "nowhere"
+        if bos is None
+        else "before each window of a text, as this family needs it; not scored"
         if bos_each
         else "once, before the first document",
         "softmax": "float32",

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -62,26 +63,40 @@ MORE = {
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Files that are there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""That are sent to all processes of a run at once, and end them."""
+
 _servers: list[subprocess.Popen[bytes]] = []
 
 
 # --- in the head ---
 
 
-def start_fork_server(environment: dict[str, str]) -> None:
+def start_fork_server(environment: Mapping[str, str]) -> None:
     """Start a server that ends with this process, and tell all jobs of it: once, and where forks are safe.
+
+    If there can be none, jobs load torch themselves, and a line says why.
 
     Args:
         environment: all of the server's, with what stages set before they load libraries, which read it then.
     """
     if SERVER in os.environ or not forks_are_safe():
         return
-    folder = tempfile.mkdtemp(prefix="rankwise-forks-")  # nobody else may enter it
-    server = subprocess.Popen(
-        [sys.executable, "-m", __name__, folder],
-        stdin=subprocess.PIPE,  # never written to, and closed by the system when this process ends
-        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    try:
+        folder = tempfile.mkdtemp(prefix="rankwise-forks-")  # nobody else may enter it
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(_socket_in(folder))
+            listener.listen(64)
+            server = subprocess.Popen(
+                # Without -P, modules in the working directory would be taken for those of packages.
+                [sys.executable, "-P", "-m", __name__, folder, str(listener.fileno())],
+                stdin=subprocess.PIPE,  # never written to, and closed by the system when this process ends
+                pass_fds=[listener.fileno()],
+                env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+    except OSError as error:  # a path too long for a socket, a full disk
+        print(f"without a fork server ({error}): each job loads torch itself", file=sys.stderr)
+        return
     _servers.append(server)  # or Python would close the pipe now
     os.environ[SERVER] = f"{_socket_in(folder)}:{sys.executable}"
 
@@ -92,7 +107,7 @@ def forks_are_safe() -> bool:
         return False
     try:
         os.close(os.pidfd_open(os.getpid()))
-    except OSError:  # a kernel before 5.3, or a container that forbids it
+    except (OSError, AttributeError):  # a kernel before 5.3, a container or a Python without it
         return False
     return package_version("torch").endswith("+cpu") or not any(os.path.exists(device) for device in DEVICES)
 
@@ -118,38 +133,52 @@ def run_as_fork(rule: str) -> int | None:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(address)
-        except OSError as error:
-            print(
-                f"{rule}: the fork server of this run is gone ({error}); this job loads torch itself", file=sys.stderr
-            )
+            fork = _ask(connection, rule)
+        except (OSError, EOFError) as error:  # nothing of the job has begun
+            print(f"{rule}: no fork of this run's server ({error}); this job loads torch itself", file=sys.stderr)
             return None
-        asked: dict[str, Any] = {
-            "rule": rule,
-            "arguments": sys.argv,
-            "path": sys.path,
-            "directory": os.getcwd(),
-            "environment": dict(os.environ),
-        }
-        sys.stdout.flush()
-        sys.stderr.flush()
-        socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
-        return _wait(connection)
+        return _wait(connection, fork)
 
 
-def _wait(connection: socket.socket) -> int:
+def _ask(connection: socket.socket, rule: str) -> int:
+    """Hand over what this process was started with; the number of the fork's process."""
+    asked = {
+        "rule": rule,
+        "arguments": sys.argv,
+        "path": sys.path,
+        "directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "ignored": [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN],
+    }
+    sys.stdout.flush()
+    sys.stderr.flush()
+    socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
+    if not (answer := _line(connection)):
+        raise EOFError("it has ended")
+    return int(answer)
+
+
+def _line(connection: socket.socket) -> str:
+    """A line of few bytes, or nothing at the end."""
+    said = b""
+    while not said.endswith(b"\n") and (more := connection.recv(1)):
+        said += more
+    return said.decode()
+
+
+def _wait(connection: socket.socket, fork: int) -> int:
     """Pass signals on to the fork, and wait for its end."""
-    with connection.makefile() as answers:
-        fork = int(answers.readline() or 0)
-        if not fork:
-            return 1  # the server was ended meanwhile, and says why
 
-        def pass_on(number: int, _: FrameType | None) -> None:
-            with suppress(ProcessLookupError):
-                os.kill(fork, number)
+    def pass_on(number: int, _: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(fork, number)
 
-        signal.signal(signal.SIGTERM, pass_on)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the fork, too
-        return int(answers.readline() or -signal.SIGKILL)
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the fork, too
+    if answer := _line(connection):
+        return int(answer)
+    pass_on(signal.SIGKILL, None)  # who looked after it has ended: its end would not be known
+    return -signal.SIGKILL
 
 
 def end_as(status: int) -> NoReturn:
@@ -164,17 +193,20 @@ def end_as(status: int) -> NoReturn:
 # --- in the server ---
 
 
-def serve(folder: str) -> tuple[dict[str, Any], list[int]] | None:
+def serve(folder: str, listening: int) -> tuple[dict[str, Any], list[int]] | None:
     """Load what jobs ask for, and fork for each, until the head has ended.
+
+    Args:
+        folder: with the socket; it is removed at the end.
+        listening: file number of the socket.
 
     Returns:
         In each fork what its job has asked for, and its three files; nothing in the server, when it is to end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the head ends when its jobs have
+    for number in SIGNALS:  # which are sent to all; the head ends when its jobs have
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what looks after a fork
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(_socket_in(folder))
-    listener.listen(64)
+    listener = socket.socket(fileno=listening)
     while True:
         ready, _, _ = select.select([listener.fileno(), 0], [], [])
         if 0 in ready:
@@ -184,10 +216,11 @@ def serve(folder: str) -> tuple[dict[str, Any], list[int]] | None:
         if said.endswith(b"\n"):  # else who asked was killed meanwhile
             asked = json.loads(said) | {"server": os.getpid()}
             _load(asked["rule"])
-            if not os.fork():
-                listener.close()
-                _look_after(connection, files)
-                return asked, files
+            with suppress(OSError):  # no memory, or too many processes, for a fork: who asked does its work itself
+                if not os.fork():
+                    listener.close()
+                    _look_after(connection, files)
+                    return asked, files
         connection.close()
         for file in files:
             os.close(file)
@@ -208,7 +241,7 @@ def _load(rule: str) -> None:
     """What a job of this rule needs. What cannot be loaded is left to the job, whose error says what to do."""
     with uncollected():
         for name in (*MODELS, *MORE.get(rule, ())):
-            with suppress(ImportError):
+            with suppress(Exception):
                 importlib.import_module(name)
 
 
@@ -241,7 +274,9 @@ def become(asked: dict[str, Any], files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signalled in SIGNALS:
+        usual = signal.default_int_handler if signalled == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signalled, signal.SIG_IGN if signalled in asked["ignored"] else usual)
     os.environ.clear()
     os.environ.update(asked["environment"] | {FORK_OF: f"{asked['server']}, {asked['rule']}"})
     os.chdir(asked["directory"])
@@ -258,5 +293,5 @@ def become(asked: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if found := serve(sys.argv[1]):
+    if found := serve(sys.argv[1], int(sys.argv[2])):
         become(*found)

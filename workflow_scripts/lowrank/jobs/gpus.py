@@ -89,7 +89,7 @@ def own_gpus(count: int, jobs_per_gpu: int = 1, folder: Path | None = None, alon
         count: how many.
         jobs_per_gpu: jobs that may hold one GPU at the same time.
         folder: of the locks; all jobs of all users of the machine must see the same.
-        alone: no other job may hold them, not even where several may hold one.
+        alone: no other job of this `jobs_per_gpu` may hold them, not even where several may hold one.
     """
     gpus = usable_gpus(os.environ) if count and DEALING in os.environ else {}
     if not gpus or len(gpus) < count:

@@ -20,6 +20,7 @@ from lowrank.files import read_json, write_json
 from lowrank.jobs import node, worker
 from lowrank.jobs.crew import Crew, Place, command
 from lowrank.jobs.share import ALONE, Share
+from lowrank.jobs.usage import WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def launch(work: str, arguments: dict[str, Any], crew: Crew, threads: int, folde
     """
     job_file = Path(folder) / "job.json"
     write_json(job_file, {"work": work, "arguments": arguments})
-    for old in (*job_file.parent.glob("job.json.error*"), worker.result_file(job_file)):
+    peaks = worker.peak_file(job_file, "*").name
+    for old in (*job_file.parent.glob("job.json.error*"), *job_file.parent.glob(peaks), worker.result_file(job_file)):
         old.unlink(missing_ok=True)
     last: deque[str] = deque(maxlen=LAST_LINES)
     starter = start_command(crew, job_file)
@@ -83,6 +85,7 @@ def launch(work: str, arguments: dict[str, Any], crew: Crew, threads: int, folde
             last.append(line.rstrip())
     if process.returncode:
         raise RankwiseError(_failure(job_file, process.returncode, last))
+    WORKERS.extend(float(path.read_text(encoding="utf-8")) for path in job_file.parent.glob(peaks))
     return read_json(worker.result_file(job_file))
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
@@ -21,8 +19,8 @@ from lowrank.jobs.gpus import DEALING, own_gpus
 from lowrank.jobs.imports import load_models
 from lowrank.jobs.job import Job
 from lowrank.jobs.lock import output_lock
-from lowrank.jobs.log_file import FINISHED
 from lowrank.jobs.record import write_job_record
+from lowrank.jobs.usage import describe_usage, usage_since
 from lowrank.model.placement import MODEL_GPUS
 from lowrank.redact import SafeFormatter
 from lowrank.versions import package_version
@@ -42,8 +40,9 @@ TIMED = ("evaluate_cost",)
 """Rules that measure speed: others on the same GPU would be measured too."""
 
 TAKES_LESS = {
-    "post_train": "a smaller `micro_batch_size` in its `tuning` takes less; `deepspeed: zero3` there divides the "
-    "weights among the GPUs of a job, and `zero3-offload` keeps them in main memory",
+    "post_train": "a smaller `micro_batch_size` in its `tuning` takes less; with `deepspeed: zero3` there each GPU "
+    "more that the profile gives the job (`gpu`) takes a share of the weights, and `zero3-offload` keeps them in main "
+    "memory",
     "distil_features": "a smaller `batch_size` in its `tuning` takes less",
 }
 """Rule whose model is not spread over GPUs -> what helps, but a larger one."""
@@ -281,45 +280,6 @@ def missing_package(error: BaseException) -> str:
         f" in the environment of {sys.executable}. Start Snakemake from one that has envs/requirements.txt, "
         "and see that the nodes reach it too."
     )
-
-
-def usage_since(started: float) -> dict[str, float]:
-    """Seconds since a time of `time.monotonic`, and the peaks of memory so far.
-
-    Returns:
-        `seconds`; `peak_mib` of this process; `child_peak_mib` of the largest that it started, and `gpu_peak_mib` that
-        torch reserved, where there is such.
-    """
-    usage = {"seconds": time.monotonic() - started, "peak_mib": peak_resident_mib()}
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    if children > 256:  # the workers of post-training, not a compiler or `uname`
-        usage["child_peak_mib"] = children
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        gpus = range(torch.cuda.device_count())
-        usage["gpu_peak_mib"] = max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus) / 2**20
-    return usage
-
-
-def describe_usage(usage: dict[str, float]) -> str:
-    """What a job took by `usage_since`, and the torch that was used, in one line."""
-    parts = [f"{FINISHED % usage['seconds']}, peak memory {usage['peak_mib']:.0f} MiB"]
-    if "child_peak_mib" in usage:
-        parts.append(f"{usage['child_peak_mib']:.0f} MiB in the largest process it started")
-    torch: Any = sys.modules.get("torch")
-    if "gpu_peak_mib" in usage:
-        parts.append(f"{usage['gpu_peak_mib']:.0f} MiB reserved on {torch.cuda.get_device_name()}")
-    return ", ".join([*parts, *([] if torch is None else [f"torch {torch.__version__}"])])
-
-
-def peak_resident_mib() -> float:
-    """Largest resident set of this process since it was started."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
 
 
 def begin_log(log_file: str) -> None:

@@ -15,6 +15,7 @@ from lowrank.files import read_json, write_json, write_text
 from lowrank.jobs.forkserver import WORKER, end_as, run_as_fork
 from lowrank.jobs.imports import uncollected
 from lowrank.jobs.share import Share
+from lowrank.jobs.usage import peak_resident_mib
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def main(job_file: str) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         result = work(job["arguments"], Share(rank, dist.get_world_size()))
+        write_text(peak_file(job_file, rank), str(peak_resident_mib()))
         if rank == 0:
             write_json(result_file(job_file), result)
             _log_memory()
@@ -59,6 +61,11 @@ def main(job_file: str) -> int:
 def error_file(job_file: str | Path, rank: int | str) -> Path:
     """Where process `rank` (or what started it on a machine) leaves the type and message of the error that ended it."""
     return Path(f"{job_file}.error{rank}")
+
+
+def peak_file(job_file: str | Path, rank: int | str) -> Path:
+    """Where process `rank` leaves the largest memory that it has had, in MiB."""
+    return Path(f"{job_file}.peak{rank}")
 
 
 def result_file(job_file: str | Path) -> Path:

@@ -40,14 +40,14 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
     log.info("converting %s (%.1f M weights) to safetensors", file.name, parameters / 1e6)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder,  # which is empty: an adapter beside the file would be loaded too
+            folder,  # which is empty: an adapter, or another tokenizer, beside the file would be loaded too
             gguf_file=place,
             dtype=dtype,
             output_loading_info=True,
             # Without it transformers 5 takes the dequantised model for a quantised one and refuses to save it.
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=place)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=place)
     except Exception as error:  # KeyError, ValueError, RuntimeError, ... for what transformers cannot read
         raise RankwiseError(
             f"{file}: transformers cannot convert this GGUF file ({type(error).__name__}: {error}). {ELSEWHERE}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Weights as safetensors only (a pickle can run code), and only those that transformers would load.
+# Weights as safetensors only (a pickle can run code). Of a repository with one file and an index, both are fetched.
 CHECKPOINT_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *LEGAL_FILES)
 
 
