@@ -289,7 +289,7 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(rule: str, resources: d
 @pytest.mark.parametrize(
     ("rule", "resources", "told"),
     [
-        ("post_train", SHARED, "a smaller `micro_batch_size` in its `tuning` takes less; with `deepspeed: zero3` there"),
+        ("post_train", SHARED, "a smaller `micro_batch_size` in its `tuning` takes less; with `deepspeed: zero3`"),
         ("distil_features", {"gpu": 1}, "a smaller `batch_size` in its `tuning` takes less."),
         ("compute_bases", {"spreads_model": 0}, "this rule needs one with more."),
         ("collect_statistics", SHARED | {"layers_per_pass": 1}, "this rule needs one with more."),
