@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank.jobs.forkserver import SERVER
 from tests import tiny
 from tests.benchmarks import __main__ as bench
 from tests.benchmarks import decoding, starting
@@ -70,11 +72,26 @@ def test_a_start_is_of_the_stages_own_imports(tmp_path: Path) -> None:
 def test_each_kind_of_start_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(starting, "seconds_of", lambda script: asked.append(script) or float(len(asked)))
+    monkeypatch.setattr(starting, "forks_are_safe", lambda: False)
     found = starting.rows(TINY)
     assert [row.unit for row in found] == ["s"] * len(starting.STAGES)
     first = found[0]
     assert starting.TURNS == 2
     assert (first.low, first.median, first.high) == (2.25, 2.5, 2.75), "of the second and the third"
+
+
+def test_each_start_of_a_fork_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(starting, "seconds_of", lambda script: asked.append(script) or float(len(asked)))
+    monkeypatch.setattr(starting, "serve_forks", lambda: os.environ.update({SERVER: ":"}))
+    found = starting.forks(TINY, tmp_path, {"make_table": "no fork", "collect_statistics": "work()"})
+    (row,) = found
+    assert row.measure == "start of collect_statistics as a fork to its first computing"
+    assert (row.low, row.median, row.high) == (2.25, 2.5, 2.75), "the first one loads modules"
+    assert SERVER not in os.environ
+    script = (tmp_path / "collect_statistics.py").read_text()
+    assert "run_as_fork('collect_statistics')" in script
+    assert script.endswith("work()")
 
 
 def test_what_takes_too_long_is_listed_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,17 @@ def test_a_terminals_interrupt_reaches_every_fork_and_not_the_server(server: Ser
     assert server.run("print('next')").stdout == "next\n"
 
 
+def test_a_signal_to_end_that_comes_before_the_fork_is_passed_on_later() -> None:
+    relay = forkserver.Relay()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        relay(signal.SIGTERM)
+        assert relay.early == [signal.SIGTERM]
+        assert sleeper.poll() is None
+        relay.begin(sleeper.pid)
+        assert sleeper.wait(timeout=60) == -signal.SIGTERM
+    relay(signal.SIGTERM)  # nobody is there any more
+
+
 @pytest.mark.parametrize("ignored", [True, False])
 def test_what_the_job_was_started_to_ignore_its_fork_ignores(ignored: bool, server: Server) -> None:
     """As by `nohup`, or in a script that starts it in the background."""

@@ -130,14 +130,44 @@ def run_as_fork(rule: str) -> int | None:
     this = os.environ.get(FORK_OF, "").rpartition(" ")[2]
     if rule not in FORKED or rule == this or python != sys.executable:
         return None
+    relay = Relay()
+    usual = signal.signal(signal.SIGTERM, relay)
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(address)
-            fork = _ask(connection, rule)
+            relay.begin(_ask(connection, rule))
         except (OSError, EOFError) as error:  # nothing of the job has begun
             print(f"{rule}: no fork of this run's server ({error}); this job loads torch itself", file=sys.stderr)
+            signal.signal(signal.SIGTERM, usual)
+            for number in relay.early:
+                signal.raise_signal(number)
             return None
-        return _wait(connection, fork)
+        return _wait(connection, relay)
+
+
+class Relay:
+    """Passes a signal on to the fork; one that comes before it is there, as soon as it is.
+
+    Attributes:
+        fork: number of its process; 0 before that.
+        early: signals that came before.
+    """
+
+    def __init__(self) -> None:
+        self.fork, self.early = 0, list[int]()
+
+    def __call__(self, number: int, _: FrameType | None = None) -> None:
+        if not self.fork:
+            self.early.append(number)
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.fork, number)
+
+    def begin(self, fork: int) -> None:
+        """The fork is there."""
+        self.fork = fork
+        for number in self.early:
+            self(number)
 
 
 def _ask(connection: socket.socket, rule: str) -> int:
@@ -166,18 +196,18 @@ def _line(connection: socket.socket) -> str:
     return said.decode()
 
 
-def _wait(connection: socket.socket, fork: int) -> int:
-    """Pass signals on to the fork, and wait for its end."""
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(fork, number)
-
-    signal.signal(signal.SIGTERM, pass_on)
+def _wait(connection: socket.socket, relay: Relay) -> int:
+    """Wait for the fork's end, while signals are passed on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the fork, too
+    woken, wakes = socket.socketpair()  # a signal just before `select` would not end it
+    wakes.setblocking(False)
+    signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    while connection not in select.select([connection, woken], [], [])[0]:
+        woken.recv(64)
+    signal.set_wakeup_fd(-1)
     if answer := _line(connection):
         return int(answer)
-    pass_on(signal.SIGKILL, None)  # who looked after it has ended: its end would not be known
+    relay(signal.SIGKILL)  # who looked after it has ended: its end would not be known
     return -signal.SIGKILL
 
 
