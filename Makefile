@@ -59,7 +59,7 @@ check: setup
 FAST := project config $(addprefix unit/, bases calibration cluster compression config jobs ranks reruns sources)
 
 fast: setup
-	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_files.py
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_files.py tests/unit/test_manifest.py
 
 # The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')

@@ -18,8 +18,8 @@ import torch
 
 from lowrank.config.load import load_study
 from lowrank.export.numbers import measured
-from lowrank.files import manifest_of
 from lowrank.layout import Layout
+from lowrank.manifest import manifest_of
 from lowrank.model.checkpoint import load_checkpoint
 from tests import tiny
 from tests.warm import ENVIRONMENT, REPOSITORY, Warm

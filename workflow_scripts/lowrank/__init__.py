@@ -4,7 +4,8 @@ It is laid out in rooms, files and packages; `docs/architecture.md` says what li
 """
 
 ROOMS = (
-    *("errors", "redact", "terminal", "versions", "files", "reruns", "model", "ranks", "config", "layout", "jobs"),
+    *("errors", "redact", "terminal", "versions", "files", "manifest", "reruns", "model"),
+    *("ranks", "config", "layout", "jobs"),
     *("sources", "calibration", "bases", "search", "compression", "methods", "post_training", "evaluation", "paper"),
     *("export", "cluster", "progress"),
 )

@@ -1,8 +1,8 @@
 """Reading and writing of artefacts: whole or not at all, checked when read, and never a pickle.
 
 Every writer here puts the content under a temporary name in the same folder and renames it, so that a
-reader (or Snakemake) sees either the old file or the finished new one. Tensors carry a checksum of their own, and
-the files of a folder are compared with the manifest beside it, so that damage is met where a file is first read.
+reader (or Snakemake) sees either the old file or the finished new one. Tensors carry a checksum of their own, so that
+damage is met where a file is first read.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 HASH_CHUNK = 1 << 20
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """What says under which terms a model may be used; it goes where the weights go."""
-SECTIONS = ("files", "layers", "sha256")
-"""Keys of manifests under which names of files have their SHA-256."""
-KINDS = ("models", "tasks", "statistics", "gradients", "bases", "neurons", "compressed", "tuned")
-"""Folders of a run in which there are manifests."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -363,11 +359,6 @@ def publish_layers(state: Path, target: str | Path) -> None:
             link_or_copy(file, folder / file.name)
 
 
-def checksums_of(folder: str | Path) -> dict[str, str]:
-    """Name -> checksum of each file of a folder, for its manifest."""
-    return {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
-
-
 def layer_files(folder: str | Path, layers: int) -> list[Path]:
     """The files of all blocks of a model, in order.
 
@@ -379,76 +370,3 @@ def layer_files(folder: str | Path, layers: int) -> list[Path]:
         if not file.is_file():
             raise RankwiseError(f"{file}: missing. Delete {folder} and run the workflow again.")
     return files
-
-
-def load_layer(file: Path, names: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors of one block.
-
-    Raises:
-        RankwiseError: see `load_tensors`; or the file is not the one that the manifest beside its folder describes.
-    """
-    tensors = load_tensors(file, names, file.parent)
-    check_manifest(file.parent, "layers", [file.name])
-    return tensors
-
-
-def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip: tuple[str, ...] = ()) -> None:
-    """Compare files of a folder with the manifest beside it: `<folder>.json`, or `manifest.json` in the same place.
-
-    A folder without a manifest is not checked: one that is being made, or a checkpoint that was copied elsewhere, where
-    a `manifest.json` may be somebody else's.
-
-    Args:
-        folder: whose files.
-        section: key of the manifest that maps names of files to their SHA-256.
-        names: the files; none: all that the manifest lists.
-        skip: without those whose names end so.
-
-    Raises:
-        RankwiseError: a file is missing, or it is not the one that the manifest describes.
-    """
-    manifest = manifest_of(folder)
-    if manifest is None:
-        return
-    stated = read_record(manifest)[section]
-    if not isinstance(stated, dict):
-        raise RankwiseError(f"{manifest}: damaged, {section!r} lists no files. Delete it and run the workflow again.")
-    cure = f"Delete the folder {folder} and run the workflow again."
-    for name in names or [name for name in stated if not name.endswith(skip)]:
-        file = folder / name
-        if not file.is_file():
-            raise RankwiseError(f"{file}: missing, and {manifest} lists it. {cure}")
-        if sha256_file(file) != stated.get(name):
-            raise RankwiseError(f"{file}: damaged or replaced: not the file that {manifest} describes. {cure}")
-
-
-def manifest_of(folder: Path) -> Path | None:
-    """The manifest of a folder, which lies beside it, not beside a link to it; None if there is none.
-
-    In its place in a run, a file of that name is one, however damaged. Elsewhere it is if it lists checksums of files.
-    """
-    real = folder.resolve()
-    in_a_run = any(_in_a_run(path) for path in (folder.absolute(), real))  # which may be a link to a larger disk
-    places = {
-        real.with_name(f"{real.name}.json"): real.parent.name in ("models", "tasks"),
-        real.with_name("manifest.json"): real.name in ("checkpoint", "layers"),
-    }
-    found = (file for file, ours in places.items() if file.is_file() and ((in_a_run and ours) or _lists_files(file)))
-    return next(found, None)
-
-
-def _in_a_run(path: Path) -> bool:
-    """Whether a path is one of a run: `results/<run>/<kind>/...`."""
-    above = zip(path.parts, path.parts[2:], strict=False)
-    return any(first == "results" and third in KINDS for first, third in above)
-
-
-def _lists_files(file: Path) -> bool:
-    """Whether a file holds what manifests do: names of files, each with its SHA-256."""
-    try:
-        record = read_record(file)
-    except RankwiseError:
-        return False
-    digest = re.compile("[0-9a-f]{64}")
-    listed = [names for section in SECTIONS if isinstance(names := record.get(section), dict)]
-    return any(names and all(digest.fullmatch(str(stated)) for stated in names.values()) for names in listed)

@@ -8,10 +8,11 @@ from lowrank.jobs.stage import run_stage
 def work(job: Snakemake) -> None:
     """Run the backward passes in a resumable folder, then move the layer files to their place."""
     from lowrank.calibration.output_gradients import collect_share
-    from lowrank.files import checksums_of, load_tensors, publish_layers, write_json
+    from lowrank.files import load_tensors, publish_layers, write_json
     from lowrank.jobs.crew import crew_of
     from lowrank.jobs.launcher import run_shared
     from lowrank.jobs.state import SECONDS, Clock, resumable_state
+    from lowrank.manifest import checksums_of
     from lowrank.model.runtime import describe_environment, limit_threads
 
     settings = job.params.settings

@@ -10,10 +10,11 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.routing import experts_left_dense
     from lowrank.calibration.statistics import collect_share
     from lowrank.config.sources import ModelShape
-    from lowrank.files import checksums_of, layer_files, load_tensors, publish_layers, write_json
+    from lowrank.files import layer_files, load_tensors, publish_layers, write_json
     from lowrank.jobs.crew import crew_of
     from lowrank.jobs.launcher import run_shared
     from lowrank.jobs.state import resumable_state
+    from lowrank.manifest import checksums_of
     from lowrank.model.runtime import describe_environment, limit_threads
     from lowrank.ranks.budget import Budget
 

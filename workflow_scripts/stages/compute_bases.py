@@ -13,8 +13,9 @@ def work(job: Snakemake) -> None:
     from lowrank.calibration.statistics import load_moments
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
-    from lowrank.files import atomic_path, checksums_of, layer_files, load_layer, save_tensors, write_json
+    from lowrank.files import atomic_path, layer_files, save_tensors, write_json
     from lowrank.jobs.stage import log
+    from lowrank.manifest import checksums_of, load_layer
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
     from lowrank.model.stored_blocks import StoredBlocks
 

@@ -14,8 +14,9 @@ def work(job: Snakemake) -> None:
     from lowrank.compression.eliminate_neurons import Eliminations, eliminate_neurons
     from lowrank.config.presets import Covariance
     from lowrank.config.sources import ModelShape
-    from lowrank.files import checksums_of, publish_layers, write_json
+    from lowrank.files import publish_layers, write_json
     from lowrank.jobs.state import Parts, resumable_state
+    from lowrank.manifest import checksums_of
     from lowrank.model.checkpoint import load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
     from lowrank.ranks.budget import Budget

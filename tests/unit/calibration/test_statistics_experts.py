@@ -14,8 +14,8 @@ from lowrank.calibration.routing import TOKENS, experts_left_dense
 from lowrank.calibration.statistics import collect_statistics, load_moments
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
-from lowrank.files import load_layer
 from lowrank.jobs.share import Share
+from lowrank.manifest import load_layer
 from lowrank.model.checkpoint import family_of
 from lowrank.ranks.budget import Budget
 from tests import tiny

@@ -18,7 +18,7 @@ from lowrank.config.tuning import ScaledSubspaceTuning
 from lowrank.config.zero import Zero
 from lowrank.errors import RankwiseError
 from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_70B, MISTRAL_7B, MIXTRAL_8X7B
-from tests.unit.cluster.test_resources import BOLACO, CALIBRATION, JOBS, study_of
+from tests.unit.cluster.resource_samples import BOLACO, CALIBRATION, JOBS, study_of
 
 AUTO = Dealing(None, 80 * GIB, 8)
 MODEL = Need(

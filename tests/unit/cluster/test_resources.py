@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank.cluster.compression_needs import TAKE_GRADIENTS, computes_on_device
-from lowrank.cluster.needs import CUDA_HOST, GIB, PROGRAM, Need, Work, memory_request, runtime_request
+from lowrank.cluster.needs import CUDA_HOST, GIB, Need, Work, memory_request, runtime_request
 from lowrank.cluster.resources import Estimator
 from lowrank.cluster.sizes import Sizes
-from lowrank.config.load import check_study, load_study
 from lowrank.config.sources import ModelShape
-from lowrank.config.study import Study
 from lowrank.reruns.fingerprint import Code
 from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, MISTRAL_7B
-
-ROOT = Path(__file__).parents[3]
-
-
-def study_of(shape: dict[str, Any], dtype: str = "float16", **changes: Any) -> Study:
-    """The paper's kinds of jobs for one model of a shape."""
-    text = {"source": {"path": "text.jsonl"}, "format": "jsonl"}
-    bases = {"calibration": "c4", "covariance": "pooled"}
-    return check_study(
-        {
-            "run": "sizes",
-            "models": {"one": {"source": {"path": "one"}, "shape": shape, "dtype": dtype, "max_length": 4096}},
-            "corpora": {"text": text, "test": text | {"source": {"path": "test.jsonl"}}},
-            "instructions": {"alpaca": {"source": {"path": "alpaca.json"}}},
-            "tasks": {"piqa": {"source": {"path": "piqa.jsonl"}, "reader": "jsonl"}},
-            "calibration": {"c4": {"corpora": ["text"], "windows": 1024, "length": 4096}},
-            "covariance": {"pooled": {"estimator": "pooled", "groups": 32}},
-            "validation": {
-                "top": {"corpora": ["text"], "windows": 768, "length": 4096, "select": bases | {"keep": 100}}
-            },
-            "search": {"bo": {"evaluations": 50}},
-            "sensitivity": {
-                "types": bases | {"model": "one", "corpus": "text", "windows": 32, "length": 2048, "kept": [0.5]}
-            },
-            "methods": {"bolaco": bases | {"kind": "bolaco", "validation": "top", "search": "bo"}},
-            "tuning": {
-                "scales": {"kind": "scaled-subspace", "instructions": "alpaca"},
-                "distilled": {"kind": "feature-distillation", "calibration": "c4", "batch_size": 1},
-            },
-            "suites": {
-                "held-out": {"kind": "perplexity", "corpora": ["test"], "length": 4096},
-                "zero-shot": {"kind": "zero-shot", "tasks": {"piqa": "acc"}},
-                "cost": {"kind": "cost"},
-                "prompts": {"kind": "generation", "prompts": ["One"]},
-            },
-        }
-        | changes
-    )
-
-
-CALIBRATION = {"model": "one", "calibration": "c4", "covariance": "pooled"}
-BOLACO = {"model": "one", "method": "bolaco", "ratio": "20", "seed": "0", "tuning": "none"}
-JOBS = {
-    "collect_statistics": CALIBRATION,
-    "compute_bases": CALIBRATION,
-    "eliminate_neurons": CALIBRATION | {"multiple": "8"},
-    "select_validation": {"model": "one", "validation": "top"},
-    "measure_sensitivity": {"sensitivity": "types"},
-    "search_allocation": BOLACO,
-    "post_train": BOLACO | {"tuning": "scales"},
-    "distil_features": BOLACO | {"tuning": "distilled"},
-    "evaluate_perplexity": BOLACO | {"suite": "held-out"},
-    "evaluate_zero_shot": BOLACO | {"suite": "zero-shot"},
-    "evaluate_cost": BOLACO | {"suite": "cost"},
-    "evaluate_generation": BOLACO | {"suite": "prompts"},
-}
+from tests.unit.cluster.resource_samples import BOLACO, CALIBRATION, JOBS, ROOT, half, study_of
 
 
 @pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_13B, MISTRAL_7B])
@@ -129,11 +67,6 @@ def test_fewer_layers_a_pass_take_less_memory_and_nothing_else() -> None:
     assert many.device_bytes - few.device_bytes == pytest.approx(expected, rel=1e-12)
     assert (few.disk, few.scratch) == (many.disk, many.scratch)
     assert few.work.half == many.work.half
-
-
-def half(width: int) -> float:
-    """Numbers of a symmetric matrix in a file: half, and half of the panels of 256 on the diagonal."""
-    return width * (width + 256) / 2
 
 
 def test_the_parts_of_the_largest_jobs_of_7b() -> None:
@@ -239,133 +172,6 @@ def test_further_tries_stay_within_what_the_site_has() -> None:
     assert runtime_request(need, 1, 8, 3, 10**9) == runtime_request(need, 1, 8, 3)
 
 
-@pytest.mark.parametrize("config", ["paper", "quickstart", "mini-paper"])
-def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None:
-    """Held against the modules' own code; add a kind that computes on processors to `ON_PROCESSORS`."""
-    study = load_study(ROOT / f"config/{config}.yaml")
-    for name in study.methods:
-        method = study.method(name)
-        module = importlib.import_module(f"lowrank.methods.{method.kind.replace('-', '_')}")
-        code = inspect.getsource(module)
-        removes_neurons = method.eliminates is not None or "gradients" in method.needs  # by code that methods may share
-        assert computes_on_device(method) == ("pick_device" in code or removes_neurons), name
-        assert (method.kind in TAKE_GRADIENTS) == bool(re.search("(sum|mean)_gradients", code)), name
-
-
-def test_every_kind_of_method_is_estimated() -> None:
-    from lowrank.methods import method_modules
-
-    study = study_of(LLAMA_7B)
-    estimator = Estimator(study)
-    for kind, module in method_modules().items():
-        names = {"calibration": "c4", "covariance": "pooled", "validation": "top", "search": "bo"}
-        fields = module.Settings.model_fields
-        needed = {name: value for name, value in names.items() if name in fields and fields[name].is_required()}
-        study.methods["one"] = module.Settings(kind=kind, **needed)
-        need = estimator.need("compress_model", BOLACO | {"method": "one"})
-        assert need.host_bytes(0) > 13e9, kind
-        assert need.gpu == computes_on_device(study.methods["one"]), kind
-
-
-def test_a_search_by_single_layers_takes_long_and_gradients_take_memory() -> None:
-    """ASVD tries 6 ratios of each of 224 layers of LLaMA-2-7B, with half a pass each on average."""
-    from lowrank.methods import method_modules
-
-    study, needs = study_of(LLAMA_7B), {}
-    for kind, more in (("asvd", {"windows": 4, "length": 32}), ("fwsvd", {}), ("modegpt", {}), ("slicegpt", {})):
-        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
-        needs[kind] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    one_pass = Sizes(ModelShape(**LLAMA_7B), "float16").forward(4 * 32, 32)
-    assert needs["asvd"].work.half / one_pass == pytest.approx(4 + 6 * 7 * 32 / 2)
-    assert needs["fwsvd"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert "sums" not in needs["slicegpt"].device
-    assert needs["modegpt"].device["a decomposition"] == 7 * 8 * 11008**2
-
-
-def test_weights_that_come_back_from_a_gpu_count_beside_what_is_made_of_them() -> None:
-    """In 7B: ASVD makes a layer at a time, others all before they are written; LLM-Pruner's gradients come back too."""
-    from lowrank.methods import method_modules
-
-    study, needs = study_of(LLAMA_7B), {}
-    windows = {"svd-llm": {}, "asvd": {"windows": 4, "length": 32}, "llm-pruner": {}, "modegpt": {}, "slicegpt": {}}
-    for kind, more in windows.items():
-        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
-        needs[kind] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    weights = 2 * (linears + 2 * 32000 * 4096 + 65 * 4096)
-    made = weights - 0.2 * 2 * linears
-    for kind, beside in {"llm-pruner": 4 * linears, "modegpt": made, "slicegpt": made}.items():
-        need = needs[kind]
-        others = {"program", "weights", "new weights"}
-        more = CUDA_HOST + PROGRAM + sum(size for part, size in need.host.items() if part not in others)
-        assert need.host_bytes(1) == pytest.approx(weights + beside + more), kind
-    assert needs["asvd"].host_bytes(1) == pytest.approx(needs["svd-llm"].host_bytes(1), rel=1e-3)
-    for kind in ("asvd", "llm-pruner", "modegpt"):  # where nothing moves, nothing is there twice
-        need = needs[kind]
-        assert "weights" not in need.host
-        assert need.host_bytes(0) == need.device_bytes + sum(need.host.values())
-
-
-def test_rounds_of_correction_take_passes_and_second_moments_of_gradients_are_read() -> None:
-    from lowrank.methods import method_modules
-
-    study, needs = study_of(LLAMA_7B), {}
-    for name, kind, more in (
-        ("zs", "zs-svd", {"sequences": 1}),
-        ("corrected", "zs-svd", {"sequences": 1, "corrections": 5}),
-        ("obd", "obd-llm", {}),
-        ("io", "obd-llm", {"allocation": "first-order"}),
-    ):
-        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4", **more)
-        needs[name] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    assert needs["corrected"].work.half == pytest.approx(6 * needs["zs"].work.half)
-    assert needs["zs"].device["sums"] == needs["io"].device["sums"] == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert "sums" not in needs["obd"].device
-    assert needs["obd"].host["a block's gradients"] == 4 * (5 * 4096**2 + 2 * 11008**2)
-
-
-def test_masks_over_all_directions_take_more_than_the_model() -> None:
-    from lowrank.methods import method_modules
-
-    study, needs = study_of(LLAMA_7B), {}
-    for steps in (100, 200):
-        study.methods["one"] = method_modules()["llrc"].Settings(kind="llrc", calibration="c4", steps=steps)
-        needs[steps] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    directions = 32 * 4096 * (4 * (4096 + 4096) + 3 * (11008 + 4096))
-    assert needs[100].device["all directions"] == 2 * directions
-    assert needs[100].device["masks"] == 8 * 4 * 32 * 7 * 4096
-    assert needs[200].work.half == pytest.approx(2 * needs[100].work.half)
-
-
-def test_stacks_of_matrices_are_decomposed_as_one() -> None:
-    from lowrank.methods import method_modules
-
-    study, device, host = study_of(LLAMA_7B), {}, {}
-    for kind in ("svd-llm", "skipcat", "basis-sharing"):
-        study.methods["one"] = method_modules()[kind].Settings(kind=kind, calibration="c4")
-        need = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-        device[kind], host[kind] = need.device["a decomposition"], need.host["a block's statistics"]
-    stack = 22016 * 4096  # gate on top of up, or up in two blocks
-    assert device["svd-llm"] + 8 * stack < device["skipcat"] == device["basis-sharing"]
-    assert host["basis-sharing"] == 2 * host["skipcat"] == 2 * host["svd-llm"]
-
-
-def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> None:
-    from lowrank.methods.rankwise import Settings
-
-    study, needs = study_of(LLAMA_7B), {}
-    for mlp in ("pairs", "neurons", "both"):
-        named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled", "influence": False}
-        study.methods["one"] = Settings(**named, mlp=mlp)
-        needs[mlp] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    assert not needs["pairs"].gpu
-    for mlp in ("neurons", "both"):
-        assert needs[mlp].gpu
-        assert 7 * 8 * 11008**2 < needs[mlp].device["refit"] < 11 * 8 * 11008**2
-        assert needs[mlp].host_bytes(0) > needs["pairs"].host_bytes(0)
-    assert needs["both"].work.double > 2 * needs["neurons"].work.double >= 2 * 32 * 11008**3
-
-
 def test_eliminating_neurons_takes_a_gpu_once_and_little_disk() -> None:
     """With pairs: five further bases of each matrix of an MLP, but no elimination, which is there."""
     estimator = Estimator(study_of(LLAMA_7B))
@@ -385,24 +191,6 @@ def test_eliminating_neurons_takes_a_gpu_once_and_little_disk() -> None:
     assert pairs.disk == plain.disk + 32 * 8 * 3 * sum(tried) < 0.01 * 2 * 6.7e9
     assert few.work.double < pairs.work.double
     assert pairs.host_bytes(1) < 24 * GIB
-
-
-def test_the_influence_of_blocks_takes_a_gpu_that_holds_the_model() -> None:
-    from lowrank.methods.rankwise import INFLUENCE_WINDOWS, Settings
-
-    study, needs = study_of(LLAMA_7B), {}
-    for influence in (True, False):
-        named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled"}
-        study.methods["one"] = Settings(**named, influence=influence)
-        needs[influence] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
-    assert needs[True].gpu
-    assert not needs[False].gpu
-    weights = 2 * 6.7e9
-    assert weights < needs[True].device_bytes < 1.2 * weights
-    assert needs[True].host == needs[False].host  # the weights come back before the bases are read
-    windows = min(INFLUENCE_WINDOWS, study.calibration["c4"].windows)
-    operations = 2 * 6.5e9 * windows * study.calibration["c4"].length
-    assert operations < needs[True].work.half < 1.2 * operations
 
 
 def test_gradients_cost_larger_bases() -> None:

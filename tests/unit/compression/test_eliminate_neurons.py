@@ -19,8 +19,9 @@ from lowrank.compression.narrow_block import NarrowBlock
 from lowrank.compression.neurons import Elimination, Neurons
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
-from lowrank.files import checksums_of, load_tensors, save_tensors, write_json
+from lowrank.files import load_tensors, save_tensors, write_json
 from lowrank.jobs.state import Parts
+from lowrank.manifest import checksums_of
 from lowrank.ranks.budget import ALIGNMENT, Budget
 from tests import tiny
 from tests.unit.methods.rankwise_samples import bases_of

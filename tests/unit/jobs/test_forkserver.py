@@ -1,4 +1,4 @@
-"""The fork server with small modules in place of torch: what a job sees in its fork, and every way to end."""
+"""The fork server: what a job sees in its fork, and where there is no server."""
 
 from __future__ import annotations
 
@@ -6,113 +6,21 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from lowrank.jobs import forkserver
 from lowrank.jobs.imports import NEED_MODELS
-from lowrank.model.families import FAMILIES
+from tests.unit.jobs.fork_samples import FORKS, JOB, LIBRARY, Server, ended, until
 
-LIBRARY = Path(forkserver.__file__).parents[2]
-LOADS = ("wave", "no_such_module", "colorsys")
-"""In place of torch: two modules that nothing else here imports, and one that is not there."""
-SERVE = f"""
-import sys
-from lowrank.jobs import forkserver
-forkserver.MODELS = {LOADS!r}
-if found := forkserver.serve(sys.argv[1], int(sys.argv[2])):
-    forkserver.become(*found)
-"""
-JOB = """
-import os, sys, time
-from pathlib import Path
-from lowrank.jobs.forkserver import FORK_OF, SERVER, end_as, run_as_fork
-if (status := run_as_fork("compute_bases")) is not None:
-    end_as(status)
-"""
-"""The beginning of a job's script; what follows is done by the fork, or by the job's own process if there is none."""
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
-
-
-class Server:
-    """A server, and the jobs that are started beside it."""
-
-    def __init__(self, folder: Path, library: Path | str = LIBRARY) -> None:
-        self.folder, self.sockets = folder, folder / "sockets"
-        self.sockets.mkdir(parents=True)
-        self.environment = os.environ | {
-            "PYTHONPATH": str(library),
-            forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
-        }
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(self.sockets / "socket"))
-            listener.listen()
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", SERVE, str(self.sockets), str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                env=self.environment,
-                process_group=0,
-            )
-
-    def start(self, work: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """A job whose fork does this; it is in the group of the server, as all are in the head's."""
-        script = self.folder / "job.py"
-        script.write_text(JOB + textwrap.dedent(work))
-        given: dict[str, Any] = {"env": self.environment, "process_group": self.process.pid} | options
-        return subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **given,
-        )
-
-    def run(self, work: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """A job to its end."""
-        with self.start(work, *arguments, **options) as process:
-            said, errors = process.communicate("typed\n", timeout=60)
-        return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
-
-    def fork_of(self, job: subprocess.Popen[str]) -> psutil.Process:
-        """The process that does the work of a job which prints its number first."""
-        assert job.stdout
-        return psutil.Process(int(job.stdout.readline()))
-
-
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
-    try:
-        yield made
-    finally:
-        made.process.communicate(timeout=60)
-
+pytestmark = FORKS
 
 # --- what a job sees ---
 
@@ -185,133 +93,6 @@ def test_each_job_imports_the_library_as_it_lies_on_disk(tmp_path: Path) -> None
     finally:
         server.process.communicate(timeout=60)
     assert found == ["first\n", "second\n"]
-
-
-# --- how it ends ---
-
-
-@pytest.mark.parametrize(
-    ("work", "code", "said"),
-    [
-        ("sys.exit(3)", 3, ""),
-        ("sys.exit('words')", 1, "words\n"),
-        ("raise ValueError('this one')", 1, "ValueError: this one\n"),
-        ("import atexit; atexit.register(print, 'last', file=sys.stderr)", 0, "last\n"),
-        ("os.kill(os.getpid(), 9)", -9, ""),
-        ("os.kill(os.getpid(), 15)", -15, ""),
-        ("os.abort()", -6, ""),
-    ],
-)
-def test_a_job_ends_as_its_fork_does(work: str, code: int, said: str, server: Server) -> None:
-    run = server.run(work)
-    assert run.returncode == code
-    assert run.stderr.endswith(said)
-    assert server.run("print('next')").stdout == "next\n"
-
-
-WAITS = "print(os.getpid(), flush=True)\ntime.sleep(60)"
-
-
-def test_a_signal_to_end_reaches_the_fork(server: Server) -> None:
-    work = f"""
-import signal
-def end(number, frame):
-    print("asked to end", flush=True)
-    sys.exit(7)
-signal.signal(signal.SIGTERM, end)
-{WAITS}
-"""
-    with server.start(work) as job:
-        server.fork_of(job)
-        job.terminate()
-        said, _ = job.communicate(timeout=60)
-    assert (job.returncode, said) == (7, "asked to end\n")
-
-
-def test_a_terminals_interrupt_reaches_every_fork_and_not_the_server(server: Server) -> None:
-    with server.start(WAITS) as job:
-        server.fork_of(job)
-        os.killpg(server.process.pid, signal.SIGINT)
-        _, errors = job.communicate(timeout=60)
-    assert job.returncode == -signal.SIGINT
-    assert "KeyboardInterrupt" in errors
-    assert server.run("print('next')").stdout == "next\n"
-
-
-def test_a_signal_to_end_that_comes_before_the_fork_is_passed_on_later() -> None:
-    relay = forkserver.Relay()
-    with subprocess.Popen(["sleep", "60"]) as sleeper:
-        relay(signal.SIGTERM)
-        assert relay.early == [signal.SIGTERM]
-        assert sleeper.poll() is None
-        relay.begin(sleeper.pid)
-        assert sleeper.wait(timeout=60) == -signal.SIGTERM
-    relay(signal.SIGTERM)  # nobody is there any more
-
-
-@pytest.mark.parametrize("ignored", [True, False])
-def test_what_the_job_was_started_to_ignore_its_fork_ignores(ignored: bool, server: Server) -> None:
-    """As by `nohup`, or in a script that starts it in the background."""
-    script = "import signal, sys, os\n" + (
-        "signal.signal(2, signal.SIG_IGN)\nsignal.signal(1, signal.SIG_IGN)\n" if ignored else ""
-    )
-    work = "import signal\nprint([signal.getsignal(number) == signal.SIG_IGN for number in (1, 2, 15)])"
-    file = server.folder / "job.py"
-    file.write_text(script + JOB + work)
-    run = subprocess.run(
-        [sys.executable, str(file)], env=server.environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout == f"{[ignored, ignored, False]}\n"
-
-
-def test_a_signal_to_end_that_all_get_ends_jobs_and_not_the_server(server: Server) -> None:
-    with server.start(WAITS) as job:
-        server.fork_of(job)
-        os.killpg(server.process.pid, signal.SIGTERM)
-        job.communicate(timeout=60)
-    assert job.returncode == -signal.SIGTERM
-    assert server.run("print('next')").stdout == "next\n"
-
-
-def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
-    with server.start(WAITS) as job:
-        fork = server.fork_of(job)
-        job.kill()
-        until(lambda: ended(fork))
-    assert server.run("print('next')").stdout == "next\n"
-
-
-def test_a_job_that_is_killed_while_the_server_loads_leaves_no_fork_behind(tmp_path: Path) -> None:
-    module, mark = tmp_path / "colorsys.py", tmp_path / "worked"
-    module.write_text(f"import time\nopen({str(tmp_path / 'loading')!r}, 'w').close()\ntime.sleep(1)")
-    slow = Server(tmp_path / "slow", f"{tmp_path}{os.pathsep}{LIBRARY}")
-    try:
-        with slow.start(f"time.sleep(1)\nPath({str(mark)!r}).touch()") as job:
-            until((tmp_path / "loading").exists)
-            job.kill()
-        assert slow.run("print('next')").stdout == "next\n"
-        time.sleep(1.5)
-        assert not mark.exists()
-    finally:
-        slow.process.communicate(timeout=60)
-
-
-def test_a_head_that_ends_takes_the_server_along_and_no_fork(server: Server) -> None:
-    with server.start("print(os.getpid(), flush=True)\nprint('heard', input())") as job:
-        server.fork_of(job)
-        server.process.communicate(timeout=60)
-        assert server.process.returncode == 0
-        assert not server.sockets.exists()
-        said, _ = job.communicate("this\n", timeout=60)
-    assert (job.returncode, said) == (0, "heard this\n")
-
-
-def test_who_is_killed_while_it_asks_does_not_end_the_server(server: Server) -> None:
-    for said in (b"", b'{"rule": "compu'):
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(server.sockets / "socket"))
-            connection.sendall(said)
-    assert server.run("print('next')").stdout == "next\n"
 
 
 # --- where there is none ---
@@ -418,8 +199,7 @@ def test_forks_are_for_linux_without_gpus(
     assert forkserver.forks_are_safe() is safe
 
 
-def test_modules_are_those_of_all_families_and_there_are_such() -> None:
-    assert {family.removesuffix("_text") for family in FAMILIES} == set(forkserver.FAMILIES)
+def test_all_modules_that_are_loaded_are_there() -> None:
     for name in (*forkserver.MODELS, *chain(*forkserver.MORE.values())):
         assert importlib.util.find_spec(name) is not None, name
 

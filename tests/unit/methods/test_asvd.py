@@ -17,7 +17,6 @@ from torch.nn import functional
 from lowrank.bases import weighted_svd
 from lowrank.bases.weighted_svd import weigh_columns, weigh_columns_randomised
 from lowrank.compression import sensitivity_search
-from lowrank.compression.compress import compress_model
 from lowrank.compression.sensitivity_search import Trial, cut_trials, measure_layers, spend_rest
 from lowrank.errors import RankwiseError
 from lowrank.jobs.state import Parts
@@ -175,10 +174,8 @@ def test_a_stopped_search_goes_on_after_the_last_layer(tmp_path: Path, monkeypat
     save, trials_of = parts.save, sensitivity_search._trials
 
     def run() -> dict[str, torch.Tensor]:
-        model = tiny.model("llama-gqa")
-        task: dict[str, Any] = {"model": model, "budget": Budget.of(samples.shape_of("llama-gqa")), "ratio": 25}
-        task |= {"seed": 0, "tokens": TOKENS, "statistics": samples.statistics("llama-gqa"), "parts": parts}
-        assert compress_model("asvd", {"kind": "asvd", "calibration": "c", **options}, task) == ranks
+        model, same = samples.compressed("asvd", "llama-gqa", 25, parts=parts, **options)
+        assert same == ranks
         return model.state_dict()
 
     def counted(*arguments: Any) -> list[Trial]:

@@ -18,7 +18,6 @@ from lowrank.bases import whitening
 from lowrank.bases.principal import principal_basis
 from lowrank.bases.whitening import RIDGE, cholesky_factor, whitened_factors
 from lowrank.compression import compressed_inputs
-from lowrank.compression.compress import compress_model
 from lowrank.compression.least_squares_update import refit_up_factors
 from lowrank.errors import RankwiseError
 from lowrank.jobs.state import Parts
@@ -196,10 +195,8 @@ def test_a_stopped_update_goes_on_after_the_last_block(
     save, decompose = parts.save, whitening.whitened_factors
 
     def run() -> dict[str, torch.Tensor]:
-        model = tiny.model("llama-gqa")
-        task: dict[str, Any] = {"model": model, "budget": Budget.of(samples.shape_of("llama-gqa")), "ratio": 30}
-        task |= {"seed": 0, "tokens": TOKENS, "statistics": samples.statistics("llama-gqa"), "parts": parts}
-        assert compress_model("svd-llm", {"kind": "svd-llm", "calibration": "c", **more}, task) == ranks
+        model, same = samples.compressed("svd-llm", "llama-gqa", 30, parts=parts, **more)
+        assert same == ranks
         return model.state_dict()
 
     def counted(weight: torch.Tensor, root: torch.Tensor, where: str) -> Any:

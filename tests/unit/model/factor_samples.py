@@ -21,6 +21,7 @@ from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.model.parameters import count_parameters
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
@@ -84,6 +85,7 @@ def compressed(
     given_bases: Bases | None = None,
     gradients: OutputGradients | None = None,
     account: dict[str, Any] | None = None,
+    parts: Parts | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Ranks]:
     """A tiny model after a method, and its ranks."""
@@ -97,6 +99,7 @@ def compressed(
         "tokens": tokens,
         "gradients": gradients,
         "account": {} if account is None else account,
+        "parts": parts,
     }
     if given_bases is not None:
         given["bases"] = given_bases

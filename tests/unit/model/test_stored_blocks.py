@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import checksums_of, write_json
+from lowrank.files import write_json
+from lowrank.manifest import checksums_of
 from lowrank.model.checkpoint import load_checkpoint, save_checkpoint
 from lowrank.model.stored_blocks import StoredBlocks
 from tests import tiny

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_files, load_layer
+from lowrank.files import layer_files
+from lowrank.manifest import load_layer
 from lowrank.model.factors import LowRankFactors
 from lowrank.ranks.budget import largest_rank
 

@@ -33,10 +33,11 @@ from lowrank.calibration.gradients import backpropagate
 from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_files, layer_name, load_layer, load_tensors, save_tensors
+from lowrank.files import layer_files, layer_name, load_tensors, save_tensors
 from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
 from lowrank.jobs.state import SECONDS, Clock
+from lowrank.manifest import load_layer
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.devices import pick_devices
 from lowrank.model.families import Family, family_for

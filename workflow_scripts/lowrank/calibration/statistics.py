@@ -29,17 +29,10 @@ from transformers import PreTrainedModel
 from lowrank.calibration.moments import MomentAccumulator, Moments, RoutedAccumulator, check_finite
 from lowrank.calibration.routing import LEFT_DENSE, TOKENS, least_tokens, left_dense_of, tokens_of, watched
 from lowrank.config.sources import ModelShape
-from lowrank.files import (
-    layer_files,
-    layer_name,
-    load_layer,
-    load_tensors,
-    require_tensors,
-    save_tensors,
-    write_json,
-)
+from lowrank.files import layer_files, layer_name, load_tensors, require_tensors, save_tensors, write_json
 from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
+from lowrank.manifest import load_layer
 from lowrank.model.checkpoint import family_of, load_checkpoint
 from lowrank.model.families import Family, LinearType, family_for
 from lowrank.model.runtime import parse_dtype, pick_device

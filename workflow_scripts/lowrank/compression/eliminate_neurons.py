@@ -22,8 +22,9 @@ from lowrank.compression.narrow_block import NarrowBlock
 from lowrank.compression.neurons import Elimination
 from lowrank.config.presets import Covariance
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_files, layer_name, load_layer
+from lowrank.files import layer_files, layer_name
 from lowrank.jobs.state import Parts
+from lowrank.manifest import load_layer
 from lowrank.ranks.budget import Budget
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import lm_eval.tasks
 import yaml
 
 from lowrank.errors import RankwiseError
-from lowrank.files import check_manifest
+from lowrank.manifest import check_manifest
 
 INSTALLED_TASKS = Path(lm_eval.tasks.__file__).parent
 _TASK_LINE = re.compile(r"^task:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", re.MULTILINE)

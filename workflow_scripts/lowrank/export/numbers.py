@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.files import manifest_of, read_record, sha256_file
+from lowrank.files import read_record, sha256_file
+from lowrank.manifest import manifest_of
 from lowrank.paper.tables.rows import estimate_text
 
 log = logging.getLogger(__name__)

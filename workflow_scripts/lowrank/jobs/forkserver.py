@@ -29,6 +29,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lowrank.jobs.imports import NEED_MODELS, uncollected
+from lowrank.model.families import FAMILIES
 from lowrank.versions import package_version
 
 SERVER = "RANKWISE_FORK_SERVER"
@@ -40,14 +41,12 @@ WORKER = "worker"
 FORKED = (*(rule for rule in NEED_MODELS if rule not in ("fetch_model", "evaluate_cost")), WORKER)
 """Rules whose jobs are forks. What fetches must not run where libraries were told that there is no network, and of
 `evaluate_cost` a table shows the memory, to which a fork's libraries add what other rules need."""
-FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe")
-"""Of models, as transformers names their modules: `modeling_rankwise` has a class of each."""
 MODELS = (
     *("torch", "accelerate", "pydantic.main", "snakemake.iocontainers", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "safetensors.torch"),
-    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    *("transformers.models.{0}.modeling_{0}".format(family.removesuffix("_text")) for family in FAMILIES),
 )
-"""Modules that all of them need."""
+"""Modules that all of them need; `modeling_rankwise` has a class of each family."""
 MORE = {
     "search_allocation": (
         "botorch.acquisition.logei",

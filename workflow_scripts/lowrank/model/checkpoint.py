@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from lowrank.errors import RankwiseError
-from lowrank.files import LEGAL_FILES, atomic_path, check_manifest, checksums_of, link_or_copy
+from lowrank.files import LEGAL_FILES, atomic_path, link_or_copy
+from lowrank.manifest import check_manifest, checksums_of
 from lowrank.model import modeling_rankwise
 from lowrank.model.devices import Devices, spread
 from lowrank.model.factors import SharedDownFactors

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowrank.errors import RankwiseError
-from lowrank.files import check_manifest
+from lowrank.manifest import check_manifest
 from lowrank.model.checkpoint import stored_name
 from lowrank.model.families import Dimensions, Family, LinearType, family_for, linear_modules
 

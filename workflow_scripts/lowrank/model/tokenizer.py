@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lowrank.errors import RankwiseError
-from lowrank.files import check_manifest
+from lowrank.manifest import check_manifest
 
 
 def load_tokenizer(folder: str | Path) -> Any:

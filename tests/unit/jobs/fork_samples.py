@@ -1,0 +1,97 @@
+"""A fork server with small modules in place of torch, and jobs beside it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lowrank.jobs import forkserver
+
+LIBRARY = Path(forkserver.__file__).parents[2]
+LOADS = ("wave", "no_such_module", "colorsys")
+"""In place of torch: two modules that nothing else here imports, and one that is not there."""
+SERVE = f"""
+import sys
+from lowrank.jobs import forkserver
+forkserver.MODELS = {LOADS!r}
+if found := forkserver.serve(sys.argv[1], int(sys.argv[2])):
+    forkserver.become(*found)
+"""
+JOB = """
+import os, sys, time
+from pathlib import Path
+from lowrank.jobs.forkserver import FORK_OF, SERVER, end_as, run_as_fork
+if (status := run_as_fork("compute_bases")) is not None:
+    end_as(status)
+"""
+"""The beginning of a job's script; what follows is done by the fork, or by the job's own process if there is none."""
+
+FORKS = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks need Linux, and a Python that can watch them")
+
+
+class Server:
+    """A server, and the jobs that are started beside it."""
+
+    def __init__(self, folder: Path, library: Path | str = LIBRARY) -> None:
+        self.folder, self.sockets = folder, folder / "sockets"
+        self.sockets.mkdir(parents=True)
+        self.environment = os.environ | {
+            "PYTHONPATH": str(library),
+            forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
+        }
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.sockets / "socket"))
+            listener.listen()
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", SERVE, str(self.sockets), str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=self.environment,
+                process_group=0,
+            )
+
+    def start(self, work: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """A job whose fork does this; it is in the group of the server, as all are in the head's."""
+        script = self.folder / "job.py"
+        script.write_text(JOB + textwrap.dedent(work))
+        given: dict[str, Any] = {"env": self.environment, "process_group": self.process.pid} | options
+        return subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **given,
+        )
+
+    def run(self, work: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A job to its end."""
+        with self.start(work, *arguments, **options) as process:
+            said, errors = process.communicate("typed\n", timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
+
+    def fork_of(self, job: subprocess.Popen[str]) -> psutil.Process:
+        """The process that does the work of a job which prints its number first."""
+        assert job.stdout
+        return psutil.Process(int(job.stdout.readline()))
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

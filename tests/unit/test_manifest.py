@@ -1,0 +1,60 @@
+"""Which file is the manifest of a folder, and what it says of damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowrank.errors import RankwiseError
+from lowrank.files import write_json
+from lowrank.manifest import check_manifest, checksums_of, manifest_of
+
+STRANGERS = ["[1, 2]", "{}", '{"files": ["a.txt"]}', '{"files": {"main.js": "/static/main.3b1c.js"}}', "{cut off", ""]
+
+
+@pytest.mark.parametrize("content", STRANGERS)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("models/m", "manifest.json"), ("models/m", "m.json"), ("results/try/checkpoint", "manifest.json")],
+)
+def test_beside_a_copied_checkpoint_a_file_of_somebody_else_is_no_manifest(
+    place: str, name: str, content: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    folder.with_name(name).write_text(content)
+    assert manifest_of(folder) is None
+    check_manifest(folder, "files")
+    write_json(folder.with_name(name), {"files": checksums_of(folder)})
+    assert manifest_of(folder) == folder.with_name(name)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(RankwiseError, match="damaged or replaced"):
+        check_manifest(folder, "files")
+
+
+@pytest.mark.parametrize("content", STRANGERS)
+@pytest.mark.parametrize(
+    ("inside", "name"),
+    [
+        ("models/m", "m.json"),
+        ("tasks/piqa", "piqa.json"),
+        ("statistics/m/c/layers", "manifest.json"),
+        ("compressed/m/svd/20/seed0/checkpoint", "manifest.json"),
+    ],
+)
+def test_in_a_run_it_is_a_damaged_one(inside: str, name: str, content: str, tmp_path: Path) -> None:
+    """Where `results` is a link, too."""
+    (tmp_path / "disk/run" / inside).mkdir(parents=True)
+    (tmp_path / "results").symlink_to("disk")
+    (tmp_path / "disk/run" / inside).with_name(name).write_text(content)
+    with pytest.raises(RankwiseError, match=rf"{name}.* run the workflow again"):
+        check_manifest(tmp_path / "results/run" / inside, "files")
+
+
+def test_what_lies_beside_manifests_of_a_run_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "results/models/mine"
+    folder.mkdir(parents=True)
+    folder.with_name("manifest.json").write_text("{}")
+    assert manifest_of(folder) is None
