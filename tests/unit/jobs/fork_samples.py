@@ -40,9 +40,9 @@ FORKS = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks need Lin
 
 
 class Server:
-    """A server, and the jobs that are started beside it."""
+    """A server, which first runs some code, and the jobs that are started beside it."""
 
-    def __init__(self, folder: Path, library: Path | str = LIBRARY) -> None:
+    def __init__(self, folder: Path, library: Path | str = LIBRARY, first: str = "") -> None:
         self.folder, self.sockets = folder, folder / "sockets"
         self.sockets.mkdir(parents=True)
         self.environment = os.environ | {
@@ -53,7 +53,7 @@ class Server:
             listener.bind(str(self.sockets / "socket"))
             listener.listen()
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", SERVE, str(self.sockets), str(listener.fileno())],
+                [sys.executable, "-P", "-c", first + SERVE, str(self.sockets), str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
                 env=self.environment,

@@ -122,6 +122,21 @@ def test_a_server_that_ends_while_it_loads_lets_jobs_work_by_themselves(tmp_path
         assert errors.startswith("compute_bases: no fork of this run's server (")
 
 
+FAILS = "import os\ndef fail(*_): raise OSError(11, 'Resource temporarily unavailable')\nos.{} = fail\n"
+
+
+@pytest.mark.parametrize("what", ["fork", "pidfd_open"])
+def test_where_no_fork_can_be_made_or_watched_jobs_work_by_themselves(what: str, tmp_path: Path) -> None:
+    server = Server(tmp_path, first=FAILS.format(what))
+    try:
+        for _ in range(2):
+            run = server.run("print(FORK_OF in os.environ)")
+            assert (run.returncode, run.stdout) == (0, "False\n")
+            assert run.stderr.startswith("compute_bases: no fork of this run's server (")
+    finally:
+        server.process.communicate(timeout=60)
+
+
 def test_a_module_that_cannot_be_loaded_is_left_to_the_job(tmp_path: Path) -> None:
     (tmp_path / "wave.py").write_text("raise ValueError('binary incompatibility')")
     server = Server(tmp_path / "server", f"{tmp_path}{os.pathsep}{LIBRARY}")
@@ -155,6 +170,7 @@ def test_where_no_socket_can_be_a_run_goes_on_without(
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     forkserver.start_fork_server(os.environ)
     assert forkserver.SERVER not in os.environ
+    assert not list(long.iterdir())
     assert capfd.readouterr().err == "without a fork server (AF_UNIX path too long): each job loads torch itself\n"
 
 

@@ -81,6 +81,7 @@ def start_fork_server(environment: Mapping[str, str]) -> None:
     """
     if SERVER in os.environ or not forks_are_safe():
         return
+    folder = ""
     try:
         folder = tempfile.mkdtemp(prefix="rankwise-forks-")  # nobody else may enter it
         with socket.socket(socket.AF_UNIX) as listener:
@@ -94,6 +95,7 @@ def start_fork_server(environment: Mapping[str, str]) -> None:
                 env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
     except OSError as error:  # a path too long for a socket, a full disk
+        shutil.rmtree(folder, ignore_errors=True)
         print(f"without a fork server ({error}): each job loads torch itself", file=sys.stderr)
         return
     _servers.append(server)  # or Python would close the pipe now
@@ -245,17 +247,24 @@ def serve(folder: str, listening: int) -> tuple[dict[str, Any], list[int]] | Non
         if said.endswith(b"\n"):  # else who asked was killed meanwhile
             asked = json.loads(said) | {"server": os.getpid()}
             _load(asked["rule"])
-            with suppress(OSError):  # no memory, or too many processes, for a fork: who asked does its work itself
-                if not os.fork():
-                    listener.close()
-                    _look_after(connection, files)
-                    return asked, files
+            if not _forked():
+                listener.close()
+                _look_after(connection, files)
+                return asked, files
         connection.close()
         for file in files:
             os.close(file)
     listener.close()
     shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def _forked() -> int:
+    """Fork; the number of the new process, 0 in it. Where there can be none, -1: who asked does its work itself."""
+    try:
+        return os.fork()
+    except OSError:  # no memory, or too many processes
+        return -1
 
 
 def _read(connection: socket.socket) -> tuple[bytes, list[int]]:
@@ -286,7 +295,11 @@ def _look_after(connection: socket.socket, files: list[int]) -> None:
         return
     for file in files:
         os.close(file)
-    ended = os.pidfd_open(fork)
+    try:
+        ended = os.pidfd_open(fork)
+    except OSError:
+        os.kill(fork, signal.SIGKILL)  # who asked does its work itself
+        raise
     with suppress(OSError):
         connection.sendall(f"{fork}\n".encode())
     ready, _, _ = select.select([connection.fileno(), ended], [], [])
