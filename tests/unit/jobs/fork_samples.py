@@ -21,7 +21,8 @@ LIBRARY = Path(forkserver.__file__).parents[2]
 LOADS = ("wave", "no_such_module", "colorsys")
 """In place of torch: two modules that nothing else here imports, and one that is not there."""
 SERVE = f"""
-import sys
+import sys, tempfile
+tempfile.gettempdir()  # as some libraries do
 from lowrank.jobs import forkserver
 forkserver.MODELS = {LOADS!r}
 if found := forkserver.serve(sys.argv[1], int(sys.argv[2])):
