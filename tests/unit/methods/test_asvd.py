@@ -174,7 +174,7 @@ def test_a_stopped_search_goes_on_after_the_last_layer(tmp_path: Path, monkeypat
     save, trials_of = parts.save, sensitivity_search._trials
 
     def run() -> dict[str, torch.Tensor]:
-        model, same = samples.compressed("asvd", "llama-gqa", 25, parts=parts, **options)
+        model, same = samples.compressed("asvd", "llama-gqa", 25, finished_parts=parts, **options)
         assert same == ranks
         return model.state_dict()
 

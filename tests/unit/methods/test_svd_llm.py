@@ -195,7 +195,7 @@ def test_a_stopped_update_goes_on_after_the_last_block(
     save, decompose = parts.save, whitening.whitened_factors
 
     def run() -> dict[str, torch.Tensor]:
-        model, same = samples.compressed("svd-llm", "llama-gqa", 30, parts=parts, **more)
+        model, same = samples.compressed("svd-llm", "llama-gqa", 30, finished_parts=parts, **more)
         assert same == ranks
         return model.state_dict()
 

@@ -85,7 +85,7 @@ def compressed(
     given_bases: Bases | None = None,
     gradients: OutputGradients | None = None,
     account: dict[str, Any] | None = None,
-    parts: Parts | None = None,
+    finished_parts: Parts | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Ranks]:
     """A tiny model after a method, and its ranks."""
@@ -99,7 +99,7 @@ def compressed(
         "tokens": tokens,
         "gradients": gradients,
         "account": {} if account is None else account,
-        "parts": parts,
+        "parts": finished_parts,
     }
     if given_bases is not None:
         given["bases"] = given_bases
