@@ -31,9 +31,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="package")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, fork_server: str) -> Study:
     """The study, run from its beginning to its end without a fault."""
-    study = Study.new(tmp_path_factory.mktemp("undisturbed"), cluster)
+    study = Study.new(tmp_path_factory.mktemp("undisturbed"), cluster, fork_server)
     study.snakemake()
     study.first = study.jobs()
     return study

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
+from lowrank.jobs.forkserver import SERVER
 from tests.slurm.slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
 from tests.workflow.clones import BEING_WRITTEN
 
@@ -100,16 +101,23 @@ class Study:
         first: SLURM's jobs of the run that has made them, if that was done here.
     """
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
-        self.folder, self.cluster = folder, cluster
+    def __init__(self, folder: Path, cluster: Cluster, fork_server: str) -> None:
+        self.folder, self.cluster, self.fork_server = folder, cluster, fork_server
         self.clone, self.run = folder / "clone", folder / "clone/results/tiny"
         self.first: list[Job] = []
         self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def new(cls, folder: Path, cluster: Cluster) -> Study:
-        """As a user has it who has just cloned the repository and written a profile."""
-        study = cls(folder, cluster)
+    def new(cls, folder: Path, cluster: Cluster, fork_server: str) -> Study:
+        """As a user has it who has just cloned the repository and written a profile.
+
+        Args:
+            folder: a new one.
+            cluster: where it runs.
+            fork_server: of the jobs that nothing happens to; all nodes are this machine. They start without loading
+                torch once more; the others start as on any cluster.
+        """
+        study = cls(folder, cluster, fork_server)
         shutil.copytree(ROOT, study.clone, symlinks=True, ignore=shutil.ignore_patterns(*NOT_TRACKED))
         from tests import tiny
 
@@ -124,7 +132,7 @@ class Study:
         Snakemake makes nothing that only results need which are there: name all between the first that is to be made
         anew and the tables.
         """
-        other = Study(folder, self.cluster)
+        other = Study(folder, self.cluster, self.fork_server)
         shutil.copytree(self.clone, other.clone, symlinks=True)
         (folder / "inputs").mkdir()
         shutil.copy2(self.folder / "inputs/tiny.yaml", folder / "inputs")  # its paths are those of the original
@@ -151,26 +159,26 @@ class Study:
             *("--configfile", str(self.folder / "inputs/tiny.yaml"), *arguments),
         ]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, forks: bool) -> dict[str, str]:
         """Of the head and so of its jobs: one thread each, since the model is tiny."""
-        return self.cluster.environment() | {"OMP_NUM_THREADS": "1"}
+        return self.cluster.environment() | {"OMP_NUM_THREADS": "1"} | ({SERVER: self.fork_server} if forks else {})
 
     def snakemake(self, *arguments: str, fails: bool = False, seconds: float = 1800) -> str:
         """Run Snakemake to its end, which must be a success or a failure; what it said."""
-        with self.head(*arguments) as head:
+        with self.head(*arguments, forks=True) as head:
             code = head.wait(timeout=seconds)
         said = self.said()
         assert bool(code) == fails, f"exit code {code}\n{said[-6000:]}"
         return said
 
     @contextmanager
-    def head(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    def head(self, *arguments: str, forks: bool = False) -> Iterator[subprocess.Popen[bytes]]:
         """A head of Snakemake at work; at the end of the block it is killed if it still runs."""
         with (self.folder / "head.log").open("wb") as log:
             self.process = process = subprocess.Popen(
                 self.command(*arguments),
                 cwd=self.clone,
-                env=self.environment(),
+                env=self.environment(forks),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

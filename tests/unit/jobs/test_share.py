@@ -165,7 +165,7 @@ def test_answers_are_those_of_one_process(world: int, tmp_path: Path, monkeypatc
     monkeypatch.setattr(AnswerScorer, "_answers", counted)
     tasks = {name: METRICS[name] for name in ("hellaswag", "boolq")}
     rows = {task: write_rows(tmp_path, task, ROWS[task]) for task in tasks}
-    suite, tokenizer = make_suite(tasks, batch_tokens=100), tiny.tokenizer()
+    suite, tokenizer = make_suite(tasks, batch_tokens=50), tiny.tokenizer()
     model = tiny.model("llama", len(tokenizer))
     whole = evaluate_zero_shot(model, tokenizer, suite, rows, 512)
     shared = together(world, lambda share: evaluate_zero_shot(model, tokenizer, suite, rows, 512, share))

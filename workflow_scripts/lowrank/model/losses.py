@@ -65,12 +65,14 @@ def head_of(model: PreTrainedModel) -> Head:
     return head if cap is None else SoftCappedHead(head, cap)
 
 
-def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
     """Hidden states after the final norm: what the head reads.
 
     Args:
         model: a dense or compressed causal language model of a known family.
         input_ids: token ids, batch x length, without padding (or padded on the right: attention is causal).
+        given: the decoder's `position_ids`, batch x length, and `attention_mask`, batch x 1 x length x length, which is
+            added to the scores of all blocks; without them, tokens see all that stand before them.
 
     Returns:
         batch x length x d, in the model's dtype.
@@ -85,7 +87,7 @@ def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor
     length, longest = input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length > longest:  # rotary positions go on without a complaint
         raise RankwiseError(f"windows of {length} tokens, but the model reads at most {longest}; lower `length`")
-    hidden: torch.Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden: torch.Tensor = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
     return hidden
 
 
