@@ -49,6 +49,7 @@ class Server:
         self.environment = os.environ | {
             "PYTHONPATH": str(library),
             forkserver.SERVER: f"{self.sockets / 'socket'}:{sys.executable}",
+            "ONLY_THE_SERVER": "has this, unless a test leaves it",
         }
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self.sockets / "socket"))
@@ -80,6 +81,11 @@ class Server:
         with self.start(work, *arguments, **options) as process:
             said, errors = process.communicate("typed\n", timeout=60)
         return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
+
+    def still_forks(self) -> bool:
+        """Whether a job is its fork yet: without a server it would do the same work itself."""
+        run = self.run("print(os.environ.get(FORK_OF))")
+        return (run.stdout, run.stderr) == (f"{self.process.pid}, compute_bases\n", "")
 
     def fork_of(self, job: subprocess.Popen[str]) -> psutil.Process:
         """The process that does the work of a job which prints its number first."""

@@ -35,17 +35,19 @@ def test_a_fork_has_all_that_its_job_was_started_with(server: Server, tmp_path: 
             "length": len(os.environ["LONG"]), "name": __name__, "file": __file__, "temporary": tempfile.gettempdir(),
             "loaded": [name for name in ("wave", "colorsys", "sndhdr") if name in sys.modules],
             "fork_of": os.environ[FORK_OF], "server": os.environ[SERVER], "path": sys.path[0],
+            "of_the_server": os.environ.get("ONLY_THE_SERVER"),
             "interrupt": __import__("signal").getsignal(2) is __import__("signal").default_int_handler,
         }))
         print("an error", file=sys.stderr)
     """
     variables = {"MINE": "yes", "LONG": "x" * 100_000, "TMPDIR": str(elsewhere)}
+    server.environment.pop("ONLY_THE_SERVER")
     run = server.run(work, "one", "two words", env=server.environment | variables, cwd=elsewhere)
     assert (run.returncode, run.stderr) == (0, "an error\n")
     assert json.loads(run.stdout) == {
         **{"directory": str(elsewhere), "arguments": ["one", "two words"], "typed": "typed", "mine": "yes"},
         **{"length": 100_000, "name": "__main__", "file": str(tmp_path / "job.py"), "temporary": str(elsewhere)},
-        **{"loaded": ["wave", "colorsys"], "path": str(tmp_path), "interrupt": True},
+        **{"loaded": ["wave", "colorsys"], "path": str(tmp_path), "of_the_server": None, "interrupt": True},
         **{"fork_of": f"{server.process.pid}, compute_bases", "server": server.environment[forkserver.SERVER]},
     }
 
@@ -71,6 +73,16 @@ def test_torch_has_the_threads_that_the_environment_says(variable: str | None, t
     environment |= {"OMP_NUM_THREADS": variable} if variable else {}
     try:
         assert server.run("import torch\nprint(torch.threads)", env=environment).stdout == f"{threads}\n"
+    finally:
+        server.process.communicate(timeout=60)
+
+
+def test_a_rule_finds_what_it_needs_beside_the_others_loaded(tmp_path: Path) -> None:
+    more = {"compute_bases": ["sched"], "post_train": ["filecmp"]}
+    server = Server(tmp_path, first=f"from lowrank.jobs import forkserver\nforkserver.MORE = {more}\n")
+    try:
+        work = "print([name for name in ('wave', 'colorsys', 'sched', 'filecmp') if name in sys.modules])"
+        assert server.run(work).stdout == "['wave', 'colorsys', 'sched']\n"
     finally:
         server.process.communicate(timeout=60)
 
@@ -132,7 +144,8 @@ def test_where_no_fork_can_be_made_or_watched_jobs_work_by_themselves(what: str,
         for _ in range(2):
             run = server.run("print(FORK_OF in os.environ)")
             assert (run.returncode, run.stdout) == (0, "False\n")
-            assert run.stderr.startswith("compute_bases: no fork of this run's server (")
+            assert run.stderr.startswith("compute_bases: no fork of this run's server (it has ended)")
+            assert server.process.poll() is None
     finally:
         server.process.communicate(timeout=60)
 
@@ -242,7 +255,7 @@ for _ in range(2):
 print(len(forkserver._servers), forkserver._servers[0].pid, flush=True)
 input()
 """
-    environment = os.environ | {"PYTHONPATH": str(LIBRARY), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "7"}
     with subprocess.Popen(
         [sys.executable, "-c", head], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -256,7 +269,8 @@ input()
         assert count == 1
         server = psutil.Process(pid)
         until(Path(address).exists)
-        assert (server.environ()["SEEN"], server.environ()["CUDA_VISIBLE_DEVICES"]) == ("by the server", "")
+        seen = server.environ()
+        assert (seen["SEEN"], seen["CUDA_VISIBLE_DEVICES"], seen["OMP_NUM_THREADS"]) == ("by the server", "", "1")
         process.kill()
         until(lambda: ended(server))
         assert not Path(address).parent.exists()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lowrank.jobs import forkserver
@@ -34,10 +35,10 @@ def test_a_job_ends_as_its_fork_does(work: str, code: int, said: str, server: Se
     run = server.run(work)
     assert run.returncode == code
     assert run.stderr.endswith(said)
-    assert server.run("print('next')").stdout == "next\n"
+    assert server.still_forks()
 
 
-WAITS = "print(os.getpid(), flush=True)\ntime.sleep(60)"
+WAITS = "print(os.getpid(), flush=True)\ntime.sleep(600)"
 
 
 def test_a_signal_to_end_reaches_the_fork(server: Server) -> None:
@@ -63,7 +64,7 @@ def test_a_terminals_interrupt_reaches_every_fork_and_not_the_server(server: Ser
         _, errors = job.communicate(timeout=60)
     assert job.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in errors
-    assert server.run("print('next')").stdout == "next\n"
+    assert server.still_forks()
 
 
 def test_a_signal_to_end_that_comes_before_the_fork_is_passed_on_later() -> None:
@@ -98,7 +99,7 @@ def test_a_signal_to_end_that_all_get_ends_jobs_and_not_the_server(server: Serve
         os.killpg(server.process.pid, signal.SIGTERM)
         job.communicate(timeout=60)
     assert job.returncode == -signal.SIGTERM
-    assert server.run("print('next')").stdout == "next\n"
+    assert server.still_forks()
 
 
 def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
@@ -106,7 +107,7 @@ def test_a_job_that_is_killed_takes_its_fork_along(server: Server) -> None:
         fork = server.fork_of(job)
         job.kill()
         until(lambda: ended(fork))
-    assert server.run("print('next')").stdout == "next\n"
+    assert server.still_forks()
 
 
 def test_a_job_that_is_killed_while_the_server_loads_leaves_no_fork_behind(tmp_path: Path) -> None:
@@ -117,11 +118,56 @@ def test_a_job_that_is_killed_while_the_server_loads_leaves_no_fork_behind(tmp_p
         with slow.start(f"time.sleep(1)\nPath({str(mark)!r}).touch()") as job:
             until((tmp_path / "loading").exists)
             job.kill()
-        assert slow.run("print('next')").stdout == "next\n"
+        assert slow.still_forks()
         time.sleep(1.5)
         assert not mark.exists()
     finally:
         slow.process.communicate(timeout=60)
+
+
+def test_a_fork_that_nobody_looks_after_is_ended_with_its_job(server: Server) -> None:
+    """Its end would not be known: the job fails, and nothing goes on writing."""
+    with server.start(WAITS) as job:
+        fork = server.fork_of(job)
+        (watcher,) = (
+            process for process in psutil.Process(server.process.pid).children() if fork in process.children()
+        )
+        watcher.kill()
+        job.communicate(timeout=60)
+        assert job.returncode == -signal.SIGKILL
+        until(lambda: ended(fork))
+    assert server.still_forks()
+
+
+def test_nothing_is_left_of_jobs_that_have_ended(server: Server) -> None:
+    for _ in range(2):
+        assert server.still_forks()
+    until(lambda: not psutil.Process(server.process.pid).children())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_to_end_ends_a_job_that_found_no_server(early: bool, tmp_path: Path) -> None:
+    """Also one that came while it asked."""
+    script = f"""
+import os, signal, sys
+from lowrank.jobs import forkserver
+def ask(*_):
+    if {early}:
+        signal.raise_signal(signal.SIGTERM)
+    raise EOFError("it has ended")
+forkserver._ask = ask
+with forkserver.socket.socket(forkserver.socket.AF_UNIX) as listener:
+    listener.bind({str(tmp_path / "socket")!r})
+    listener.listen()
+    os.environ[forkserver.SERVER] = {str(tmp_path / "socket")!r} + ":" + sys.executable
+    forkserver.run_as_fork("compute_bases")
+print("works", flush=True)
+signal.raise_signal(signal.SIGTERM)
+print("goes on")
+"""
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (-signal.SIGTERM, "" if early else "works\n")
 
 
 def test_a_head_that_ends_takes_the_server_along_and_no_fork(server: Server) -> None:
@@ -139,4 +185,4 @@ def test_who_is_killed_while_it_asks_does_not_end_the_server(server: Server) -> 
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(server.sockets / "socket"))
             connection.sendall(said)
-    assert server.run("print('next')").stdout == "next\n"
+    assert server.still_forks()
