@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from lowrank.jobs.crew import Crew
+from lowrank.jobs.forkserver import FORKED
 from lowrank.post_training.job import Progress
 from lowrank.post_training.launch import launch
 from tests.slurm.slurm_cluster import CPU_NODE, GPU_NODE, Cluster, Job, until
@@ -74,6 +75,7 @@ def test_each_log_names_interpreter_job_torch_and_device(undisturbed: Study) -> 
         assert f"SLURM job {job.number}, " in log
         assert ("1 GPU asked for" in log) == bool(job.gpus), log
         assert f"torch {version('torch')}" in log, log
+        assert ("a fork of process" in log) == (undisturbed.fork_server != ":" and job.rule in FORKED), log
 
 
 # --- faults of jobs and nodes, in one run ---
@@ -155,6 +157,7 @@ def check_tries(study: Study) -> None:
     assert "exceeded memory limit" in first["evaluate_generation"]
     assert "DUE TO TIME LIMIT" in first["evaluate_zero_shot"]
     second = {jobs[1].rule: study.log(jobs[1]) for jobs in tries.values() if len(jobs) > 1}
+    assert not any("a fork of process" in log for log in (*first.values(), *second.values())), "a cluster has no server"
     for rule in ("evaluate_perplexity", "evaluate_zero_shot"):  # they were killed, so that their locks remained
         assert re.search(r"taking over the lock .* of a job that is gone \(SLURM job \d+", second[rule])
 
@@ -265,6 +268,7 @@ for name in list(os.environ):  # what Snakemake's job step leaves of them
 logging.basicConfig(level=logging.INFO)
 from tests.unit.jobs import crew_work
 from lowrank.jobs.crew import Crew
+from lowrank.jobs.forkserver import FORKED
 from lowrank.jobs.launcher import run_shared
 from lowrank.post_training.job import TrainingJob
 from lowrank.post_training.launch import launch

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowrank.errors import RankwiseError
+from lowrank.jobs.forkserver import FORK_OF
 from lowrank.jobs.share import Share
 
 COLLECTED = ("statistics", "output_gradients")
@@ -34,6 +35,11 @@ def add_ranks(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
     own[share.rank] = torch.tensor([float(os.environ["LOCAL_RANK"]), float(os.environ["OMP_NUM_THREADS"])])
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {"total": total, "own": share.sum(own).tolist(), "given": arguments, "devices": devices}
+
+
+def fork_of(arguments: dict[str, Any], share: Share) -> str | None:
+    """Of which server this process is a fork, if it is one."""
+    return os.environ.get(FORK_OF)
 
 
 def fail(arguments: dict[str, Any], share: Share) -> None:

@@ -269,6 +269,7 @@ input()
         assert count == 1
         server = psutil.Process(pid)
         until(Path(address).exists)
+        until(server.environ)  # for a moment a new process has none
         seen = server.environ()
         assert (seen["SEEN"], seen["CUDA_VISIBLE_DEVICES"], seen["OMP_NUM_THREADS"]) == ("by the server", "", "1")
         process.kill()

@@ -22,6 +22,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import save_tensors, write_json
 from lowrank.jobs import launcher, node, worker
 from lowrank.jobs.crew import LAUNCHERS, Crew, Place, command, crew_of
+from lowrank.jobs.forkserver import SERVER
 from lowrank.jobs.launcher import environment_of_workers, launch, run_shared, start_command
 from lowrank.jobs.share import ALONE
 from tests import tiny
@@ -207,6 +208,28 @@ def test_the_process_that_failed_is_heard_and_ends_the_others(kind: str, said: s
 @ON_CPU
 def test_workers_leave_out_what_torch_warns_of(tmp_path: Path) -> None:
     assert launch("tests.unit.jobs.crew_work:torch_log_level", {}, Crew(), 1, tmp_path) == logging.ERROR
+
+
+@ON_CPU
+def test_a_worker_is_a_fork_where_there_is_a_server(
+    fork_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SERVER, raising=False)
+    assert launch("tests.unit.jobs.crew_work:fork_of", {}, Crew(), 1, tmp_path) is None
+    monkeypatch.setenv(SERVER, fork_server)
+    found = launch("tests.unit.jobs.crew_work:fork_of", {}, Crew(), 1, tmp_path)
+    assert (found is not None) == (fork_server != ":")
+    assert found is None or found.endswith(", worker")
+
+
+@ON_CPU
+@pytest.mark.usefixtures("forked_workers")
+def test_peaks_of_an_earlier_larger_crew_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "WORKERS", [])
+    for rank in (0, 5):
+        worker.peak_file(tmp_path / "job.json", rank).write_text("99999")
+    launch("tests.unit.jobs.crew_work:fork_of", {}, Crew(), 1, tmp_path)
+    assert [100 < peak < 5000 for peak in launcher.WORKERS] == [True]
 
 
 @ON_CPU

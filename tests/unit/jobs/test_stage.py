@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,23 @@ def test_what_was_not_fetched_is_said_in_one_line(tmp_path: Path, work: str) -> 
     assert "Something was not fetched" in log
     assert "`snakemake data --profile profiles/local --configfile FILE`" in log
     assert "Traceback" not in log
+
+
+def test_forks_load_libraries_as_jobs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which read these variables when they are loaded: in the server, for all jobs."""
+    given: list[Mapping[str, str]] = []
+    monkeypatch.setattr(stage, "start_fork_server", given.append)
+    own = next(iter(stage.QUIET))
+    for name, value in {own: "the user's", stage.OFFLINE[0]: "0"}.items():
+        monkeypatch.setenv(name, value)
+    stage.serve_forks()
+    (found,) = given
+    assert found[own] == "the user's"
+    assert {name: found[name] for name in stage.OFFLINE} == dict.fromkeys(stage.OFFLINE, "1")
+    expected = {**stage.ON_CPU, **stage.QUIET, **os.environ}
+    assert {name: value for name, value in found.items() if name not in stage.OFFLINE} == {
+        name: value for name, value in expected.items() if name not in stage.OFFLINE
+    }
 
 
 def test_a_missing_package_is_named_with_the_environment(tmp_path: Path) -> None:
