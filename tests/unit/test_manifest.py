@@ -54,7 +54,26 @@ def test_in_a_run_it_is_a_damaged_one(inside: str, name: str, content: str, tmp_
 
 
 def test_what_lies_beside_manifests_of_a_run_is_none(tmp_path: Path) -> None:
-    folder = tmp_path / "results/models/mine"
+    for place in ("results/run/models/mine", "results/run/compressed/m/svd/20/seed0/elsewhere"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        folder.with_name("manifest.json").write_text("{}")
+        folder.with_name(f"{folder.name}s.json").write_text("{}")
+        assert manifest_of(folder) is None
+
+
+@pytest.mark.parametrize("linked", ["into a run", "out of a run"])
+def test_a_link_is_in_a_run_where_it_lies_or_where_it_leads(linked: str, tmp_path: Path) -> None:
+    inside, outside = tmp_path / "results/run/models/m", tmp_path / "elsewhere/m"
+    link, folder = (outside, inside) if linked == "into a run" else (inside, outside)
     folder.mkdir(parents=True)
-    folder.with_name("manifest.json").write_text("{}")
-    assert manifest_of(folder) is None
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder)
+    folder.with_name("m.json").write_text("{}")
+    assert manifest_of(link) == (folder.with_name("m.json") if folder == inside else None)
+
+
+def test_a_file_that_lists_none_is_no_manifest(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert manifest_of(tmp_path / "checkpoint") is None

@@ -1,5 +1,6 @@
 """Unfinished work is found again by those it belongs to, and by nobody else."""
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lowrank.errors import RankwiseError
+from lowrank.jobs import state
 from lowrank.jobs.state import Clock, Parts, resumable_state
 
 
@@ -114,3 +116,36 @@ def test_the_clock_adds_up_the_parts(tmp_path: Path) -> None:
     first.before = 100.0
     first.save()
     assert 100.0 < Clock(tmp_path / "seconds.json").seconds < 200.0
+
+
+STAGES = Path(state.__file__).parents[2] / "stages"
+
+
+def inputs_in(node: ast.AST) -> set[str]:
+    """The job's inputs that some code names."""
+    attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
+    return {each.attr for each in attributes if ast.unparse(each.value) == "job.input"}
+
+
+@pytest.mark.parametrize(
+    "stage", [path.stem for path in sorted(STAGES.glob("*.py")) if "resumable_state(" in path.read_text()]
+)
+def test_unfinished_work_is_told_by_all_that_its_stage_reads_and_by_whose_it_is(stage: str) -> None:
+    """By the contents of each input, a folder's being those of its manifest; and by the wildcards or the subject."""
+    tree = ast.parse((STAGES / f"{stage}.py").read_text())
+    assigned: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                assigned.setdefault(ast.unparse(target).partition("[")[0], []).append(node.value)
+    (call,) = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "resumable_state"
+    )
+    *_, key, inputs = ([argument, *assigned.get(ast.unparse(argument), [])] for argument in call.args)
+    known = set().union(*(inputs_in(expression) for expression in inputs))
+    read = inputs_in(tree) - {"get", "items"}
+    if "items" not in known:  # else all of them are
+        assert {name for name in read if not {name, f"{name}_manifest"} & known} == set()
+    told = " ".join(map(ast.unparse, key))
+    assert "job.wildcards.items()" in told or "settings['subject']" in ast.unparse(tree)
+    assert "settings" in told
