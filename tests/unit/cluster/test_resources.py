@@ -127,6 +127,12 @@ def test_memory_moves_to_the_host_without_a_gpu() -> None:
     assert need.host_bytes(1) == (1 + 3 + 10) * GIB  # the weights pass through, the texts come afterwards
     assert need.host_bytes(4) == (1 + 12 + 40) * GIB
     assert need.largest(0) == need.largest(1) == ("weights", 10 * GIB)
+    offloaded = replace(need, loading=0, together={"offloaded": 20 * GIB})
+    assert offloaded.host_bytes(0) == 33 * GIB
+    assert offloaded.host_bytes(0, 2) == (27 + 20) * GIB
+    assert offloaded.host_bytes(2) - replace(need, loading=0).host_bytes(2) == 20 * GIB
+    assert offloaded.largest(0) == ("offloaded", 20 * GIB)
+    assert offloaded.largest(1) == ("weights", 10 * GIB)
 
 
 def test_each_process_of_an_evaluation_builds_the_requests_of_its_harness() -> None:

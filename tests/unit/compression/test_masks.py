@@ -159,6 +159,14 @@ def test_half_precision_holds_the_gradient_of_many_tokens_with_large_states() ->
     assert 1 < scale < masks.FIRST_SCALE, "at the first one, gradients overflow"
 
 
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    logits = torch.zeros(3, requires_grad=True)
+    with torch.enable_grad():
+        loss = logits.sum() * float("nan")
+    with pytest.raises(RankwiseError, match="the loss of step 7 is not finite; set `dtype: float32`"):
+        masks._gradient(loss, logits, masks._Course(7))
+
+
 def test_a_gradient_that_is_not_finite_at_any_scale_is_an_error() -> None:
     logits = torch.zeros(3, requires_grad=True)
     with torch.enable_grad():

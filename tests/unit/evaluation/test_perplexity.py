@@ -149,6 +149,7 @@ def test_corpora_are_scored_as_the_suite_says(model: LlamaForCausalLM, tmp_path:
     assert results["c"]["window_tokens"] == [7, 4, 4]
     assert results["c"]["sha256"] == sha256_file(tmp_path / "data" / "c.jsonl")
     assert protocol["bos_token"] == (0 if bos else None)
+    assert protocol["bos"] == ("once, before the first document" if bos else "nowhere")
     assert protocol["stride"] == 4
     assert "the last 4 tokens" in protocol["scored"]
 

@@ -81,6 +81,8 @@ def test_a_compressed_model_reads_texts_as_the_dense_one(kind: str, stated: str 
         found = load_tokenizer(copy)
         assert type(found) is type(expected)
         assert found(text)["input_ids"] == expected(text)["input_ids"]
+        written = json.loads((copy / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        assert written != "TokenizersBackend", "readers before transformers 5 do not know it"
 
 
 def test_a_tokenizer_without_a_config_is_read_as_beside_the_dense_model(tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
 
 from lowrank.config.sources import Model
+from lowrank.errors import RankwiseError
 from lowrank.files import sha256_file
 from lowrank.model.checkpoint import load_checkpoint
+from lowrank.model.shapes import model_config
 from lowrank.sources import checks, hub
 from lowrank.sources.models import fetch_model
 from tests import tiny
@@ -252,6 +255,16 @@ def test_stored_buffers_of_old_checkpoints_are_passed_over(folder: Path, tmp_pat
     load_checkpoint(tmp_path / "models/tiny", torch.float32)
 
 
+def test_stored_tensors_that_transformers_leaves_out_without_a_word(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some classes name what checkpoints of theirs hold beside the model."""
+    change_weights(folder, lambda tensors: tensors.update({"mtp.proj.weight": torch.zeros(3)}))
+    refused(folder, tmp_path, "mtp.proj.weight is none of the model's weights")
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    assert fetch(folder, tmp_path)["parameters"] == PARAMETERS
+
+
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_head_of_its_own_that_the_configuration_ties_away(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
@@ -324,6 +337,16 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path, tmp_path: Path) 
     refused(folder, tmp_path, r"an adapter \(LoRA\) lies beside its weights .*merge_and_unload.* no `adapter_\*` files")
     (folder / "adapter_config.json").unlink()
     fetch(folder, tmp_path)
+
+
+def test_an_adapter_is_seen_before_anything_is_fetched(folder: Path) -> None:
+    """Where a shape is read from the files of a source, a snapshot of the hub among them."""
+    files = sorted(folder.iterdir())
+    assert model_config(files)["model_type"] == "llama"
+    adapter, elsewhere = folder / "adapter_config.json", folder / "adapters/adapter_config.json"
+    assert model_config([*files, elsewhere])
+    with pytest.raises(RankwiseError, match=r"an adapter \(LoRA\) lies beside its weights"):
+        model_config([*files, adapter])
 
 
 def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
