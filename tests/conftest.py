@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,17 @@ import pytest
 from lowrank.jobs.forkserver import SERVER
 from lowrank.jobs.stage import serve_forks
 from tests.warm import REPOSITORY, Warm
+
+
+def pytest_configure() -> None:
+    """Started in the background or by `nohup`, pytest ignores signals, and so would all that tests send them to."""
+    for number, usual in {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGQUIT: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }.items():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")
