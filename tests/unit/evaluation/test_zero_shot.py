@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -100,12 +101,17 @@ def make_suite(tasks: dict[str, str], **settings: Any) -> ZeroShotSuite:
 
 @pytest.mark.slow
 def test_all_tasks_equal_a_stock_run(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")  # lm-eval would return nothing
     folders = {task: write_rows(tmp_path, task, rows) for task, rows in ROWS.items()}
     found = evaluate_zero_shot(model, tokenizer, make_suite(METRICS, max_length=512), folders, 256)
     assert "LOCAL_RANK" not in os.environ
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "a log is for what matters"
 
     yamls = tmp_path / "yamls"
     yamls.mkdir()

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 METRICS = ("acc", "acc_norm")
+HARNESS_LOGS = ("lm_eval.models.huggingface", "lm_eval.api.task")
+"""Loggers that warn of what is meant here (a model that is already open, a metric's default mean) with each task."""
 
 
 def evaluate_share(arguments: dict[str, Any], share: Share) -> dict[str, Any]:
@@ -113,9 +115,11 @@ def evaluate_zero_shot(
 
 
 def _settle_libraries(seed: int) -> None:
-    """Seeds, no progress bars, and no leftovers of a launcher, which would make lm-eval return nothing."""
+    """Seeds, no progress bars or idle warnings, and no leftovers of a launcher: with them lm-eval returns nothing."""
     for variable in LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
+    for name in HARNESS_LOGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     random.seed(seed)
     seed_everything(seed)
