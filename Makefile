@@ -30,7 +30,7 @@ $(VENV)/.installed: envs/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about 2 GB; nothing more is said for about three minutes"
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r envs/requirements.txt
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r envs/requirements.txt
 	@# pip compiles on one processor. (Some packages bring files that no Python 3 compiles.)
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
