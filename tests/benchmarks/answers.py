@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
     found = measure(make_model(len(tiny.tokenizer())), CONTEXTS, BATCHES, TURNS)
     print(f"{CONTEXTS * ANSWERS} answers, {TURNS} turns, one thread: median of the ratios (middle half)")
     for row in (row_of(name, values) for name, values in found.items()):
-        print(f"{row.measure:24} {row.median:.2f} ({row.low:.2f} to {row.high:.2f})")
+        print(f"{row.measure:27} {row.median:.2f} ({row.low:.2f} to {row.high:.2f})")
     if arguments:
         about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         Path(arguments[0]).write_text(json.dumps({"ratios": found} | about, indent=1) + "\n", encoding="utf-8")
