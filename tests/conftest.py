@@ -14,14 +14,13 @@ from tests.warm import REPOSITORY, Warm
 
 
 def pytest_configure() -> None:
-    """Started in the background or by `nohup`, pytest ignores signals, and so would all that tests send them to."""
-    for number, usual in {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGQUIT: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }.items():
+    """Started in the background or by `nohup`, pytest ignores signals, and so would all whom tests send them to.
+
+    With a handler that does nothing it goes on ignoring them, and what it starts does not.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, usual)
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,6 @@ for name in list(os.environ):  # what Snakemake's job step leaves of them
 logging.basicConfig(level=logging.INFO)
 from tests.unit.jobs import crew_work
 from lowrank.jobs.crew import Crew
-from lowrank.jobs.forkserver import FORKED
 from lowrank.jobs.launcher import run_shared
 from lowrank.post_training.job import TrainingJob
 from lowrank.post_training.launch import launch

@@ -46,6 +46,8 @@ PAIRS = [
     ("<pad><pad>", "<pad>"),
     ("x", "a long answer"),
     ("A prompt", " no"),
+    ("x", " yes"),
+    ("x", " no"),
 ]
 
 
@@ -268,24 +270,53 @@ def test_a_context_is_read_once_by_every_kind_of_model(kind: str, way: str) -> N
         assert one == pytest.approx(other, rel=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "phi3"])
-def test_rows_longer_than_a_sliding_window_have_one_ending(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary = tiny.tokenizer()
-    one = tiny.model(kind, len(vocabulary))
-    pairs = [("A prompt of some words", " yes"), ("A prompt of some words", " no"), ("x", " yes"), ("x", " no")]
-    monkeypatch.setattr(one.config, "sliding_window", 9)
-    assert len(vocabulary(pairs[0][0])["input_ids"]) > 9 > len(vocabulary("x yes no")["input_ids"])
-    masked, last_hidden = [], answer_scorer.last_hidden
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Of each forward pass from now on the tokens of a row, and whether there was a mask."""
+    passes, last_hidden = [], answer_scorer.last_hidden
 
-    def noted(model: Any, ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
-        masked.append((ids.shape[1], "attention_mask" in given))
+    def note(model: Any, ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+        passes.append((ids.shape[1], "attention_mask" in given))
         return last_hidden(model, ids, **given)
 
-    monkeypatch.setattr(answer_scorer, "last_hidden", noted)
-    alone, together = (scores(scorer_of(one, vocabulary, tokens, max_length=60), pairs) for tokens in (1, 30))
-    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
-    assert {with_mask for _, with_mask in masked} == {True, False}
-    assert all(length <= 9 for length, with_mask in masked if with_mask)
+    monkeypatch.setattr(answer_scorer, "last_hidden", note)
+    return passes
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "phi3"])
+def test_what_a_sliding_window_cuts_off_is_cut_off_beside_rows_of_several_endings(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = tiny.tokenizer()
+    one = tiny.model(kind, len(vocabulary)).double()
+    pairs = [("A prompt of some words", " yes"), ("A prompt of some words", " no"), ("x", " yes"), ("x", " no")]
+    window = 9
+    monkeypatch.setattr(one.config, "sliding_window", window)
+    assert len(vocabulary(pairs[0][0])["input_ids"]) > window > len(vocabulary("x yes no")["input_ids"])
+    alone = scores(scorer_of(one, vocabulary, 1, max_length=60), pairs)
+    passes = noted(monkeypatch)
+    together = scores(scorer_of(one, vocabulary, 9999, max_length=60), pairs)
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-9)
+    assert {masked for _, masked in passes} == {True, False}
+    assert all(length <= window for length, masked in passes if masked)
+
+
+def test_no_row_has_more_tokens_than_the_model_has_positions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [("A prompt of some words", f" {answer * 8}") for answer in "abcdef"]
+    longest = len(tokenizer(f"{pairs[0][0]}{pairs[0][1]}")["input_ids"])
+    whole = scores(scorer_of(model, tokenizer, 9999, max_length=longest), pairs)
+    monkeypatch.setattr(model.config, "max_position_embeddings", longest + 5)
+    passes = noted(monkeypatch)
+    found = scores(scorer_of(model, tokenizer, 9999, max_length=longest), pairs)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in whole], rel=1e-5)
+    assert max(length for length, _ in passes) <= longest + 5
+
+
+@pytest.mark.parametrize("empty", [([], [3]), ([1, 2], [])])
+def test_an_answer_without_tokens_or_behind_none_is_refused(empty: tuple[list[int], list[int]]) -> None:
+    with pytest.raises(RankwiseError, match="one of them has no tokens"):
+        make_readings(requests_of([([1], [2]), empty]), 9, 9)
 
 
 def test_an_answer_longer_than_the_context_is_refused() -> None:

@@ -3,8 +3,9 @@
 lm-eval's own model class makes batches of so many texts, each a context with one answer, and takes logits and their
 softmax at every position of the longest one. Here all answers to a context stand behind it in one row, each at the
 positions that it has alone and masked from the others; a batch is of so many tokens, its rows are of about the same
-length, and the head reads the positions of answers only. Rows are padded on the right, where causal attention never
-looks and positions do not move. So an answer's value depends on its row and its batch by rounding alone.
+length where it is not small, and the head reads the positions of answers only. Rows are padded on the right, where
+causal attention never looks and positions do not move. So an answer's value depends on its row and its batch by
+rounding alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,9 +92,11 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
             RankwiseError: a log-likelihood is not finite.
         """
         found = torch.zeros(len(requests), 3, dtype=torch.float64)  # value, first choice, whether it is known
-        shared = min(self.batch_tokens, LONGEST_ROW, _window(self.model))
-        readings = make_readings(requests, self.max_length, shared)
-        for number, batch in enumerate(batches(readings, self.batch_tokens)):
+        shared = min(self.batch_tokens, LONGEST_ROW, _reach(self.model))
+        rows = make_readings(requests, self.max_length, shared)
+        # Longer rows have one ending each, and batches of their own: a mask knows nothing of sliding windows.
+        parts = ([row for row in rows if len(row) > shared], [row for row in rows if len(row) <= shared])
+        for number, batch in enumerate(chain.from_iterable(batches(part, self.batch_tokens) for part in parts)):
             if number % self.share.world == self.share.rank:
                 for request, value, first in self._answers(batch):
                     if math.isfinite(value):
@@ -113,7 +117,8 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
             halves = _halves(batch)
             if halves is None:
                 raise
-        log.info("%d texts at once do not fit the GPU's memory: in halves", len(batch))
+        endings = sum(len(row.endings) for row in batch)
+        log.info("%d texts at once do not fit the GPU's memory: in halves", endings)
         torch.cuda.empty_cache()
         first, second = halves
         return self._answers(first) + self._answers(second)
@@ -128,10 +133,10 @@ def _halves(batch: Sequence[Reading]) -> tuple[Sequence[Reading], Sequence[Readi
     return ([replace(row, endings=row.endings[:half])], [replace(row, endings=row.endings[half:])]) if half else None
 
 
-def _window(model: Any) -> float:
-    """Tokens that every block looks back on; beyond them a row's mask would have to know them."""
-    found: int | None = getattr(model.config, "sliding_window", None)
-    return math.inf if found is None else found
+def _reach(model: Any) -> float:
+    """Tokens that a model has positions for and that each of its blocks looks back on."""
+    known = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((tokens for tokens in known if tokens is not None), default=math.inf)
 
 
 def make_readings(requests: Sequence[Request], longest: int, shared: float) -> list[Reading]:
@@ -143,13 +148,18 @@ def make_readings(requests: Sequence[Request], longest: int, shared: float) -> l
         shared: tokens of a row of several endings, at most.
 
     Raises:
-        RankwiseError: an answer is longer than the model reads.
+        RankwiseError: an answer is longer than the model reads, or it or what stands before it has no tokens.
     """
     known: dict[tuple[int, ...], Ending] = {}
     last: dict[tuple[int, ...], Reading] = {}  # of each context the row that takes more
     rows: list[Reading] = []
     cut = 0
-    for number, (_, before, answer) in enumerate(requests):
+    for number, (text_of, before, answer) in enumerate(requests):
+        if not before or not answer:
+            raise RankwiseError(
+                f"the answer {text_of[1]!r} behind {text_of[0]!r}: one of them has no tokens; if it is what the answer "
+                "stands behind, set `add_bos: true`"
+            )
         if len(answer) > longest:
             raise RankwiseError(
                 f"an answer of {len(answer)} tokens does not fit a context of {longest}; raise the suite's `max_length`"
