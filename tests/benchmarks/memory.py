@@ -29,7 +29,7 @@ from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.cluster.resources import LAYERS_PER_PASS as LAYERWISE
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from tests import tiny
+from tests import tiny, tiny_study
 from tests.benchmarks.measuring import Row, Setting, row_of
 
 NAME = "memory.yaml"
@@ -73,14 +73,14 @@ def write_study(model: Path, folder: Path) -> None:
     """A study that runs each stage once or twice, on random words; every method once."""
     for offset, name in enumerate(("calibration", "validation", "test")):
         rows = [{"text": tiny.text(100 * offset + index, 2000)} for index in range(20)]
-        tiny.write_lines(folder / f"{name}.jsonl", rows)
-    tiny.write_lines(
+        tiny_study.write_lines(folder / f"{name}.jsonl", rows)
+    tiny_study.write_lines(
         folder / "instructions.jsonl",
         [{"instruction": tiny.text(i, 40), "input": "", "output": tiny.text(900 + i, 60)} for i in range(40)],
     )
     tasks = {"piqa": "acc", "hellaswag": "acc_norm"}
     for name in tasks:
-        tiny.write_lines(folder / "tasks" / f"{name}.jsonl", tiny.task_rows()[name])
+        tiny_study.write_lines(folder / "tasks" / f"{name}.jsonl", tiny_study.task_rows()[name])
     row = {"model": "model", "ratio": 20, "tolerance": 5}
     methods = ("svd", "lord", "svd-llm", "rankwise", "bolaco")
     path = folder / NAME

@@ -19,7 +19,7 @@ PAGE = (REPOSITORY / "docs/adding_a_method.md").read_text(encoding="utf-8")
 
 USE = """
 import json, torch, yaml
-from tests import tiny
+from tests import tiny, tiny_study
 from lowrank.ranks.budget import Budget
 from lowrank.compression.compress import compress_model
 from lowrank.model.parameters import count_parameters
@@ -27,7 +27,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.config.study import Study
 
 (name, preset), = yaml.safe_load(PRESET)["methods"].items()
-config = tiny.config(FOLDER) | {"methods": {name: preset}, "tables": {}, "figures": {}}
+config = tiny_study.config(FOLDER) | {"methods": {name: preset}, "tables": {}, "figures": {}}
 plain = Study.model_validate(config).method(name)
 torch.manual_seed(0)
 model, shape = tiny.model(KIND), ModelShape.model_validate(tiny.shape(KIND))

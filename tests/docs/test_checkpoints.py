@@ -23,7 +23,7 @@ from lowrank.files import layer_name
 from lowrank.model.checkpoint import load_checkpoint, recipe_of, save_checkpoint
 from lowrank.model.tokenizer import load_tokenizer
 from lowrank.ranks.budget import Budget
-from tests import tiny
+from tests import tiny, tiny_study
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def scored(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     """What the harness wrote about each checkpoint by the page's command line, in a folder of its name."""
     folder = tmp_path_factory.mktemp("scored")
     rows, tasks = folder / "rows.jsonl", folder / "tasks"
-    tiny.write_lines(rows, tiny.task_rows()["arc_easy"])
+    tiny_study.write_lines(rows, tiny_study.task_rows()["arc_easy"])
     tasks.mkdir()
     installed = str(Path(lm_eval.tasks.__file__).parent)
     task = TASK.replace("/path/to/site-packages/lm_eval/tasks", installed).replace("/path/to/rows.jsonl", str(rows))

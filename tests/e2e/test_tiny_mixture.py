@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lowrank.model.checkpoint import load_checkpoint
-from tests import tiny
+from tests import tiny, tiny_study
 from tests.warm import ENVIRONMENT, Warm
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +24,11 @@ PAIRS = ("svd-llm", "bolaco", "rankwise")
 def run(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """The results of a study of `qwen3_moe`."""
     folder = tmp_path_factory.mktemp("tiny mixture")
-    tiny.write_inputs(folder)
+    tiny_study.write_inputs(folder)
     trained = tiny.tokenizer()
     tiny.model("qwen3_moe", len(trained)).save_pretrained(folder / "mixture", save_original_format=False)
     trained.save_pretrained(folder / "mixture")
-    raw = tiny.config(folder)
+    raw = tiny_study.config(folder)
     row = {"model": "mixture", "ratio": 20, "tolerance": 2}
     rows = [{"model": "mixture", "method": "dense"}, *({**row, "method": method} for method in PAIRS)]
     study = (

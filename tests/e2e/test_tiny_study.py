@@ -26,7 +26,7 @@ from lowrank.layout import study_of
 from lowrank.model.checkpoint import load_checkpoint
 from lowrank.model.tokenizer import load_tokenizer
 from lowrank.progress.steps import State, steps_of
-from tests import tiny
+from tests import tiny_study
 from tests.apt import Unavailable
 from tests.browser import browser, check_page
 from tests.warm import ENVIRONMENT, Warm
@@ -70,7 +70,7 @@ class Study:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Study:
     folder = tmp_path_factory.mktemp("tiny study")
-    tiny.write_study(folder)
+    tiny_study.write_study(folder)
     made = Study(folder, warm)
     made.snakemake()
     return made

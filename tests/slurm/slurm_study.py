@@ -48,9 +48,9 @@ PARTITIONS = {
 
 def small_study(folder: Path) -> dict[str, Any]:
     """Of the tiny study, each rule that may run on a node, and few jobs: some of its tables, figures and tasks."""
-    from tests import tiny  # and with it torch, which only this needs
+    from tests import tiny_study  # and with it torch, which only this needs
 
-    full = tiny.config(folder)
+    full = tiny_study.config(folder)
     row = {"model": "tiny", "ratio": 20, "tolerance": 4}
     searched, trained = {**row, "method": "bolaco"}, {**row, "method": "bolaco", "tuning": "scales"}
     svd, rankwise = {**row, "method": "svd"}, {**row, "method": "rankwise"}
@@ -119,9 +119,9 @@ class Study:
         """
         study = cls(folder, cluster, fork_server)
         shutil.copytree(ROOT, study.clone, symlinks=True, ignore=shutil.ignore_patterns(*NOT_TRACKED))
-        from tests import tiny
+        from tests import tiny_study
 
-        tiny.write_study(folder / "inputs")
+        tiny_study.write_study(folder / "inputs")
         (folder / "inputs/tiny.yaml").write_text(yaml.safe_dump(small_study(folder / "inputs"), sort_keys=False))
         study.write_site()
         return study

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tests import tiny
+from tests import tiny, tiny_study
 from tests.warm import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -95,9 +95,9 @@ def write_study(folder: Path) -> None:
     trained.save_pretrained(folder / "model")
     for offset, name in enumerate(("texts", "tests")):
         rows = [{"text": tiny.text(100 * offset + index, 100)} for index in range(12)]
-        tiny.write_lines(folder / f"{name}.jsonl", rows)
+        tiny_study.write_lines(folder / f"{name}.jsonl", rows)
     rows = [{"instruction": tiny.text(i, 6), "input": "", "output": tiny.text(900 + i, 12)} for i in range(20)]
-    tiny.write_lines(folder / "instructions.jsonl", rows)
+    tiny_study.write_lines(folder / "instructions.jsonl", rows)
     (folder / "small.yaml").write_text(yaml.safe_dump(config(folder), sort_keys=False), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from lowrank.model.checkpoint import load_checkpoint
 from lowrank.post_training.instructions import read_rows
 from lowrank.sources.models import fetch_model
 from lowrank.sources.texts import fetch_corpus, fetch_instructions
-from tests import tiny
+from tests import tiny_study
 from tests.survival.workshop import (
     VOCABULARY,
     Damage,
@@ -88,7 +88,7 @@ def test_instructions_that_cannot_be_used(content: bytes, run: Path, tmp_path: P
 @pytest.mark.parametrize("damage", [truncated, no_utf8, removed], ids=lambda d: d.__name__)
 def test_fetched_instructions(damage: Damage, run: Path) -> None:
     file = run / "instructions.jsonl"
-    tiny.write_lines(file, [{"instruction": "a", "input": "", "output": "b" * 50}])
+    tiny_study.write_lines(file, [{"instruction": "a", "input": "", "output": "b" * 50}])
     damage(file)
     refused(run, file, lambda run: read_rows(file))
 
@@ -96,7 +96,7 @@ def test_fetched_instructions(damage: Damage, run: Path) -> None:
 @pytest.mark.parametrize("damage", [truncated, flipped, removed], ids=lambda d: d.__name__)
 def test_rows_of_a_task(damage: Damage, run: Path) -> None:
     rows = run / "tasks/piqa/validation.jsonl"
-    tiny.write_lines(rows, tiny.task_rows()["piqa"])
+    tiny_study.write_lines(rows, tiny_study.task_rows()["piqa"])
     write_json(run / "tasks/piqa.json", {"sha256": {rows.name: sha256_file(rows)}})
     assert find_rows("piqa", rows.parent).count == 6
     damage(rows)

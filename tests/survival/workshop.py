@@ -25,7 +25,7 @@ from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.ranks.budget import Budget
 from lowrank.sources.models import fetch_model
 from lowrank.sources.texts import fetch_corpus
-from tests import tiny
+from tests import tiny, tiny_study
 
 CPU = torch.device("cpu")
 KIND = "llama-gqa"
@@ -44,7 +44,7 @@ def build(root: Path) -> None:
     sources, run = root / "sources", root / "run"
     tiny.model(KIND, VOCABULARY).save_pretrained(sources / "model")
     tiny.tokenizer().save_pretrained(sources / "model")
-    tiny.write_lines(sources / "text.jsonl", [{"text": tiny.text(index, 100)} for index in range(12)])
+    tiny_study.write_lines(sources / "text.jsonl", [{"text": tiny.text(index, 100)} for index in range(12)])
     manifest = fetch_model("tiny", model_section(sources / "model"), root / "cache", run / "models/tiny")
     write_json(run / "models/tiny.json", manifest)
     section = {"source": {"path": str(sources / "text.jsonl")}, "format": "jsonl"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests import tiny
+from tests import tiny, tiny_study
 from tests.workflow.clones import REPOSITORY
 
 COMPARED = "results/tiny/compared_texts.json"
@@ -33,8 +33,8 @@ def study(folder: Path) -> dict[str, Any]:
     """The tiny study with its texts; the model is not needed."""
     for offset, name in enumerate(("calibration", "validation", "test-a", "test-b", "test-c")):
         rows = [{"text": tiny.text(100 * offset + index, 120)} for index in range(4)]
-        tiny.write_lines(folder / f"{name}.jsonl", rows)
-    return tiny.config(folder)
+        tiny_study.write_lines(folder / f"{name}.jsonl", rows)
+    return tiny_study.config(folder)
 
 
 def test_a_copy_of_the_calibration_text_stops_the_study(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lowrank.export.numbers import measured
 from lowrank.layout import Layout
 from lowrank.manifest import manifest_of
 from lowrank.model.checkpoint import load_checkpoint
-from tests import tiny
+from tests import tiny, tiny_study
 from tests.warm import ENVIRONMENT, REPOSITORY, Warm
 
 sys.path.insert(0, str(REPOSITORY / "workflow_scripts"))
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model("llama-gqa", len(trained)).save_pretrained(folder / "model")
     trained.save_pretrained(folder / "model")
     (folder / "calibration.txt").write_text(" ".join(tiny.text(seed, 300) for seed in range(12)))
-    tiny.write_lines(folder / "test.jsonl", [{"text": tiny.text(500 + seed, 300)} for seed in range(6)])
+    tiny_study.write_lines(folder / "test.jsonl", [{"text": tiny.text(500 + seed, 300)} for seed in range(6)])
     return folder
 
 

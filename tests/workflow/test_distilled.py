@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lowrank.files import read_json
-from tests import tiny
+from tests import tiny_study
 from tests.warm import ENVIRONMENT, REPOSITORY, Warm
 
 RUN = "results/tiny"
@@ -22,7 +22,7 @@ TABLE = f"{RUN}/tables/table_1.csv"
 
 def study(folder: Path) -> dict[str, Any]:
     """The tiny study, of which two rows are left: plain SVD at 20 %, and the same distilled."""
-    content = tiny.config(folder)
+    content = tiny_study.config(folder)
     row = {"model": "tiny", "method": "svd", "ratio": 20, "tolerance": 4}
     table = {"kind": "accuracy", "title": "Distilled", "suites": ["held-out"]}
     distilled = {"kind": "feature-distillation", "calibration": "c8", "learning_rate": 0.001, "batch_size": 2}
@@ -38,7 +38,7 @@ def study(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_distilled_row_has_its_numbers_and_its_curves(tmp_path: Path, warm: Warm) -> None:
     """The training itself is started as a user starts it, by an interpreter that has loaded nothing."""
-    tiny.write_inputs(tmp_path)
+    tiny_study.write_inputs(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study(tmp_path), sort_keys=False))
     options = [
         "--snakefile",

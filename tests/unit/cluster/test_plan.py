@@ -20,7 +20,7 @@ from lowrank.cluster.planned_jobs import Job, planned_jobs
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import check_study, load_study, read_config
 from lowrank.config.study import Study
-from tests import tiny
+from tests import tiny_study
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +32,7 @@ def paper() -> Study:
 
 @pytest.fixture(scope="module")
 def small() -> Study:
-    return check_study(tiny.config(Path("nowhere")))
+    return check_study(tiny_study.config(Path("nowhere")))
 
 
 def test_each_job_stands_after_those_that_it_waits_for(small: Study) -> None:
@@ -63,7 +63,7 @@ def test_a_tuned_row_waits_for_training_and_the_row_without_it(small: Study) -> 
 
 
 def test_a_distilled_row_waits_for_the_dense_model_and_windows_besides() -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     raw["tuning"]["distilled"] = {"kind": "feature-distillation", "calibration": "c8", "validation_windows": 2}
     raw["tables"]["table_7"]["rows"][1] |= {"tuning": "distilled"}
     row = {"model": "tiny", "method": "svd", "ratio": 20, "seed": 0}
@@ -86,14 +86,14 @@ def test_what_shows_tested_text_waits_until_it_was_compared(small: Study) -> Non
 
 
 def test_without_tested_text_nothing_is_compared() -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     raw["tables"] = {name: raw["tables"][name] for name in ("table_7", "table_8")}
     raw["figures"] = {name: raw["figures"][name] for name in ("figure_1", "figure_6")}
     assert Job.of("compare_texts") not in planned_jobs(check_study(raw))
 
 
 def test_seeds_repeat_what_is_random_and_nothing_else() -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     once = planned_jobs(check_study(raw))
     thrice = planned_jobs(check_study(raw | {"seeds": [0, 1, 2]}))
     more = {job.rule for job in thrice if job not in once}
@@ -106,7 +106,7 @@ def test_seeds_repeat_what_is_random_and_nothing_else() -> None:
 
 
 def test_bases_that_know_the_loss_wait_for_gradients() -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     raw["figures"]["predicted"] = {
         **{"kind": "predicted-loss", "title": "Predicted", "model": "tiny", "calibration": "c8"},
         **{"covariance": ["fisher"], "corpus": "validation", "windows": 2, "length": 64},
@@ -124,7 +124,7 @@ def test_bases_that_know_the_loss_wait_for_gradients() -> None:
 
 
 def test_neurons_are_eliminated_once_for_all_ratios_and_all_who_agree() -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     preset = raw["methods"]["rankwise"]
     more = {"without-influence": {"influence": False}, "sixteens": {"multiple": 16}, "plain": {"mlp": "neurons"}}
     more |= {"one-width": {"mlp": "neurons", "multiple": 32, "widths": "one"}, "pairs": {"mlp": "pairs"}}
@@ -151,7 +151,7 @@ def test_neurons_are_eliminated_once_for_all_ratios_and_all_who_agree() -> None:
 
 
 def test_windows_that_are_all_kept_wait_for_no_bases(small: Study) -> None:
-    raw = tiny.config(Path("nowhere"))
+    raw = tiny_study.config(Path("nowhere"))
     raw["validation"]["top3"]["select"] = {"strategy": "all"}
     selected, bases = (
         Job.of("select_validation", model="tiny", validation="top3"),

@@ -19,7 +19,8 @@ from lowrank.config.tested import Pair
 from lowrank.errors import RankwiseError
 from lowrank.sources.shared_text import SHARE, WORDS, compare_texts
 from lowrank.sources.texts import fetch_corpus
-from tests.tiny import text, write_lines
+from tests.tiny import text
+from tests.tiny_study import write_lines
 
 DOCUMENTS = [text(seed, 2 * WORDS) for seed in range(6)]
 OTHERS = [text(seed, 2 * WORDS) for seed in range(100, 106)]
