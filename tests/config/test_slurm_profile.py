@@ -34,7 +34,7 @@ def test_the_short_name_of_the_profile_is_a_link_that_git_holds() -> None:
     assert link.is_symlink()
     assert link.readlink().as_posix() == "profiles/slurm"
     if not (REPOSITORY / ".git").exists():
-        pytest.skip("this is no checkout of git")
+        pytest.skip("what git holds of the link is asked of git, and this folder is no checkout")
     listed = subprocess.run(
         ["git", "-C", str(REPOSITORY), "ls-files", "--stage", "slurm"], capture_output=True, text=True, check=True
     )

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lowrank.calibration import gram, moments
 from lowrank.calibration.gram import SLAB, WIDE_PANEL, add_gram_in_parts, prefers_parts, symmetric
 from lowrank.calibration.moments import MomentAccumulator
+from tests.marks import HAS_GPU, NEEDS_GPU
 
-HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu", *(["cuda"] if HAS_GPU else [])]
 WITHIN = 1e-5
 """Of sqrt(C_ii C_jj): what float32 gives."""
@@ -122,7 +122,7 @@ def test_a_processor_multiplies_in_float32(dtype: torch.dtype) -> None:
     assert not prefers_parts(torch.zeros(1, dtype=dtype))
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@NEEDS_GPU
 def test_a_gpu_splits_what_comes_from_16_bits_alone() -> None:
     kinds = {
         dtype: prefers_parts(torch.zeros(1, dtype=dtype, device="cuda")) for dtype in (torch.bfloat16, torch.float32)

@@ -62,7 +62,10 @@ def estimates() -> dict[str, float]:
     }
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's mark of resident memory")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="an earlier peak of resident memory is forgotten by /proc/self/clear_refs, which is not to be had here",
+)
 def test_measured_peaks_are_within_a_quarter_of_the_estimates(tmp_path: Path) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parents[2] / name) for name in ("workflow_scripts", "."))

@@ -37,7 +37,9 @@ if (status := run_as_fork("compute_bases")) is not None:
 """
 """The beginning of a job's script; what follows is done by the fork, or by the job's own process if there is none."""
 
-FORKS = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks need Linux, and a Python that can watch them")
+FORKS = pytest.mark.skipif(
+    not hasattr(os, "pidfd_open"), reason="forks are watched by pidfd_open, which Linux has, and a Python built for it"
+)
 
 
 class Server:

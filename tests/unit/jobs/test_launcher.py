@@ -26,13 +26,13 @@ from lowrank.jobs.forkserver import SERVER
 from lowrank.jobs.launcher import environment_of_workers, launch, run_shared, start_command
 from lowrank.jobs.share import ALONE
 from tests import tiny
+from tests.marks import ON_CPU
 from tests.unit.jobs import crew_work, fake_slurm
 from tests.unit.jobs.test_share import assert_close, some_tokens
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[3]
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,11 @@ from lowrank.errors import RankwiseError
 from lowrank.jobs import imports, stage, usage
 from lowrank.jobs.lock import output_lock
 from lowrank.reruns.fingerprint import Code
+from tests.marks import NO_GPU
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
 SPREAD, SHARED = {"spreads_model": 1}, {"shares_work": 1}
 MODELS = "lowrank.model.checkpoint"
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 SCRIPT = """
 {before}
 from types import SimpleNamespace

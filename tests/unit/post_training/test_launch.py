@@ -23,9 +23,8 @@ from lowrank.post_training.job import Progress, TrainingJob, vectors_file
 from lowrank.post_training.launch import launch
 from lowrank.post_training.subspace import SubspaceVectors, attach_subspaces, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
+from tests.marks import ON_CPU
 from tests.unit.post_training.post_training_samples import SUBJECT, a_job, save_tiny_model, write_manifest
-
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 
 
 @ON_CPU

@@ -36,6 +36,7 @@ from lowrank.post_training.launch import launch
 from lowrank.post_training.schedule import learning_rate, rows_of_step
 from lowrank.post_training.subspace import attach_subspaces
 from lowrank.post_training.train import Trainer, train
+from tests.marks import ON_CPU
 from tests.unit.jobs import fake_slurm
 from tests.unit.post_training.post_training_samples import (
     REPOSITORY,
@@ -47,7 +48,6 @@ from tests.unit.post_training.post_training_samples import (
     tiny_model,
 )
 
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes of a machine without a GPU")
 ENGINES = sorted(path.stem for path in (REPOSITORY / "config" / "deepspeed").glob("*.json"))
 
 
