@@ -30,7 +30,7 @@ SHORTEST, LONGEST = 20, 110
 BATCHES = (1024, 2048, 4096)
 ROW = 128
 """Tokens of a row of the forward pass that is compared with."""
-FORWARD, STOCK = "forward pass", "lm-eval, batches of 8 texts"
+FORWARD, STOCK, ALONE = "forward pass", "lm-eval, batches of 8 texts", "each answer with its context"
 
 
 def make_model(vocabulary: int) -> LlamaForCausalLM:
@@ -82,6 +82,9 @@ def measure(model: Any, contexts: int, sizes: Sequence[int], turns: int) -> dict
         scorer = AnswerScorer(**settings)
         scorer.batch_tokens = size
         ways[f"batches of {size} tokens"] = lambda scorer=scorer: scorer._loglikelihood_tokens(requests)
+    alone = AnswerScorer(**settings)
+    alone.batch_tokens, alone.longest_row = sizes[-1], 1
+    ways[ALONE] = lambda: alone._loglikelihood_tokens(requests)
     stock = HFLM(**settings, batch_size=8)
     ways[STOCK] = lambda: stock._loglikelihood_tokens(requests, disable_tqdm=True)
     times = in_turns(ways, turns, device)
@@ -95,7 +98,7 @@ def rows(setting: Setting) -> list[Row]:
     for dtype in setting.dtypes:
         measured = measure(random_model(size, dtype, setting.device), size.contexts, [default], min(size.turns, 3))
         for name, values in measured.items():
-            target = None if name == STOCK else on(setting, 1.3, 1.5)
+            target = None if name in (STOCK, ALONE) else on(setting, 1.3, 1.5)
             found.append(row_of(f"zero-shot, {name} / forward pass", values, dtype, target=target))
     return found
 
@@ -106,7 +109,7 @@ def main(arguments: list[str]) -> None:
     found = measure(make_model(len(tiny.tokenizer())), CONTEXTS, BATCHES, TURNS)
     print(f"{CONTEXTS * ANSWERS} answers, {TURNS} turns, one thread: median of the ratios (middle half)")
     for row in (row_of(name, values) for name, values in found.items()):
-        print(f"{row.measure:27} {row.median:.2f} ({row.low:.2f} to {row.high:.2f})")
+        print(f"{row.measure:28} {row.median:.2f} ({row.low:.2f} to {row.high:.2f})")
     if arguments:
         about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         Path(arguments[0]).write_text(json.dumps({"ratios": found} | about, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -232,10 +233,14 @@ def test_a_token_of_a_row_sees_what_it_sees_alone_and_is_asked_for_what_follows(
 
 
 def test_contexts_are_read_once(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pairs = [(context, answer) for context in ("One context here", "Another") for answer in (" aaa", " bb", " c")]
     read, last_hidden = [], answer_scorer.last_hidden
+    caplog.set_level(logging.INFO)
 
     def counted(one: Any, ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
         read.append(int((ids != 0).sum()))
@@ -247,6 +252,7 @@ def test_contexts_are_read_once(
     alone = scores(scorer_of(model, tokenizer, 1, max_length=512), pairs)
     contexts = sum(len(tokenizer(context)["input_ids"]) for context in ("One context here", "Another"))
     assert sum(read) - once == once + 2 * contexts
+    assert f"6 answers: {once} tokens to read, {sum(read) - once} with a context for each" in caplog.text
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
 
 

@@ -74,10 +74,12 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
 
     Attributes:
         batch_tokens: padding included; a context with one ending that is longer is a batch of its own.
+        longest_row: tokens of a row with several endings, at most.
         share: this process among those of the job.
     """
 
     batch_tokens: int = 1
+    longest_row: int = LONGEST_ROW
     share: Share = ALONE
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -92,8 +94,12 @@ class AnswerScorer(HFLM):  # type: ignore[misc]
             RankwiseError: a log-likelihood is not finite.
         """
         found = torch.zeros(len(requests), 3, dtype=torch.float64)  # value, first choice, whether it is known
-        shared = min(self.batch_tokens, LONGEST_ROW, _reach(self.model))
+        shared = min(self.batch_tokens, self.longest_row, _reach(self.model))
         rows = make_readings(requests, self.max_length, shared)
+        if not self.share.rank:
+            alone = sum(len(row.context) + len(ending.tokens) for row in rows for ending in row.endings)
+            told = "%d answers: %d tokens to read, %d with a context for each"
+            log.info(told, len(requests), sum(map(len, rows)), alone)
         # Longer rows have one ending each, and batches of their own: a mask knows nothing of sliding windows.
         parts = ([row for row in rows if len(row) > shared], [row for row in rows if len(row) <= shared])
         for number, batch in enumerate(chain.from_iterable(batches(part, self.batch_tokens) for part in parts)):
