@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank.cluster.checkpoint_needs import TASK_TOKENS
 from lowrank.cluster.needs import CUDA_HOST, GIB, Need, Work, memory_request, runtime_request
 from lowrank.cluster.resources import Estimator
 from lowrank.cluster.sizes import Sizes
 from lowrank.config.sources import ModelShape
+from lowrank.config.suites import METRICS
 from lowrank.reruns.fingerprint import Code
 from tests.unit.cluster.published_shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, MISTRAL_7B
 from tests.unit.cluster.resource_samples import BOLACO, CALIBRATION, JOBS, ROOT, half, study_of
@@ -143,6 +145,30 @@ def test_each_process_of_an_evaluation_builds_the_requests_of_its_harness() -> N
     assert loaded.host_bytes(4, 1) == pytest.approx(loaded.host_bytes(1) + 3 * CUDA_HOST)
     training = replace(Estimator(study_of(LLAMA_7B)).need("post_train", JOBS["post_train"]), loading=0)
     assert training.host_bytes(4) == training.host_bytes(1) + 3 * CUDA_HOST  # the weights are merged once
+
+
+@pytest.mark.parametrize("limit", [None, 500])
+def test_zero_shot_tasks_take_the_tokens_of_each(limit: int | None) -> None:
+    def tokens(*tasks: str) -> float:
+        rows = {name: {"source": {"path": f"{name}.jsonl"}, "reader": "jsonl"} for name in tasks}
+        suite = {"kind": "zero-shot", "tasks": dict.fromkeys(tasks, "acc"), "limit": limit}
+        methods = {"dense": {"kind": "dense"}}
+        study = study_of(LLAMA_7B, tasks=rows, suites={"zero-shot": suite}, methods=methods, smoke=True)
+        job = JOBS["evaluate_zero_shot"] | {"method": "dense", "ratio": "0"}
+        work = Estimator(study).need("evaluate_zero_shot", job).work.half
+        return work / Sizes(ModelShape(**LLAMA_7B), "float16").forward(1, 2048)
+
+    small, large = tokens("openbookqa"), tokens("hellaswag")
+    assert tokens("openbookqa", "hellaswag") == pytest.approx(small + large)
+    if limit:
+        assert small == large == pytest.approx(500 * 100)
+    else:  # what logs of the stage tell of these, and padding
+        assert 10_300 < small < 3 * 10_300
+        assert 1_646_261 < large < 1.2 * 1_646_261
+
+
+def test_the_tokens_of_every_task_are_known() -> None:
+    assert TASK_TOKENS.keys() == METRICS.keys()
 
 
 sizes = st.floats(0, 1e12)

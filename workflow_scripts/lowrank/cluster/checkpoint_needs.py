@@ -36,8 +36,7 @@ TASK_TOKENS = {
     "winogrande": 0.05e6,
     "openbookqa": 0.02e6,
 }
-"""Of a zero-shot task without a limit, contexts read once, by SmolLM2's tokenizer."""
-OTHER_TASK_TOKENS = 1.6e6
+"""Of a zero-shot task without a limit, as the log of its evaluation tells by SmolLM2's tokenizer, and some padding."""
 DOCUMENT_TOKENS = 100
 """Of a document of a zero-shot task with a limit: of these tasks BoolQ's have the most, 150, and the mean is 66."""
 INSTRUCTION_ROWS = 52_000
@@ -199,7 +198,7 @@ def _perplexity(sizes: Sizes, suite: PerplexitySuite) -> Need:
 
 
 def _zero_shot(sizes: Sizes, suite: ZeroShotSuite, length: int) -> Need:
-    whole = sum(TASK_TOKENS.get(task, OTHER_TASK_TOKENS) for task in suite.tasks)
+    whole = sum(TASK_TOKENS[task] for task in suite.tasks)
     tokens = suite.limit * DOCUMENT_TOKENS * len(suite.tasks) if suite.limit else whole
     device = either(activations=sizes.activations(max(length, suite.batch_tokens)), logits=sizes.logits(HEAD_TOKENS, 1))
     need = _evaluation(sizes, tokens, length, device, seconds=60 + 15 * len(suite.tasks))
