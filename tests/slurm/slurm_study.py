@@ -18,6 +18,7 @@ import yaml
 
 from lowrank.jobs.forkserver import SERVER
 from tests.slurm.slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
+from tests.slurm.watcher import files_below
 from tests.workflow.clones import BEING_WRITTEN
 
 ROOT = Path(__file__).parents[2]
@@ -230,9 +231,27 @@ class Study:
                 continue
         return None
 
-    def holds_lock(self, job: Job) -> bool:
-        """Whether a job's stage has come as far as its lock."""
-        return any(job.number == _holder(path) for path in self.run.rglob(".*.lock"))
+    def freeze_at_locks(self, *comments: str) -> list[Job]:
+        """The last head's jobs with these comments, each stopped as soon as its stage had taken its lock.
+
+        A tiny model is evaluated in less than a second, so locks are looked at first, and the queue only for a new one.
+        """
+        waiting, seen = set(comments), set[str]()
+        frozen: list[Job] = []
+
+        def freeze_new() -> bool:
+            holders = {_holder(path) for path in files_below(self.run) if path.suffix == ".lock"} - {"", *seen}
+            for job in self.jobs() if holders else []:
+                if job.number in holders:
+                    seen.add(job.number)
+                    if job.comment in waiting:
+                        self.freeze(job)
+                        waiting.remove(job.comment)
+                        frozen.append(job)
+            return not waiting
+
+        until(freeze_new, f"{sorted(comments)} to be at work", seconds=1800, every=0.05, failed=self._ended)
+        return frozen
 
     def freeze(self, job: Job) -> psutil.Process:
         """Stop a job's stage where it is, so that it neither ends nor goes on before something happens to it."""

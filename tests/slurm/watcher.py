@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder in which jobs write: one that vanishes meanwhile is left out."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            yield Path(parent, name)
 
 
 def damage(path: Path) -> str:
@@ -41,7 +50,7 @@ class Watcher:
         self.looked = 0
 
     def look(self) -> None:
-        for path in self.run.rglob("*.*"):
+        for path in files_below(self.run):
             if path.suffix not in (".json", ".csv", ".safetensors") or hidden(path, self.run):
                 continue
             try:
@@ -66,13 +75,13 @@ def watched(run: Path, every: float = 0.05) -> Iterator[Watcher]:
         while not done.wait(every):
             watcher.look()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield watcher
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(work)
+        try:
+            yield watcher
+        finally:
+            done.set()
+        watching.result()  # its error, if it could not look on
     watcher.look()
     assert not watcher.damaged
     assert watcher.looked

@@ -76,12 +76,13 @@ def test_the_hostfile_names_every_machine_once(each: int, nodes: int) -> None:
 def test_commands_of_one_machine_and_of_several(tmp_path: Path) -> None:
     job, place = tmp_path / "job.json", Place(("a", "b"), 1, "10.0.0.1", 1234)
     alone = command(Crew(4), "worker", job, Place(("localhost",), 0, "127.0.0.1", 1))
-    assert " ".join(alone[1:]) == f"-m torch.distributed.run --standalone --nproc_per_node 4 -m worker {job}"
+    logs = f"--log_dir {tmp_path}/torchrun"
+    assert " ".join(alone[1:]) == f"-m torch.distributed.run --standalone {logs} --nproc_per_node 4 -m worker {job}"
     assert command(Crew(), "worker", job, Place(("localhost",), 0, "127.0.0.1", 1)) == [
         *(sys.executable, "-m", "worker", str(job)),
     ]
     second = " ".join(command(Crew(4, 2), "worker", job, place))
-    assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 1234 --nproc_per_node 4" in second
+    assert f"--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 1234 {logs} --nproc_per_node 4" in second
     second = " ".join(command(Crew(4, 2, "deepspeed"), "worker", job, place))
     assert f"--hostfile {tmp_path}/hostfile1 --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 1234" in second
     assert (tmp_path / "hostfile1").read_text() == "a slots=4\nb slots=4\n"
@@ -173,8 +174,12 @@ def test_two_processes_of_one_machine(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # DeepSpeed's launcher would number devices of its own
     monkeypatch.setenv("WORLD_SIZE", "7")
     monkeypatch.setattr(launcher, "WORKERS", [])
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     given = {"text": "ä", "number": 0.1}
     result = run_shared(crew_work.add_ranks, given, Crew(2, 1, name), 6, tmp_path)
+    assert not list(temporary.glob("torchelastic*"))
     assert result == {"total": [1, 2, 2e-30], "own": [[0, 3], [1, 3]], "given": given, "devices": ""}
     assert [100 < peak < 5000 for peak in launcher.WORKERS] == [True, True]
 

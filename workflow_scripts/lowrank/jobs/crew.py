@@ -103,6 +103,7 @@ def command(crew: Crew, module: str, job_file: Path, place: Place) -> list[str]:
         meet += ["--master_addr", place.address, "--master_port", str(place.port)]
         # By itself it finds a free port, so that jobs side by side on one machine do not meet.
         where = meet if crew.nodes > 1 else ["--standalone"]
+        where += ["--log_dir", str(job_file.with_name("torchrun"))]  # else one that nobody removes, under /tmp
         starter = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(crew.each), "-m"]
     else:
         hosts = job_file.with_name(f"hostfile{place.rank}")
