@@ -350,12 +350,15 @@ def test_rows_that_a_table_has_nothing_to_show_for() -> None:
     flap = {"model": "smollm2-135m", "method": "flap", "ratio": 20}
     differences = {"kind": "differences", "title": "D", "suites": ["held-out"], "rows": [one, flap, other]}
     allocations = {"kind": "allocations", "title": "A", "rows": [one, flap, one]}
-    tables = [(("tables", "d"), differences), (("tables", "a"), allocations)]
+    tables = [(("tables", "d"), differences), (("tables", "e"), differences | {"reference": "dense"})]
+    tables += [(("tables", "a"), allocations), (("tables", "f"), allocations | {"rows": [one], "reference": "dense"})]
     assert errors_of(changed((("methods", "flap"), FLAP), *tables)) == [
         "tables.d.rows[2]: the only row of 'smollm2-135m' at 30 %, so there is nothing to compare; the first row of a "
-        "model and ratio is what its others are compared with",
+        "model and ratio is what its others are compared with, unless the table says `reference: dense`",
+        "tables.e.rows: `reference: dense` compares with the dense model; add the dense row of 'smollm2-135m'",
         "tables.a.rows[0]: stands 2 times in this table",
         "tables.a.rows[1].method: 'flap' makes no low-rank pairs, so it has no ranks to show",
+        "tables.f.reference: a table of allocations compares no rows; leave it out",
     ]
 
 

@@ -155,13 +155,21 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
     """Rows that a table of their kind has nothing to show for, or has twice."""
     if table.kind == "differences":
         yield from _corpora_of_two_suites(study, place, table)
+    against_dense = getattr(table, "reference", "first") == "dense"
+    if against_dense and table.kind != "differences":
+        yield f"{place}.reference: a table of {table.kind} compares no rows; leave it out"
+    elif against_dense:
+        with_dense = {row.model for row in table.rows if not row.ratio}
+        for model in dict.fromkeys(row.model for row in table.rows if row.model not in with_dense):
+            yield f"{place}.rows: `reference: dense` compares with the dense model; add the dense row of '{model}'"
     blocks = Counter((row.model, row.ratio) for row in table.rows)
     shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
     for index, row in enumerate(table.rows):
-        if table.kind == "differences" and blocks[row.model, row.ratio] == 1:
+        if table.kind == "differences" and not against_dense and blocks[row.model, row.ratio] == 1:
             yield (
                 f"{place}.rows[{index}]: the only row of '{row.model}' at {row.ratio} %, so there is nothing to "
-                "compare; the first row of a model and ratio is what its others are compared with"
+                "compare; the first row of a model and ratio is what its others are compared with, unless the table "
+                "says `reference: dense`"
             )
         if table.kind == "allocations" and row.method in study.methods and not study.method(row.method).has_pairs:
             yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"

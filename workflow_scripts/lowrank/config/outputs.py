@@ -68,9 +68,9 @@ class RowTable(Section):
     """A table with one line a row: a model after a method, a ratio and a tuning.
 
     accuracy: methods x tasks and corpora (Tables 1 to 6, 10). differences: of the loss on held-out text and of the
-    mean accuracy on tasks, each row against the first of its model and ratio, paired by windows and documents.
-    statistics: parameters, MACs, memory (Table 7). times: measured durations. allocations: ranks by type and group
-    (Table 8). generations: texts (Table 9).
+    mean accuracy on tasks, each row against the first of its model and ratio or against the dense model, paired by
+    windows and documents. statistics: parameters, MACs, memory (Table 7). times: measured durations. allocations:
+    ranks by type and group (Table 8). generations: texts (Table 9).
     """
 
     kind: Literal["accuracy", "differences", "statistics", "times", "allocations", "generations"]
@@ -79,6 +79,10 @@ class RowTable(Section):
         default_factory=list, description="accuracy and differences: zero-shot and perplexity; others: cost"
     )
     tasks: Literal["each", "mean"] = Field(default="each", description="accuracy: a column a task, or only their mean")
+    reference: Literal["first", "dense"] = Field(
+        default="first",
+        description="differences: less the first row of the same model and ratio, or less the model's dense row",
+    )
     rows: list[Row] = Field(min_length=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -56,8 +56,9 @@ def kept_by(ratio: int) -> list[dict[str, Any]]:
     return [{"parameters": {"decoder_linears": 1000 - 10 * ratio, "decoder_linears_dense": 1000}}]
 
 
-def build(*rows: RowResults, suite: str = "ppl") -> TableData:
-    table = RowTable(kind="differences", title="Title", suites=[suite], rows=[results.row for results in rows])
+def build(*rows: RowResults, suite: str = "ppl", reference: Literal["first", "dense"] = "first") -> TableData:
+    shown = [results.row for results in rows]
+    table = RowTable(kind="differences", title="Title", suites=[suite], rows=shown, reference=reference)
     return build_table(table, rows, context(suites={suite: {"ppl": PERPLEXITY, "zs": ZERO_SHOT}[suite]}))
 
 
@@ -122,6 +123,27 @@ def test_every_ratio_has_its_own_reference() -> None:
     assert list(table.frame["reference"]) == ["first"] * 4
     assert [line.cells[3].text == "reference" for line in table.lines] == [True, False, True, False]
     assert [line.starts_block for line in table.lines] == [False, False, True, False]
+
+
+@settings(deadline=None, max_examples=20)
+@given(dense=LOSSES, ours=LOSSES, theirs=LOSSES, place=st.integers(0, 2))
+def test_all_ratios_may_be_compared_with_the_dense_model(
+    dense: list[float], ours: list[float], theirs: list[float], place: int
+) -> None:
+    rows = [results_of("first", ours), results_of("first", theirs, ratio=30)]
+    rows.insert(place, results_of("dense", dense, ratio=0))
+    table = build(*rows, reference="dense")
+    records = table.frame.to_dict(orient="records")
+    corpus = PERPLEXITY.corpora[0]
+    assert {record["reference"] for record in records} == {"dense"}
+    assert [line.cells[3].text == "reference" for line in table.lines] == [number == place for number in range(3)]
+    found = {results.row.ratio: record for results, record in zip(rows, records, strict=True)}
+    for ratio, losses in ((20, ours), (30, theirs)):
+        value, stderr = by_hand(losses, dense)
+        assert found[ratio][f"{corpus}_difference"] == pytest.approx(value, abs=1e-12)
+        assert found[ratio][f"{corpus}_difference_stderr"] == pytest.approx(stderr, abs=1e-12)
+    assert found[0]["kept_percent"] == 100
+    assert "Loss less that of the dense model" in to_markdown(table)
 
 
 def test_one_window_has_no_error_and_other_windows_no_difference() -> None:

@@ -1,4 +1,6 @@
-"""Tables of differences: each method against the first of its model and ratio, on the same windows and documents.
+"""Tables of differences: each method against the first of its model and ratio, or against the dense model.
+
+All are judged on the same windows and documents.
 
 Most of the spread between windows, and between a task's documents, is common to two methods. So the standard error of
 a difference is that of the paired differences, and much smaller than two separate errors suggest.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,13 +24,18 @@ from lowrank.paper.tables.data import Cell, Column, Context, Line, RowResults, T
 CLEAR = 2.0
 """Standard errors from which on a difference is marked."""
 LOSS_NOTE = (
-    "Loss less that of the first method of the block, in nats per token; positive: the first is better. The "
-    "exponential of a difference is the ratio of perplexities (of their geometric means over seeds)."
+    "Loss less that of the {of}, in nats per token; positive: the {short} is better. The exponential of a difference "
+    "is the ratio of perplexities (of their geometric means over seeds)."
 )
 ACCURACY_NOTE = (
-    "Mean accuracy of the tasks less that of the first method of the block, in percentage points; negative: the first "
-    "is better. The CSV has each task's."
+    "Mean accuracy of the tasks less that of the {of}, in percentage points; negative: the {short} is better. The CSV "
+    "has each task's."
 )
+REFERENCES = {
+    "first": {"of": "first method of the block", "short": "first"},
+    "dense": {"of": "dense model", "short": "dense model"},
+}
+"""What the notes call it."""
 ERROR_NOTE = (
     "± is the standard error of the mean of paired differences, of the same windows and the same documents, with the "
     "spread between seeds where there are several; * marks more than two of them."
@@ -68,10 +75,10 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         for corpus in suite.corpora
     ]
     tasks = [name for name, suite in context.suites.items() if isinstance(suite, ZeroShotSuite)]
-    references = _references(rows)
     lines, records = [], []
-    for number, (results, starts_block) in enumerate(shared.block_starts(rows)):
-        kept, reference = shared.kept_percent(results), references[results.row.model, results.row.ratio]
+    compared = zip(shared.block_starts(rows), _references(rows, table.reference), strict=True)
+    for number, ((results, starts_block), reference) in enumerate(compared):
+        kept = shared.kept_percent(results)
         of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
         of_tasks = {suite: task_differences(results, reference, suite) for suite in tasks}
         of_means = {suite: average_difference(results, reference, suite) for suite in tasks}
@@ -100,8 +107,8 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         title=table.title,
         notes=(
             *shared.model_note(rows),
-            *([LOSS_NOTE] if corpora else []),
-            *([ACCURACY_NOTE] if tasks else []),
+            *([LOSS_NOTE.format(**REFERENCES[table.reference])] if corpora else []),
+            *([ACCURACY_NOTE.format(**REFERENCES[table.reference])] if tasks else []),
             ERROR_NOTE,
             *shared.seeds_note(rows),
         ),
@@ -212,11 +219,12 @@ def _scored(results: RowResults, reference: RowResults, suite: str, task: str) -
     return scores(results), scores(reference)
 
 
-def _references(rows: Sequence[RowResults]) -> dict[tuple[str, int], RowResults]:
+def _references(rows: Sequence[RowResults], of: Literal["first", "dense"]) -> list[RowResults]:
+    """What each row is compared with: the first of its model and ratio, or its dense model."""
     first: dict[tuple[str, int], RowResults] = {}
     for results in rows:
         first.setdefault((results.row.model, results.row.ratio), results)
-    return first
+    return [first[results.row.model, 0 if of == "dense" else results.row.ratio] for results in rows]
 
 
 def _over_seeds(
@@ -242,9 +250,9 @@ def _paired(
     """The mean of the differences, and its standard error: that of a ratio of sums, where weights differ."""
     if ours.tested != theirs.tested:
         raise RankwiseError(
-            f"{results.place}: '{name}' was scored on other texts than for '{reference.row.title}', the "
-            "first row of the block, so that no differences can be taken. Rows of different tokenizers cannot stand in "
-            "one block; else delete the older evaluation and run the workflow again."
+            f"{results.place}: '{name}' was scored on other texts than for '{reference.row.title}', with which it is "
+            "compared, so that no differences can be taken. Rows of different tokenizers cannot be compared; else "
+            "delete the older evaluation and run the workflow again."
         )
     difference, count = ours.values - theirs.values, len(ours.values)
     value = float((ours.weights * difference).mean())
