@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from lowrank.calibration.gradients import sum_gradients
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.model import losses
+from lowrank.model import losses, partial_forward
 from lowrank.model.checkpoint import replace_modules
+from lowrank.model.devices import Devices
 from lowrank.model.factors import LowRankFactors
 from lowrank.ranks.budget import Budget
 from tests import tiny
@@ -64,6 +65,21 @@ def test_sums_of_a_narrow_model_are_float32_and_near() -> None:
         for name in names:
             assert narrow[name].dtype == torch.float32
             assert torch.linalg.norm(narrow[name] - wide[name]) < 0.1 * torch.linalg.norm(wide[name])
+
+
+def test_blocks_are_placed_with_room_for_the_sums_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    spread = partial_forward.spread
+
+    def record(model: PreTrainedModel, path: str, devices: Devices, beside: float = 0) -> PreTrainedModel:
+        told.append(beside)
+        return spread(model, path, devices, beside)
+
+    monkeypatch.setattr(partial_forward, "spread", record)
+    model, names = tiny.model("llama-gqa").to(torch.bfloat16), names_of("llama-gqa")
+    sums = sum_gradients(model, some_tokens(), names, CPU)
+    blocks = len(model.model.layers)
+    assert told[0] == sum(4 * total.numel() for total in sums.values()) / blocks  # float32 beside 16 bits
 
 
 def test_the_model_is_left_as_it_was() -> None:

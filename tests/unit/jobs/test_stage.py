@@ -297,6 +297,9 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(rule: str, resources: d
     for error in (
         torch.OutOfMemoryError("1 GiB wanted"),
         RankwiseError("a worker process failed: OutOfMemoryError: 1 GiB wanted"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error. Last error:\nCuda failure 2 'out of memory'"),
     ):
         hint = stage.memory_hint(job, error)
         assert hint.startswith(f". The memory of a GPU is too small: with `set-resources: {rule}: {{")
@@ -323,6 +326,26 @@ def test_a_process_is_told_over_how_many_gpus_it_may_spread_a_model(tmp_path: Pa
     work = "import os, logging; logging.info('may %r', os.environ['RANKWISE_MODEL_GPUS'])"
     for resources, count in (({"gpu": 3, "device": "cpu"}, 0), ({"uses_gpu": 1}, 1), ({}, 0)):
         assert f"may '{count}'" in run(tmp_path, work, resources=resources)[1]
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_deepspeed_computes_on_the_processor_only_where_no_driver_of_a_gpu_is(
+    driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dxg").touch()
+    monkeypatch.setattr(stage, "DEVICES", (str(tmp_path / "nvidiactl"), str(tmp_path / ("dxg" if driver else "kfd"))))
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    stage.set_up_environment(SimpleNamespace(rule="post_train", resources={"uses_gpu": 1}, threads=1))
+    assert os.environ.get("DS_ACCELERATOR") == (None if driver else "cpu")
+
+
+@pytest.mark.parametrize(("rule", "set_to"), [("evaluate_zero_shot", "1"), ("evaluate_cost", None)])
+def test_attention_plans_nothing_for_each_shape_unless_time_is_measured(
+    rule: str, set_to: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    stage.set_up_environment(SimpleNamespace(rule=rule, resources={}, threads=1))
+    assert os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == set_to
 
 
 def job(**resources: Any) -> Any:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import RankwiseError
 from lowrank.model import losses
+from lowrank.model.checkpoint import family_of
 from lowrank.model.devices import Devices
 from lowrank.model.losses import Head, draw_tokens, head_of, last_hidden, token_nll
 from lowrank.model.partial_forward import on_devices
@@ -62,11 +63,10 @@ def sum_gradients(
             f"gradients need at least one sequence of two tokens or more; there are {tuple(tokens.shape)}"
         )
     started = time.monotonic()
-    with _frozen(model, devices):
-        sums = {
-            name: torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
-            for name, layer in layers.items()
-        }
+    accumulators = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in layers.items()}
+    summed = sum(layer.weight.numel() * accumulators[name].itemsize for name, layer in layers.items())
+    with _frozen(model, devices, summed / len(model.get_submodule(family_of(model).blocks))):
+        sums = {name: torch.zeros_like(layer.weight, dtype=accumulators[name]) for name, layer in layers.items()}
         with _caught(model, layers, sums, squared), torch.enable_grad():
             for ids in torch.split(tokens, batch_size):
                 backpropagate(model, ids.to(model.device))
@@ -97,13 +97,16 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel, devices: Devices) -> Iterator[None]:
-    """The model on devices, in evaluation mode, with no parameter that requires a gradient; afterwards as before."""
+def _frozen(model: PreTrainedModel, devices: Devices, beside: float) -> Iterator[None]:
+    """The model on devices, in evaluation mode, with no parameter that requires a gradient; afterwards as before.
+
+    With so many bytes beside each block.
+    """
     modes = {module: module.training for module in model.modules()}
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval().requires_grad_(False)
-        with on_devices(model, devices):
+        with on_devices(model, devices, beside):
             yield
     finally:
         for parameter in required:

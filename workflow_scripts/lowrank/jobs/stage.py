@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lowrank.errors import RankwiseError
 from lowrank.files import disk_error, write_error
-from lowrank.jobs.forkserver import FORK_OF, end_as, run_as_fork, start_fork_server
+from lowrank.jobs.forkserver import DEVICES, FORK_OF, end_as, run_as_fork, start_fork_server
 from lowrank.jobs.gpus import DEALING, own_gpus
 from lowrank.jobs.imports import load_models
 from lowrank.jobs.job import Job
@@ -39,6 +39,9 @@ PASSES = ("collect_statistics", "collect_gradients")
 TIMED = ("evaluate_cost",)
 """Rules that measure speed: others on the same GPU would be measured too."""
 
+NO_MEMORY = ("OutOfMemoryError", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "Cuda failure 2")
+"""What errors say when a GPU's memory is too small: torch's own, a driver's, those of CUDA's libraries, NCCL's."""
+
 TAKES_LESS = {
     "post_train": "a smaller `micro_batch_size` in its `tuning` takes less; with `deepspeed: zero3` there each GPU "
     "more that the profile gives the job (`gpu`) takes a share of the weights, and `zero3-offload` keeps them in main "
@@ -57,6 +60,9 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 ON_CPU = {"DS_ACCELERATOR": "cpu"}
 """DeepSpeed, imported by transformers, would warn of a missing GPU otherwise."""
+KERNELS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+"""cuDNN's attention, which torch prefers on GPUs from Hopper on, plans anew for each shape, which takes up to half a
+second; tasks, instructions and generated texts have hundreds of shapes. What takes its place needs no plans."""
 _NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
@@ -143,12 +149,14 @@ def set_up_environment(job: Job) -> None:
     """Set the variables that libraries read when they are imported, which stages do later."""
     os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     _set_defaults(QUIET)
+    if job.rule not in TIMED:  # which measure torch as it is
+        _set_defaults(KERNELS)
     if not job.rule.startswith(FETCHING):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))  # a missing file is an error here, never a download
     os.environ[MODEL_GPUS] = str(wanted_gpus(job))
     if computes_on_cpu(job) or got_no_gpu(job):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if computes_on_cpu(job) or got_no_gpu(job) or not os.path.exists("/dev/nvidiactl"):
+    if computes_on_cpu(job) or got_no_gpu(job) or not any(map(os.path.exists, DEVICES)):
         _set_defaults(ON_CPU)
 
 
@@ -245,7 +253,8 @@ def disk_problem(job: Job, error: BaseException) -> str:
 
 def memory_hint(job: Job, error: BaseException) -> str:
     """What to do if the memory of a GPU was too small, here or in a worker; nothing if that was not it."""
-    if "OutOfMemoryError" not in f"{type(error).__name__} {error}":  # torch's, which is not imported for it
+    told = f"{type(error).__name__} {error}"  # torch is not imported for its class
+    if not any(sign in told for sign in NO_MEMORY):
         return ""
     cures = []
     if job.rule in PASSES and str(job.resources.get("layers_per_pass", "")) != "1":

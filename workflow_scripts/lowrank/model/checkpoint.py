@@ -17,6 +17,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import LEGAL_FILES, atomic_path, link_or_copy
 from lowrank.manifest import check_manifest, checksums_of
 from lowrank.model import modeling_rankwise
+from lowrank.model.attention import repeat_keys_without_flash
 from lowrank.model.devices import Devices, spread
 from lowrank.model.factors import SharedDownFactors
 from lowrank.model.families import FAMILIES, Family, family_with, unknown_family
@@ -37,6 +38,7 @@ for _config, _base, _causal in modeling_rankwise.CONFIGS.values():
     AutoModel.register(_config, _base, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
 transformers_logging.disable_progress_bar()
+repeat_keys_without_flash()
 
 
 def load_checkpoint(
@@ -74,6 +76,7 @@ def load_checkpoint(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            attn_implementation="sdpa",  # a model's own config may name another, which knows none of our masks
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:

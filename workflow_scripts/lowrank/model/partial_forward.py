@@ -24,10 +24,10 @@ class _Reached(Exception):
 
 
 @contextmanager
-def on_devices(model: PreTrainedModel, devices: Devices) -> Iterator[None]:
-    """Have a model, which is on one device, on one or several for a while."""
+def on_devices(model: PreTrainedModel, devices: Devices, beside: float = 0) -> Iterator[None]:
+    """Have a model, which is on one device, on one or several for a while; with so many bytes beside each block."""
     before, path = model.device, family_of(model).blocks
-    spread(model, path, devices)
+    spread(model, path, devices, beside)
     try:
         yield
     finally:
