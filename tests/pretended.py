@@ -41,6 +41,12 @@ class Elsewhere(torch.Tensor):
         made.inner = inner
         return made
 
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    def new_tensor(self, values: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return PRETENDED[-1].run(function, args, kwargs or {})

@@ -66,11 +66,11 @@ def small_study(folder: Path) -> dict[str, Any]:
             "held-out": {**suites["held-out"], "corpora": ["test-a"]},
             "zero-shot": {**suites["zero-shot"], "tasks": tasks},
         },
-        # Without influence and with all neurons `rankwise` only slices bases, on a processor: a job that can lose its
-        # node there.
+        # Without influence and identity blocks, and with all neurons, `rankwise` only slices bases, on a processor: a
+        # job that can lose its node there.
         "methods": {name: full["methods"][name] for name in ("svd", "bolaco")}
         | {
-            "rankwise": {**full["methods"]["rankwise"], "mlp": "pairs", "influence": False},
+            "rankwise": {**full["methods"]["rankwise"], "mlp": "pairs", "influence": False, "identity_block": False},
             "rankwise-neurons": {**full["methods"]["rankwise"], "mlp": "neurons"},
         },
         "tables": {

@@ -46,6 +46,21 @@ def test_a_feature_that_is_always_zero_counts_as_the_smallest() -> None:
     assert float((root @ root.T)[3, 3]) == pytest.approx(0.01 * float(c.diagonal()[c.diagonal() > 0].min()))
 
 
+@pytest.mark.parametrize("size", [1e-11, 1e-16, 1e-18])
+def test_no_feature_is_so_small_that_only_rounding_is_left_of_it(size: float) -> None:
+    """What is multiplied by the root and divided by it again keeps the row of the smallest feature."""
+    factors = torch.ones(6, dtype=torch.double)
+    factors[0] = size * 1e4  # the largest is 1e4 times the first
+    c = factors * moment(6, 30, 0) * factors[:, None]
+    root = damped_cholesky(c, 0.01)
+    added = 0.01 * 1e-20 * float(c.diagonal().max())
+    assert float((root @ root.T)[0, 0]) == pytest.approx(float(c[0, 0]) + added)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.double))[0]
+    weight = torch.ones(6, 3, dtype=torch.double)
+    back = torch.linalg.solve_triangular(root, rotation @ (rotation.T @ (root @ weight)), upper=False)
+    assert torch.allclose(back, weight, atol=1e-4)
+
+
 def test_what_rounding_took_is_made_up_for() -> None:
     c = moment(6, 2, 0)
     sizes = c.diagonal().sqrt()

@@ -177,6 +177,18 @@ def test_outputs_without_gradient_cost_nothing_and_disturb_no_others() -> None:
         assert cost(residual(basis, rank, w, b, x), metric) == pytest.approx(float(basis.losses[rank:].sum()), rel=1e-6)
 
 
+def test_an_output_with_hardly_any_gradient_is_still_approximated() -> None:
+    """A gate far below zero has gradients beyond any rounding; its output may matter elsewhere."""
+    w, b, x = random_layer(24, 8, 200, 0)
+    errors = []
+    for size in (1e-6, 1e-16, 1e-19):
+        scales = torch.ones(24, dtype=torch.double)
+        scales[3] = size
+        basis = fisher(w, b, x, scales * gradient_moment(24, 0) * scales[:, None])
+        errors.append(float(residual(basis, 6, w, b, x)[3].square().mean() / (w @ x)[3].square().mean()))
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.2)
+
+
 def test_a_block_stores_what_its_preset_asks_for() -> None:
     draw = torch.Generator().manual_seed(0)
     x, w = torch.randn(4, 20, 6, generator=draw), torch.randn(9, 6, generator=draw)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lowrank.calibration import gram, moments
 from lowrank.calibration.gram import SLAB, WIDE_PANEL, add_gram_in_parts, prefers_parts, symmetric
-from lowrank.calibration.moments import MomentAccumulator
+from lowrank.calibration.moments import MomentAccumulator, RoutedAccumulator
 from tests.marks import HAS_GPU, NEEDS_GPU
 
 DEVICES = ["cpu", *(["cuda"] if HAS_GPU else [])]
@@ -84,23 +84,29 @@ def within(x: torch.Tensor) -> np.ndarray:
     return deviations.T @ deviations / len(deviations)
 
 
-def collected(x: torch.Tensor, device: str) -> np.ndarray:
-    accumulator = MomentAccumulator(x.shape[2], device)
+def collected(x: torch.Tensor, device: str, routed: bool = False) -> np.ndarray:
+    """The scatter within windows; of an expert that got all tokens, if `routed`."""
+    accumulator = (RoutedAccumulator if routed else MomentAccumulator)(x.shape[2], device)
     for batch in x.to(device).split(2):
-        accumulator.update(batch, "here")
+        if isinstance(accumulator, RoutedAccumulator):
+            of_window = torch.arange(len(batch), device=device).repeat_interleave(batch.shape[1])
+            accumulator.update_routed(batch.flatten(0, 1), of_window, len(batch), "here")
+        else:
+            accumulator.update(batch, "here")
     return accumulator.result().within.cpu().numpy()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("routed", [False, True])
 def test_statistics_of_a_16_bit_model_are_those_of_float64(
-    dtype: torch.dtype, seed: int, device: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, seed: int, routed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype] = []
     monkeypatch.setattr(moments, "prefers_parts", lambda like: asked.append(like.dtype) or True)
     x = activations(dtype, seed)
-    assert relative_error(collected(x, device), within(x)) < WITHIN
+    assert relative_error(collected(x, device, routed), within(x)) < WITHIN
     assert asked == [dtype, dtype]
 
 

@@ -26,8 +26,11 @@ def test_methods_that_pick_a_device_get_a_gpu_and_no_others(config: str) -> None
         method = study.method(name)
         module = importlib.import_module(f"lowrank.methods.{method.kind.replace('-', '_')}")
         code = inspect.getsource(module)
-        removes_neurons = method.eliminates is not None or "gradients" in method.needs  # by code that methods may share
-        assert computes_on_device(method) == ("pick_device" in code or removes_neurons), name
+        # By code that methods share.
+        shared = (
+            method.eliminates is not None or "gradients" in method.needs or getattr(method, "identity_block", False)
+        )
+        assert computes_on_device(method) == ("pick_device" in code or shared), name
         assert (method.kind in TAKE_GRADIENTS) == bool(re.search("(sum|mean)_gradients", code)), name
 
 
@@ -135,7 +138,7 @@ def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> 
     study, needs = study_of(LLAMA_7B), {}
     for mlp in ("pairs", "neurons", "both"):
         named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled", "influence": False}
-        study.methods["one"] = Settings(**named, mlp=mlp)
+        study.methods["one"] = Settings(**named, mlp=mlp, identity_block=False)
         needs[mlp] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
     assert not needs["pairs"].gpu
     for mlp in ("neurons", "both"):
@@ -145,13 +148,30 @@ def test_removing_neurons_takes_a_gpu_that_holds_the_covariance_of_a_block() -> 
     assert needs["both"].work.double > 2 * needs["neurons"].work.double >= 2 * 32 * 11008**3
 
 
+def test_identity_blocks_are_made_on_a_gpu_and_their_eliminations_take_time() -> None:
+    from lowrank.methods.bolaco import Settings
+
+    study, needs = study_of(LLAMA_7B), {}
+    preset = study.methods["bolaco"].model_dump()
+    for identity in (True, False):
+        study.methods["one"] = Settings(**preset | {"identity_block": identity})
+        needs[identity] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
+    assert (needs[True].gpu, needs[False].gpu) == (True, False)
+    operations = 0.0
+    for m, n in 4 * [(4096, 4096)] + 2 * [(11008, 4096)] + [(4096, 11008)]:
+        rank = max(r for r in range(min(m, n)) if r * (m + n) - r * (r - 1) <= 0.8 * m * n)
+        operations += 32 * (rank**2 * (m - rank / 3) + rank**2 * (m - rank) + 2 * rank**2 * n)
+    assert needs[True].work.double - needs[False].work.double == pytest.approx(operations, rel=0.01)
+    assert 0 < needs[True].device_bytes < 2e9
+
+
 def test_the_influence_of_blocks_takes_a_gpu_that_holds_the_model() -> None:
     from lowrank.methods.rankwise import INFLUENCE_WINDOWS, Settings
 
     study, needs = study_of(LLAMA_7B), {}
     for influence in (True, False):
         named = {"kind": "rankwise", "calibration": "c4", "covariance": "pooled"}
-        study.methods["one"] = Settings(**named, influence=influence)
+        study.methods["one"] = Settings(**named, influence=influence, identity_block=False)
         needs[influence] = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
     assert needs[True].gpu
     assert not needs[False].gpu

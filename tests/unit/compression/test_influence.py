@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lowrank.compression.influence import block_influence
 from lowrank.errors import RankwiseError
 from lowrank.model.checkpoint import family_of
+from lowrank.model.devices import Devices
 from tests import tiny
 from tests.unit.model.factor_samples import CPU, TOKENS
 
@@ -33,6 +37,21 @@ def test_it_is_one_less_the_mean_cosine(kind: str) -> None:
     hooks = [len(module._forward_hooks) for module in model.modules()]
     assert np.allclose(block_influence(model, TOKENS, CPU), expected, atol=1e-6)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks, "its own are gone"
+
+
+def test_parameters_that_moved_still_take_part_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A move to a GPU makes new tensors; the dtype changes here in its place."""
+    model = tiny.model("llama")
+
+    @contextmanager
+    def moved(given: PreTrainedModel, devices: Devices) -> Iterator[None]:
+        given.double()
+        yield
+        given.float()
+
+    monkeypatch.setattr("lowrank.compression.influence.on_devices", moved)
+    block_influence(model, TOKENS, CPU)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,17 @@ def test_constant_neurons_go_first_for_nothing_and_keep_their_weights_if_they_st
     assert np.array_equal(weight[:, 0].numpy(), sample.weight[:, 3])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_neurons_that_move_less_than_float32_can_say_count_as_constant(seed: int) -> None:
+    sample = layer(seed)
+    sample.inputs[:, :6] *= 3e-23 * np.random.default_rng(seed).uniform(0, 3, 6)
+    w, h = torch.from_numpy(sample.weight), torch.from_numpy(sample.inputs)
+    stored = torch.cov(h.T, correction=0).float()  # of which the first ones are denormal, and not even positive
+    found = Neurons.of(w, None, stored, h.mean(0), None, 0, "a layer").eliminate()
+    assert set(found.order[:6].tolist()) == set(range(6))
+    assert float(found.losses[6]) == 0
+
+
 def test_a_layer_without_gradient_or_with_damaged_statistics_is_named() -> None:
     sample = layer(0)
     sample.gradients[:] = 0

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import torch
 
+SMALLEST = 1e-10
+"""Of a feature against the largest, as root mean squares."""
+
 
 def damped_cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """L with L L' = C + eps diag(C), lower triangular, n x n in float64.
 
     With features scaled by s, diag(s) C diag(s) has diag(s) L. A feature that is always zero counts as large as the
-    smallest of the others. Where rounding has left the correlations with an eigenvalue so far below zero that this is
-    not positive, eps is raised by it.
+    smallest of the others; none counts as smaller than `SMALLEST` of the largest, since rounding alone would be left of
+    what is multiplied by L and its inverse. Where rounding has left the correlations with an eigenvalue so far below
+    zero that this is not positive, eps is raised by it.
 
     Args:
         moment: C, n x n, symmetric and positive semidefinite but for rounding, not all zero.
@@ -30,7 +34,7 @@ def damped_cholesky(moment: torch.Tensor, damping: float) -> torch.Tensor:
     seen = own[own > 0]
     if not len(seen) or not bool(c.isfinite().all()):
         raise RuntimeError("a second moment that is zero or not finite")
-    sizes = own.clamp(min=float(seen.min())).sqrt()
+    sizes = own.clamp(min=max(float(seen.min()), SMALLEST**2 * float(own.max()))).sqrt()
     correlations = c / sizes / sizes[:, None]
     identity = torch.eye(len(c), dtype=c.dtype, device=c.device)
     lower, info = torch.linalg.cholesky_ex(correlations + damping * identity)

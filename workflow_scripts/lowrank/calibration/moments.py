@@ -56,10 +56,14 @@ class MomentAccumulator:
         self.window_length = x.shape[1]
         means = x.mean(dim=1, dtype=torch.float64)
         deviations = (x - means[:, None].to(x.dtype)).flatten(0, 1)
-        add = add_gram_in_parts if prefers_parts(inputs) else add_gram
-        add(self.scatter, deviations)
+        self._add_gram(deviations, inputs)
         self.absolute += x.abs().sum(dim=(0, 1), dtype=torch.float64)
         self.window_means.append(means)
+
+    def _add_gram(self, deviations: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add deviations' transpose times themselves, as fast as the dtype and device of the inputs allow."""
+        add = add_gram_in_parts if prefers_parts(inputs) else add_gram
+        add(self.scatter, deviations)
 
     def add_up(self, share: Share, first: int, windows: int, length: int) -> None:
         """Put together what several processes saw, each its own windows; all of them must call it.
@@ -122,7 +126,7 @@ class RoutedAccumulator(MomentAccumulator):
         counts = windows.bincount(minlength=count)
         sums = self.scatter.new_zeros(count, x.shape[1]).index_add_(0, windows, x.double())
         means = sums / counts.clamp(min=1)[:, None]
-        add_gram(self.scatter, x - means[windows].to(x.dtype))
+        self._add_gram(x - means[windows].to(x.dtype), inputs)
         self.absolute += x.abs().sum(dim=0, dtype=torch.float64)
         self.window_means.append(means)
         self.window_tokens.append(counts)

@@ -293,11 +293,10 @@ def _run_block(
         finally:
             for handle in handles:
                 handle.remove()
+        called = set(torch.unique(routed[-1]).tolist()) if routed else set()
         for site, linear in family.sites.items():
             accumulator = accumulators[layer, site]
-            if linear.expert is None or not isinstance(accumulator, RoutedAccumulator):
-                continue
-            if not len(tokens_of(linear.expert, routed[-1])):  # such an expert is not called
+            if isinstance(accumulator, RoutedAccumulator) and linear.expert not in called:
                 accumulator.pass_over(hidden.shape[0])
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     check_finite(states, f"{family.blocks}.{layer}: outputs")

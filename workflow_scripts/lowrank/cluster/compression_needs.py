@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -58,18 +59,47 @@ def compression_need(
     if method.kind == "dense":  # its files are linked
         return Need(host={"program": PROGRAM, "weights": dense.weights}, work=Work(disk=2 * dense.weights))
     if method.covariance is None:
-        return _decomposed(method, dense, compressed, calibration)
+        need = _decomposed(method, dense, compressed, calibration)
+    else:
+        need = _sliced(method, dense, compressed, bases)
+    if getattr(method, "identity_block", False):
+        need = _with_identity_blocks(need, dense, compressed)
+    if method.covariance is not None and "tokens" in method.needs and calibration:
+        need = _with_influence(need, method, dense, calibration)
+    return need
+
+
+def _sliced(method: MethodSettings, dense: Sizes, compressed: Sizes, bases: float) -> Need:
+    """A method that takes its pairs from bases that are there."""
     all_bases = dense.shape.layers * bases
     need = Need(
         host={"program": PROGRAM, "weights": dense.weights, "a block's bases": bases},
         disk=compressed.weights,
         work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
     )
-    if method.eliminates:
-        need = _with_neurons(need, method, dense)
-    if "tokens" in method.needs and calibration:
-        need = _with_influence(need, method, dense, calibration)
-    return need
+    return _with_neurons(need, method, dense) if method.eliminates else need
+
+
+def _with_identity_blocks(need: Need, dense: Sizes, compressed: Sizes) -> Need:
+    """What it takes besides to put an identity block into each pair: an elimination of its second factor, in float64.
+
+    A decomposition takes more of a GPU, and is over by then.
+    """
+    pairs = [(m.out_features, m.in_features, _rank_with_identity_block(m, compressed.kept)) for m in dense.block]
+    work = sum(r**2 * (m - r / 3) + (m - r) * r**2 + 2 * r**2 * n for m, n, r in pairs)
+    largest = DOUBLE * max(4 * m * r + 2 * r * n for m, n, r in pairs)
+    return replace(
+        need,
+        gpu=True,
+        device=need.device or {"an identity block": largest},
+        work=plus(need.work, double=dense.shape.layers * work),
+    )
+
+
+def _rank_with_identity_block(module: LinearModule, kept: float) -> float:
+    """The rank of which r (m + n) - r (r - 1) is that share of a matrix."""
+    both = module.out_features + module.in_features + 1
+    return (both - math.sqrt(both**2 - 4 * min(1.0, kept) * module.parameters)) / 2
 
 
 def elimination_need(dense: Sizes, multiple: int | None, windows: int) -> Need:
@@ -234,6 +264,7 @@ def _masks(method: MethodSettings, dense: Sizes, length: int) -> dict[str, float
 
 
 def computes_on_device(method: MethodSettings) -> bool:
-    """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there."""
-    reads = {"gradients", "tokens"} & set(method.needs)
-    return method.kind not in ON_PROCESSORS and (method.covariance is None or bool(reads))
+    """Whether compressing by this preset runs on a GPU: not if it only slices bases that are there, as they are."""
+    reads = bool({"gradients", "tokens"} & set(method.needs))
+    changes = reads or getattr(method, "identity_block", False)
+    return method.kind not in ON_PROCESSORS and (method.covariance is None or changes)

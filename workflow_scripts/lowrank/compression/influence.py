@@ -19,7 +19,6 @@ from lowrank.model.losses import last_hidden
 from lowrank.model.partial_forward import on_devices
 
 
-@torch.inference_mode()
 def block_influence(model: PreTrainedModel, tokens: torch.Tensor, devices: Devices) -> list[float]:
     """BI of every block, in one pass.
 
@@ -47,7 +46,8 @@ def block_influence(model: PreTrainedModel, tokens: torch.Tensor, devices: Devic
 
     handles = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in enumerate(blocks)]
     try:
-        with on_devices(model, devices):
+        # Only the passes: parameters that move in inference mode would take no part in a gradient any more.
+        with on_devices(model, devices), torch.inference_mode():
             for batch in torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])):
                 last_hidden(model, batch.to(model.device))
     finally:

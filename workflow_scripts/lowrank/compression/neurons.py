@@ -114,9 +114,10 @@ class Neurons:
             raise RankwiseError(
                 f"{where}: the loss has no gradient at its output, so nothing says which neurons to keep"
             )
-        deviations = c.diagonal().clamp(min=0).sqrt()
-        moves = deviations > 0
-        inverse = torch.where(moves, 1 / deviations, torch.zeros_like(deviations))
+        # Statistics are files of float32: below its normal numbers a covariance holds no correlation any more.
+        moves = c.diagonal() > torch.finfo(torch.float32).tiny
+        deviations = torch.where(moves, c.diagonal().sqrt(), 0.0)
+        inverse = torch.where(moves, 1 / deviations, 0.0)
         correlation = (c + c.T) / 2 * inverse * inverse[:, None]
         correlation.diagonal().fill_(1 + damping)
         return cls(
