@@ -351,14 +351,22 @@ def test_rows_that_a_table_has_nothing_to_show_for() -> None:
     differences = {"kind": "differences", "title": "D", "suites": ["held-out"], "rows": [one, flap, other]}
     allocations = {"kind": "allocations", "title": "A", "rows": [one, flap, one]}
     tables = [(("tables", "d"), differences), (("tables", "e"), differences | {"reference": "dense"})]
-    tables += [(("tables", "a"), allocations), (("tables", "f"), allocations | {"rows": [one], "reference": "dense"})]
+    dense = {"model": "smollm2-135m", "method": "dense"}
+    tables += [(("tables", "f"), differences | {"reference": "dense", "rows": [dense]}), (("tables", "a"), allocations)]
     assert errors_of(changed((("methods", "flap"), FLAP), *tables)) == [
         "tables.d.rows[2]: the only row of 'smollm2-135m' at 30 %, so there is nothing to compare; the first row of a "
         "model and ratio is what its others are compared with, unless the table says `reference: dense`",
         "tables.e.rows: `reference: dense` compares with the dense model; add the dense row of 'smollm2-135m'",
+        "tables.f.rows: of 'smollm2-135m' only the dense model, with which `reference: dense` compares other rows",
         "tables.a.rows[0]: stands 2 times in this table",
         "tables.a.rows[1].method: 'flap' makes no low-rank pairs, so it has no ranks to show",
-        "tables.f.reference: a table of allocations compares no rows; leave it out",
+    ]
+
+
+def test_only_a_table_of_differences_has_a_reference() -> None:
+    table = {"kind": "allocations", "title": "A", "rows": [{"model": "smollm2-135m", "method": "lord", "ratio": 20}]}
+    assert errors_of(changed((("tables", "a"), table | {"reference": "dense"}))) == [
+        "tables.a.reference: only a table of differences compares its rows; leave it out"
     ]
 
 

@@ -298,6 +298,7 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(rule: str, resources: d
         torch.OutOfMemoryError("1 GiB wanted"),
         RankwiseError("a worker process failed: OutOfMemoryError: 1 GiB wanted"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("HIP error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error. Last error:\nCuda failure 2 'out of memory'"),
     ):
@@ -305,6 +306,7 @@ def test_a_gpu_that_is_too_small_names_the_line_to_write(rule: str, resources: d
         assert hint.startswith(f". The memory of a GPU is too small: with `set-resources: {rule}: {{")
         assert f"with `set-resources: {rule}: {told}" in hint
     assert not stage.memory_hint(job, ValueError("1 GiB wanted"))
+    assert not stage.memory_hint(job, RuntimeError("Cuda failure 217 'peer access is not supported'"))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
 from lowrank.model import checkpoint
+from lowrank.sources.checks import skeleton_of
 from tests import tiny
 
 
@@ -49,12 +51,13 @@ def test_repeated_keys_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked
 
 
-def test_a_models_own_choice_of_attention_is_not_taken(tmp_path: Any) -> None:
+@pytest.mark.parametrize("own", ["eager", "flash_attention_2"])
+def test_a_models_own_choice_of_attention_is_not_taken(own: str, tmp_path: Any) -> None:
     """Its kernel may not be there, or not know a mask of ours."""
     model = tiny.model("llama")
-    model.config._attn_implementation = "eager"
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace("{", '{"attn_implementation": "eager",', 1))
+    (tmp_path / "config.json").write_text(config.replace("{", f'{{"attn_implementation": "{own}",', 1))
     opened = checkpoint.load_checkpoint(tmp_path, torch.float32)
     assert opened.config._attn_implementation == "sdpa"
+    assert skeleton_of(AutoConfig.from_pretrained(tmp_path)).config._attn_implementation == "sdpa"

@@ -28,6 +28,7 @@ from tests.unit.model import factor_samples as samples
 COVARIANCE = Covariance(estimator="pooled", groups=4, gradients="weigh")
 RANKWISE = {"covariance": "fisher", "influence": False}
 METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("svd", {}),
     ("svd", {"identity_block": True}),
     ("skipcat", {}),
     ("svd-llm", {}),
@@ -35,7 +36,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("obd-llm", {"allocation": "first-order", "sequences": 2}),
     ("zs-svd", {"sequences": 2}),
     ("rankwise", {**RANKWISE, "mlp": "pairs"}),
-    ("afm", {"identity_block": True}),
+    ("afm", {"covariance": "fisher", "identity_block": True}),
 ]
 NOT_OF_EXPERTS: list[tuple[str, dict[str, Any]]] = [
     ("basis-sharing", {}),
@@ -90,8 +91,19 @@ def eliminated_in(folder: Path, kind: str, multiple: int | None, device: torch.d
     return Eliminations(folder, tiny.LAYERS)
 
 
-def compressed(method: str, kind: str, settings: dict[str, Any], folder: Path, device: torch.device) -> Any:
-    """A tiny model in float64 after a method, and its ranks; what the method reads is computed on the device too."""
+def read_by(method: str, kind: str, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
+    """The bases and eliminations that a preset reads, computed on a device."""
+    folder.mkdir()
+    read: dict[str, Any] = {}
+    if method in ("rankwise", "afm"):
+        read |= {"bases": bases_in(folder / "bases", kind, device), "covariance": COVARIANCE}
+    if (mlp := settings.get("mlp", "pairs")) != "pairs":
+        read["eliminations"] = eliminated_in(folder / "neurons", kind, 8 if mlp == "both" else None, device)
+    return read
+
+
+def compressed(method: str, kind: str, settings: dict[str, Any], read: dict[str, Any]) -> Any:
+    """A tiny model in float64 after a method, and its ranks."""
     model = tiny.model(kind).double()
     task: dict[str, Any] = {
         "model": model,
@@ -105,13 +117,7 @@ def compressed(method: str, kind: str, settings: dict[str, Any], folder: Path, d
         "parts": None,
     }
     preset = {"kind": method} | ({} if method == "svd" else {"calibration": "c"}) | settings
-    if method in ("rankwise", "afm"):
-        preset["covariance"] = "fisher"
-        task |= {"bases": bases_in(folder / "bases", kind, device), "covariance": COVARIANCE}
-    if (mlp := settings.get("mlp", "pairs")) != "pairs":
-        multiple = 8 if mlp == "both" else None
-        task["eliminations"] = eliminated_in(folder / "neurons", kind, multiple, device)
-    return model, compress.compress_model(method, preset, task)
+    return model, compress.compress_model(method, preset, task | read)
 
 
 @pytest.mark.parametrize(("kind", "method", "settings"), CASES)
@@ -126,12 +132,13 @@ def test_a_method_that_computes_on_a_gpu_gives_what_it_gives_without(
     # What bounds the entries of its block indexes by a list, of which torch makes a tensor that a pretended device does
     # not see.
     monkeypatch.setattr(stacks, "BOUND", 1e9)
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    whole, ranks = compressed(method, kind, settings, tmp_path / "here", torch.device("cpu"))
+    here = read_by(method, kind, settings, tmp_path / "here", torch.device("cpu"))
+    whole, ranks = compressed(method, kind, settings, here)
     request.getfixturevalue("computing_elsewhere")
+    with pretended.Pretended():
+        read = read_by(method, kind, settings, tmp_path / "there", ON_DEVICE)
     with pretended.Pretended() as there:
-        model, found = compressed(method, kind, settings, tmp_path / "there", ON_DEVICE)
+        model, found = compressed(method, kind, settings, read)
         assert devices_of(model) == [torch.device("cpu")]
     assert bool(there.used) == (method != "flap")
     assert found == ranks

@@ -313,7 +313,7 @@ def test_an_untied_head_is_kept(folder: Path, tmp_path: Path) -> None:
 def test_a_model_without_the_linear_layers_of_its_family(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skeleton = checks._skeleton
+    skeleton = checks.skeleton_of
 
     def odd(config: Any) -> Any:
         built: Any = skeleton(config)
@@ -321,7 +321,7 @@ def test_a_model_without_the_linear_layers_of_its_family(
         built.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, device="meta")
         return built
 
-    monkeypatch.setattr(checks, "_skeleton", odd)
+    monkeypatch.setattr(checks, "skeleton_of", odd)
     message = refused(folder, tmp_path, r"layers\.1\.mlp\.gate_proj: no Linear layer, but Identity")
     assert "layers.0.mlp.up_proj: (40, 32), and `shape` gives (48, 32)" in message
 

@@ -156,12 +156,8 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
     if table.kind == "differences":
         yield from _corpora_of_two_suites(study, place, table)
     against_dense = getattr(table, "reference", "first") == "dense"
-    if against_dense and table.kind != "differences":
-        yield f"{place}.reference: a table of {table.kind} compares no rows; leave it out"
-    elif against_dense:
-        with_dense = {row.model for row in table.rows if not row.ratio}
-        for model in dict.fromkeys(row.model for row in table.rows if row.model not in with_dense):
-            yield f"{place}.rows: `reference: dense` compares with the dense model; add the dense row of '{model}'"
+    if against_dense:
+        yield from _compared_with_dense(place, table)
     blocks = Counter((row.model, row.ratio) for row in table.rows)
     shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
     for index, row in enumerate(table.rows):
@@ -175,6 +171,16 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
             yield f"{place}.rows[{index}].method: '{row.method}' makes no low-rank pairs, so it has no ranks to show"
         if (twice := shown.pop((row.model, row.method, row.ratio, row.tuning), 1)) > 1:
             yield f"{place}.rows[{index}]: stands {twice} times in this table"
+
+
+def _compared_with_dense(place: str, table: Table) -> Iterator[str]:
+    """Models of which the dense row is not there, or nothing else."""
+    for model in dict.fromkeys(row.model for row in table.rows):
+        ratios = {row.ratio for row in table.rows if row.model == model}
+        if 0 not in ratios:
+            yield f"{place}.rows: `reference: dense` compares with the dense model; add the dense row of '{model}'"
+        elif ratios == {0}:
+            yield f"{place}.rows: of '{model}' only the dense model, with which `reference: dense` compares other rows"
 
 
 def _corpora_of_two_suites(study: Study, place: str, table: Table) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -84,6 +84,12 @@ class RowTable(Section):
         description="differences: less the first row of the same model and ratio, or less the model's dense row",
     )
     rows: list[Row] = Field(min_length=1)
+
+    @classmethod
+    def unread(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Only differences are taken from something."""
+        reason = "only a table of differences compares its rows; leave it out"
+        return {} if given.get("kind") == "differences" else {"reference": reason}
 
 
 class AgreementTable(Section):

@@ -39,7 +39,10 @@ PASSES = ("collect_statistics", "collect_gradients")
 TIMED = ("evaluate_cost",)
 """Rules that measure speed: others on the same GPU would be measured too."""
 
-NO_MEMORY = ("OutOfMemoryError", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "Cuda failure 2")
+NO_MEMORY = (
+    *("OutOfMemoryError", "CUDA error: out of memory", "CUDA driver error: out of memory", "HIP error: out of memory"),
+    *("STATUS_ALLOC_FAILED", "Cuda failure 2 '"),
+)
 """What errors say when a GPU's memory is too small: torch's own, a driver's, those of CUDA's libraries, NCCL's."""
 
 TAKES_LESS = {
@@ -62,7 +65,8 @@ ON_CPU = {"DS_ACCELERATOR": "cpu"}
 """DeepSpeed, imported by transformers, would warn of a missing GPU otherwise."""
 KERNELS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 """cuDNN's attention, which torch prefers on GPUs from Hopper on, plans anew for each shape, which takes up to half a
-second; tasks, instructions and generated texts have hundreds of shapes. What takes its place needs no plans."""
+second; tasks, instructions and generated texts have hundreds of shapes. What takes its place needs no plans. Like the
+GPU itself, a kernel changes last digits, and reruns nothing (docs/reruns.md)."""
 _NOT_FETCHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 

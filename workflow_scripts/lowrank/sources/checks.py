@@ -46,7 +46,7 @@ def check_checkpoint(name: str, model: Model, folder: Path, weights: list[Path])
     config = _load_config(folder)
     _check_numbers(name, model, config)
     _check_positions(name, model, config)
-    skeleton, separated = _skeleton(config), _skeleton(config)
+    skeleton, separated = skeleton_of(config), skeleton_of(config)
     separate_projections(separated)
     _check_linears(model, separated)
     family = FAMILIES[config.model_type]
@@ -139,12 +139,12 @@ def _check_positions(name: str, model: Model, config: Any) -> None:
         )
 
 
-def _skeleton(config: Any) -> torch.nn.Module:
-    """The model without memory for its weights."""
+def skeleton_of(config: Any) -> torch.nn.Module:
+    """The model without memory for its weights, with the attention that `load_checkpoint` takes."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return skeleton
 
 
