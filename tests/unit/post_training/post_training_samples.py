@@ -11,9 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lowrank.config.tuning import parse_tuning
+from lowrank.jobs.share import Share
 from lowrank.model.checkpoint import replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.modeling_rankwise import separate_projections
+from lowrank.post_training import loss
 from lowrank.post_training.instructions import Examples
 from lowrank.post_training.job import TRAIN_FILE, VALIDATION_FILE, TrainingJob
 
@@ -86,6 +88,15 @@ def some_rows(count: int, seed: int) -> Examples:
     length = torch.randint(6, 13, (count,), generator=generator)
     tokens = ((start + torch.arange(12)) % 64).int()
     return Examples(tokens, torch.randint(1, 5, (count,), generator=generator), length)
+
+
+def train_by_few_tokens(arguments: dict[str, Any], share: Share) -> None:
+    """What a worker does, with a head that reads three tokens at a time: by their own rows, processes would need it
+    differently often."""
+    from lowrank.post_training.worker import train_share  # and with it DeepSpeed
+
+    loss.CHUNK_TOKENS = 3
+    train_share(arguments, share)
 
 
 def a_job(checkpoint: Path, folder: Path, deepspeed: str = "zero2", seed: int = 0, **changes: Any) -> TrainingJob:

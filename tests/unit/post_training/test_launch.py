@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, save_tensors, sha256_file
-from lowrank.jobs import state
+from lowrank.jobs import launcher, state
 from lowrank.jobs.crew import Crew
 from lowrank.model.checkpoint import load_checkpoint
 from lowrank.post_training import tune
@@ -24,7 +25,14 @@ from lowrank.post_training.launch import launch
 from lowrank.post_training.subspace import SubspaceVectors, attach_subspaces, pack_vectors
 from lowrank.post_training.tune import describe_training, tune_checkpoint
 from tests.marks import ON_CPU
-from tests.unit.post_training.post_training_samples import SUBJECT, a_job, save_tiny_model, write_manifest
+from tests.unit.post_training.post_training_samples import (
+    REPOSITORY,
+    SUBJECT,
+    a_job,
+    save_tiny_model,
+    train_by_few_tokens,
+    write_manifest,
+)
 
 
 @ON_CPU
@@ -32,6 +40,27 @@ def test_a_failing_process_is_reported_with_its_message(tmp_path: Path) -> None:
     dense = save_tiny_model(tmp_path, compressed=False)
     with pytest.raises(RankwiseError, match=r"^this checkpoint has no low-rank layer"):
         launch(a_job(dense, tmp_path / "job"), Crew(), threads=1)
+
+
+@ON_CPU
+@pytest.mark.usefixtures("forked_workers")
+def test_processes_whose_rows_have_different_numbers_of_tokens_train_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ZeRO 3, and weights gathered each time, as larger ones are: of the head too, whenever it reads some tokens."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    checkpoint = save_tiny_model(tmp_path / "model")
+    found = []
+    for name, crew in (("one", Crew()), ("two", Crew(2))):
+        job = a_job(checkpoint, tmp_path / name, "zero3", micro_batch_size=2, steps=4)
+        job.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        work = f"{train_by_few_tokens.__module__}:{train_by_few_tokens.__name__}"
+        launcher.launch(work, asdict(job), crew, 2, job.folder)
+        found.append(Progress.load(Path(job.folder)))
+    for curve in ("loss", "validation"):
+        one, two = (dict(getattr(progress, curve)) for progress in found)
+        assert len(one) >= 3
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 def a_tokenizer(folder: Path) -> None:

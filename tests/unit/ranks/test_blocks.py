@@ -58,6 +58,14 @@ def test_the_loss_of_a_block_at_a_share_is_that_of_its_best_combination() -> Non
     assert loss_at([first, second], 0.1) == 11.0
 
 
+def test_a_share_of_a_block_is_one_of_its_dense_matrices_whatever_loses_nothing() -> None:
+    """Directions in which nothing was seen cost nothing: dense is no choice then, and still what is kept a share of."""
+    lossless, nearly = (curve([4.0, 1.0, last, 0.0]) for last in (0.0, 1e-9))  # 8, 16, 24 or 32 parameters
+    for kept in (0.5, 0.75, 0.8, 1.0):
+        assert loss_at([lossless], kept) == pytest.approx(loss_at([nearly], kept), abs=1e-8)
+    assert loss_at([lossless], 0.75) == 0
+
+
 def test_curves_of_several_blocks_are_left_alone() -> None:
     curves = {"a": curve([2.0, 0.0]), "b": curve([2.0, 0.0]), "both": curve([5.0, 0.0])}
     weighed = weigh_blocks(curves, {"a": {0}, "b": {1}, "both": {0, 1}}, [0.1, 0.4], kept=0.5)

@@ -4,7 +4,8 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, SplitDict, SplitInfo
+from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors
 
@@ -50,7 +51,7 @@ def test_each_failure_names_repository_revision_and_cure(
     monkeypatch.chdir(tmp_path)
     error, cause, expected = CASES[case]
     monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error, cause))
-    monkeypatch.setattr("datasets.load_dataset", raising(error, cause))
+    monkeypatch.setattr("datasets.load_dataset_builder", raising(error, cause))
     with pytest.raises(RankwiseError, match=expected) as caught:
         hub.fetch_snapshot(SOURCE) if kind == "model" else hub.load_rows(SOURCE)
     message = str(caught.value)
@@ -117,31 +118,68 @@ def test_a_snapshot_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch, tm
         hub.fetch_snapshot(SOURCE.model_copy(update={"file": "x.gguf"}))
 
 
+class Builder:
+    """What the library makes of a data set: its rows of a commit."""
+
+    def __init__(self, rows: object, commit: str = COMMIT) -> None:
+        self.rows, self.hash, self.asked = rows, commit, dict[str, object]()
+
+    def __call__(self, repo: str, **options: object) -> "Builder":
+        self.asked.update(options, repo=repo)
+        return self
+
+    def download_and_prepare(self) -> None:
+        self.asked["prepared"] = True
+
+    def as_dataset(self, split: str | None) -> object:
+        self.asked["split"] = split
+        return self.rows
+
+
 def test_rows_are_asked_for_with_subset_split_revision_and_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Dataset.from_dict({"text": ["a"]})
-    asked: dict[str, object] = {}
-
-    def load(repo: str, **options: object) -> Dataset:
-        asked.update(options, repo=repo)
-        return rows
-
-    monkeypatch.setattr("datasets.load_dataset", load)
+    builder = Builder(Dataset.from_dict({"text": ["a"]}))
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
     source = HubSource(hub="o/d", revision=COMMIT, subset="en", split="train", file="en/part-0.json.gz")
-    assert hub.load_rows(source) is rows
-    assert asked == {
+    assert hub.load_rows(source) is builder.rows
+    assert builder.asked == {
         "repo": "o/d",
         "name": "en",
         "split": "train",
         "revision": COMMIT,
         "data_files": "en/part-0.json.gz",
+        "prepared": True,
     }
 
 
 def test_a_data_set_without_a_chosen_split_lists_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a"]})
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: DatasetDict(train=rows, test=rows))
+    monkeypatch.setattr("datasets.load_dataset_builder", Builder(DatasetDict(train=rows, test=rows)))
     with pytest.raises(RankwiseError, match="choose a `split:`; there are: train, test"):
         hub.load_rows(SOURCE)
+
+
+@pytest.mark.parametrize("commit", [COMMIT, "f" * 40])
+def test_rows_of_another_revision_are_not_taken_from_the_cache(
+    commit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the hub the library itself takes what was cached last, whatever revision it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache/some-org___some-model/default/0.0.0" / commit
+    rows = Dataset.from_dict({"text": ["cached"]})
+    rows.info.dataset_name, rows.info.config_name = "some-model", "default"
+    rows.info.splits = SplitDict({"train": SplitInfo("train", num_examples=1, dataset_name="some-model")})
+    rows.info.write_to_directory(cached.mkdir(parents=True) or str(cached))
+    with ArrowWriter(path=str(cached / "some-model-train.arrow"), features=rows.features) as writer:
+        writer.write({"text": "cached"})
+        writer.finalize()
+    if commit == COMMIT:
+        assert hub.load_rows(SOURCE)["text"][:] == ["cached"]
+    else:
+        with pytest.raises(RankwiseError, match=f"at revision {COMMIT}: it is not in the hub's cache on this machine"):
+            hub.load_rows(SOURCE)
 
 
 def test_a_local_folder_of_the_same_name_is_not_taken_for_the_hub(

@@ -112,6 +112,6 @@ def test_a_probe_for_a_file_is_not_the_error(monkeypatch: pytest.MonkeyPatch, tm
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no such split") from RemoteEntryNotFoundError("404", response=MagicMock(status_code=404))
 
-    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
     with pytest.raises(RankwiseError, match=r"cannot be loaded \(ValueError: no such split\)"):
         hub.load_rows(HubSource(hub="some-org/texts", revision=COMMIT, split="train"))

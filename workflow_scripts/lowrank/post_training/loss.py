@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,8 +27,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Sum of -log p(target) over tokens. hidden: N x d; targets: N, int64; the sum is float32 or float64."""
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for index in range(_rounds(len(hidden), hidden.device)):
+            part = slice(index * CHUNK_TOKENS, (index + 1) * CHUNK_TOKENS)
             chunk = hidden[part].detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 logits = head(chunk).to(total.dtype)
@@ -43,6 +44,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the gradient that the forward pass formed."""
         (gradient,) = ctx.saved_tensors
         return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+def _rounds(tokens: int, device: torch.device) -> int:
+    """How often the head is called: by all processes as often as by the one with most tokens, if need be with none.
+
+    A head that is divided among them (ZeRO 3) is gathered by all of them or by none.
+    """
+    rounds = -(-tokens // CHUNK_TOKENS)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rounds
+    most = torch.tensor(rounds, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 class InstructionLoss(nn.Module):

@@ -62,7 +62,10 @@ def loss_at(curves: Sequence[Curve], kept: float) -> float:
     """What the matrices of a block are predicted to lose if they keep a share of their parameters, or as near below
     as their choices allow; of the smallest choices, if all keep more."""
     whole, _ = combined(curves)
-    fits = np.flatnonzero(whole.parameters <= kept * whole.parameters[-1])
+    dense = sum(
+        curve.parameters[-1] for curve in curves
+    )  # of `whole`, nothing that loses no less than a smaller choice
+    fits = np.flatnonzero(whole.parameters <= kept * dense)
     return float(whole.losses[fits[-1] if len(fits) else 0])
 
 

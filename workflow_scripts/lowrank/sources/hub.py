@@ -101,7 +101,7 @@ def load_rows(source: HubSource) -> Dataset:
         RankwiseError: gated, missing, not reachable, or no split is chosen; it names the repository, the revision
             and what to do.
     """
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, load_dataset_builder
 
     if Path(source.hub).exists():
         raise RankwiseError(
@@ -110,9 +110,12 @@ def load_rows(source: HubSource) -> Dataset:
         )
     log.info("loading the data set %s at %s from the hub", source.hub, source.revision)
     try:
-        rows = load_dataset(
-            source.hub, name=source.subset, split=source.split, revision=source.revision, data_files=source.file
-        )
+        builder = load_dataset_builder(source.hub, name=source.subset, revision=source.revision, data_files=source.file)
+        # Where the hub does not answer, the library takes what was last cached of the data set, whatever its revision.
+        if builder.hash != source.revision:
+            raise ConnectionError(f"the cache holds {builder.hash} of it")
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=source.split)
     except Exception as error:  # the library raises a dozen types, from ValueError to the HTTP client's
         raise RankwiseError(_message(source, error)) from error
     if not isinstance(rows, Dataset):
