@@ -35,7 +35,11 @@ checked(
 
 
 onstart:
+    if not workflow.touch:
+        checked(refuse_while_jobs_run, RUN)
+        note_orphans()
     checked(write_json, LAYOUT.used_config, USED.plain())
+    checked(freeze, config, CONFIG_FILES, LAYOUT.frozen_config)
     if not workflow.non_local_exec:
         serve_forks()
 

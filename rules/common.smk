@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.cli import get_argument_parser
+from snakemake.common import async_run
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
@@ -15,12 +16,13 @@ CONFIG = os.path.relpath(Path(workflow.basedir) / "config")
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 from lowrank.config.beside import check_beside, deepspeed_file
+from lowrank.config.frozen import freeze, frozen_study
 from lowrank.config.lines import Lines
 from lowrank.config.load import check_study
 from lowrank.config.used import used_study
 from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
-from lowrank.files import matching_files, read_json, sha256_file, write_json
+from lowrank.files import is_of_a_model, matching_files, read_json, sha256_file, write_json
 from lowrank.reruns.fingerprint import Code
 from lowrank.layout import Layout, in_order
 from lowrank.cluster.needs import memory_request, runtime_request
@@ -30,7 +32,9 @@ from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.cluster.site import check_rules, site_of, whole_number
 from lowrank.jobs.gpus import deal_out_gpus
+from lowrank.jobs.record import made_with, record_file
 from lowrank.jobs.stage import remember_environment, serve_forks, share_library
+from lowrank.progress.steps import refuse_while_jobs_run
 
 share_library(SCRIPTS)
 if workflow.is_main_process:
@@ -51,23 +55,31 @@ def only_fetches():
     return list(command.targets) == ["data"]
 
 
-def checked_study():
-    """The config as a `Study`; its errors are shown without a traceback."""
-    files = [
-        str(path)
-        for path in workflow.config_settings.configfiles or [Path(workflow.basedir) / "config/quickstart.yaml"]
-    ]
+CONFIG_FILES = [
+    str(path) for path in workflow.config_settings.configfiles or [Path(workflow.basedir) / "config/quickstart.yaml"]
+]
+
+
+def checked(check, *arguments):
+    """A check of the config or the profile; its errors are shown without a traceback."""
     try:
-        for path in files:
-            read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
-        where = ", ".join(files)
-        study = check_study(config, where, files, unseen=only_fetches())
-        return check_beside(study, CONFIG, where, Lines(files, config))
+        return check(*arguments)
     except RankwiseError as error:
         raise WorkflowError(str(error))
 
 
-STUDY = checked_study()
+def checked_study():
+    """The config as a `Study`: of a job that of its head, whatever the file says by now."""
+    if not workflow.is_main_process and (study := frozen_study()):
+        return study
+    for path in CONFIG_FILES:
+        read_yaml(path)  # duplicate keys are lost once Snakemake has merged the files
+    where = ", ".join(CONFIG_FILES)
+    study = check_study(config, where, CONFIG_FILES, unseen=only_fetches())
+    return check_beside(study, CONFIG, where, Lines(CONFIG_FILES, config))
+
+
+STUDY = checked(checked_study)
 USED = used_study(STUDY)
 LAYOUT = Layout(STUDY)
 RUN, LOGS = LAYOUT.run, LAYOUT.logs
@@ -121,6 +133,33 @@ wildcard_constraints:
     figure=one_of(STUDY.figures),
 
 
+# --- when a head starts
+
+
+def note_orphans():
+    """Note with Snakemake how results were made that jobs have finished after their head had been killed.
+
+    Only a head notes that; without it no change of a setting would ever make them again. The records of the jobs tell.
+    """
+    made_otherwise = []
+    for job in workflow.dag.jobs:
+        known = workflow.dag.needrun(job) or workflow.persistence.has_metadata(job)
+        if known or not (job.log and job.params.get("settings")):
+            continue
+        match made_with(record_file(str(job.log[0])), job.params.settings):
+            case True:
+                async_run(workflow.persistence.finished(job))
+            case False:
+                made_otherwise.append(str(job.output[0]))
+    if made_otherwise:
+        raise WorkflowError(
+            "Snakemake has no note of how these were made, and by their own records it was with other settings or code "
+            "than now:\n  "
+            + "\n  ".join(sorted(made_otherwise))
+            + "\nDelete them and run again; or keep them as they are: `snakemake --touch --forceall` with your options."
+        )
+
+
 # --- resources: what a job asks its cluster for. Sizes are estimated in lowrank.cluster.resources; the site's part is in its
 # profile. On one machine they bind nothing: Snakemake limits memory and GPUs only if `--resources` says how much there is.
 
@@ -128,14 +167,6 @@ wildcard_constraints:
 def as_written(resources):
     """The values that a profile gives, as text, without those that are left open."""
     return {name: str(one.raw).strip("'\"") for name, one in resources.items() if one.raw is not None}
-
-
-def checked(check, *arguments):
-    """A check of the profile; its errors are shown without a traceback."""
-    try:
-        return check(*arguments)
-    except RankwiseError as error:
-        raise WorkflowError(str(error))
 
 
 def of_rule(rule, name, default):

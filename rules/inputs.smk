@@ -19,7 +19,7 @@ def model_sources(name):
     lender = getattr(source, "tokenizer", None)
     if lender:
         return {"tokenizer": ancient(f"{RUN}/models/{lender}"), "tokenizer_manifest": f"{RUN}/models/{lender}.json"}
-    return {"files": local_files(source)}
+    return {"files": [file for file in local_files(source) if getattr(source, "file", None) or is_of_a_model(file)]}
 
 
 def corpus_files(corpus):

@@ -9,7 +9,7 @@ import pytest
 from lowrank.methods import method_modules
 from tests.config.wrong import GONE, MODEL, ROW, SELECT, SHAPE, SOURCE, Change, changed, errors_of
 
-NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 80), not"
+NAME = "must be a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 50), not"
 TOP = ", ".join(
     [
         *("cache", "calibration", "corpora", "covariance", "figures", "instructions", "keep_checkpoints"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -97,11 +98,38 @@ def test_damage_is_told_and_mended(undisturbed: tuple[Path, float], warm: Warm) 
     assert snapshot(folder / small.RUN / "statistics") == before
 
 
+def test_how_results_were_made_that_no_head_has_noted(undisturbed: tuple[Path, float], warm: Warm) -> None:
+    """As jobs leave them whose head was killed: Snakemake's head notes settings, and a job only that it is finished."""
+    folder, _ = undisturbed
+    notes, config, tables = folder / ".snakemake/metadata", folder / "small.yaml", folder / small.RUN / "tables"
+    before, expected = config.read_text(), small.tables(folder)
+    shutil.rmtree(notes)
+    shutil.rmtree(tables)
+    small.succeeded(warm.run(small.arguments(folder), small.environment()))
+    assert small.tables(folder) == expected
+    config.write_text(before.replace("evaluations: 5", "evaluations: 6"))
+    assert config.read_text() != before
+    planned = small.succeeded(warm.run(small.arguments(folder, "--dry-run", "--quiet", "host"), small.environment()))
+    assert re.search(r"search_allocation +1\n", planned)
+    assert not re.search(r"compute_bases +1\n", planned)
+    shutil.rmtree(notes)
+    shutil.rmtree(tables)
+    refused = warm.run(small.arguments(folder), small.environment())
+    assert refused.returncode == 1
+    assert "Snakemake has no note of how these were made" in refused.stdout
+    assert f"\n  {small.RUN}/allocation/tiny/bolaco/20/seed0/allocation.json\n" in refused.stdout
+    assert "statistics" not in refused.stdout.partition("no note of")[2]
+    config.write_text(before)
+    small.succeeded(warm.run(small.arguments(folder), small.environment()))
+    assert small.tables(folder) == expected
+
+
 def test_nothing_is_left_over(killed: Path, warm: Warm) -> None:
     assert (killed / "results").is_symlink()
     left = [path for path in (killed / small.RUN).rglob("*") if path.name.endswith(".tmp") or ".tmp" in path.name]
     assert not left
     assert not list((killed / small.RUN / ".state").glob("*"))
+    (killed / "model/NOTES.md").write_text("Nothing that is fetched.")
     assert "Nothing to be done" in small.succeeded(warm.run(small.arguments(killed), small.environment()))
 
 

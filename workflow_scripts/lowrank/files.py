@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 HASH_CHUNK = 1 << 20
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """What says under which terms a model may be used; it goes where the weights go."""
+OF_A_MODEL = ("*.safetensors", "*.gguf", "*.json", "*.model", "*.txt", "*.jinja", *LEGAL_FILES)
+"""What a model's folder is fetched for; whatever else lies there decides nothing."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -102,6 +105,11 @@ def matching_files(folder: Path, pattern: str | None) -> list[Path]:
         return sorted(file for file in folder.glob(pattern or "*") if file.is_file() and not file.name.startswith("."))
     except (NotImplementedError, ValueError):  # an absolute path, or `**.jsonl`
         return []
+
+
+def is_of_a_model(file: str | Path) -> bool:
+    """Whether a file of a model's folder, by its name, is one of those that are fetched."""
+    return any(fnmatch(Path(file).name, pattern) for pattern in OF_A_MODEL)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -96,6 +96,7 @@ class Layout:
         state: folder of unfinished work.
         logs: folder of the logs.
         used_config: the config that a run was last started with, as far as it is used.
+        frozen_config: the whole of it, for the jobs of that start.
         compared_texts: what tested texts were compared with.
         compressed, tuned, evaluation: patterns with wildcards, in braces.
     """
@@ -106,6 +107,7 @@ class Layout:
         self.state = f"{self.run}/.state"
         self.logs = f"{self.run}/logs"
         self.used_config = f"{self.run}/{USED_CONFIG}"
+        self.frozen_config = f"{self.run}/.{USED_CONFIG}"
         self.compared_texts = f"{self.run}/compared_texts.json"
         self.compressed = f"{self.run}/compressed/{{model}}/{{method}}/{{ratio}}/seed{{seed}}"
         self.tuned = f"{self.run}/tuned/{{model}}/{{method}}/{{ratio}}/{{tuning}}/seed{{seed}}"

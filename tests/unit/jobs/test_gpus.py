@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lowrank.errors import RankwiseError
 from lowrank.jobs import gpus, stage
 
 SCRIPTS = Path(__file__).parents[3] / "workflow_scripts"
@@ -127,6 +129,19 @@ def test_a_gpu_of_a_killed_job_is_free_again(pretend: Path) -> None:
         holder.send_signal(signal.SIGKILL)
         seen, *_ = ended(waits)
     assert seen == ["0", "1"]
+
+
+def test_a_file_system_without_locks_is_told(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(gpus.fcntl, "flock", refuse)
+    with (
+        pytest.raises(RankwiseError, match=r"this file system has none \(No locks available\)\. Set TMPDIR to"),
+        gpus.own_gpus(1, 1, pretend),
+    ):
+        pytest.fail("a GPU was taken without a lock")
+    assert gpus.VISIBLE not in os.environ
 
 
 def test_who_came_first_is_served_first(pretend: Path) -> None:

@@ -237,6 +237,22 @@ def test_a_number_that_was_given_to_another_process_is_no_sign_of_life(output: P
         assert "its number was given to another" in taken_over
 
 
+def test_a_process_of_another_user_that_the_system_hides_is_alive(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `hidepid` there is nothing of it in /proc."""
+    theirs = replace(Holder.here("post_train"), token="theirs", process=2**22 + 1)
+    place(output, theirs)
+
+    def forbid(process: int, number: int) -> None:
+        assert (process, number) == (theirs.process, 0)
+        raise PermissionError
+
+    monkeypatch.setattr(lock.os, "kill", forbid)
+    with pytest.raises(RankwiseError, match="its process still runs"), output_lock([output], "post_train"):
+        pytest.fail("two jobs hold one lock")
+
+
 def test_after_a_restart_of_the_machine_nobody_holds_anything() -> None:
     before = replace(Holder.here("post_train"), boot="before")
     fate, why = fate_of(before, Holder.here("post_train"))

@@ -13,7 +13,7 @@ import torch
 
 from lowrank.errors import RankwiseError
 from lowrank.files import digest_of
-from lowrank.jobs.record import record_file, records_of, write_job_record
+from lowrank.jobs.record import made_with, record_file, records_of, write_job_record
 from lowrank.paper.provenance import describe_run
 
 SETTINGS: dict[str, Any] = {
@@ -111,3 +111,16 @@ def test_a_damaged_record_is_named(job: SimpleNamespace, tmp_path: Path) -> None
     path.write_text("{")
     with pytest.raises(RankwiseError, match=r"seed0\.json: damaged"):
         describe_run("tiny", {}, job.output, "results/tiny")
+
+
+def test_a_record_tells_whether_settings_code_or_pins_have_changed(job: SimpleNamespace, tmp_path: Path) -> None:
+    written(job, tmp_path)
+    file = record_file(job.log[0])
+    assert file is not None
+    assert made_with(file, SETTINGS)
+    for changed in ({"search": {"evaluations": 20}}, {"code": "0"}, {"packages": {"torch": "2.1"}}):
+        assert made_with(file, SETTINGS | changed) is False
+    assert made_with(None, SETTINGS) is None
+    assert made_with(file.with_name("other.json"), SETTINGS) is None
+    file.write_text("{")
+    assert made_with(file, SETTINGS) is None

@@ -67,6 +67,14 @@ def test_any_change_of_a_file_counts(change: Callable[[Path], object], scripts: 
     assert Remembered(scripts).get(["search"], lambda: ("new", {})) == ("new", {})
 
 
+def test_what_an_editor_leaves_beside_the_code_is_none(scripts: Path) -> None:
+    """Emacs marks an unsaved file by a link to nowhere."""
+    Remembered(scripts).get(["search"], lambda: ("old", {}))
+    (scripts / "lowrank/.#shared.py").symlink_to("somebody@somewhere.123")
+    (scripts / "lowrank/gone.py").symlink_to("nowhere.py")
+    assert Remembered(scripts).get(["search"], never) == ("old", {})
+
+
 def test_so_does_a_change_of_the_pins(scripts: Path, tmp_path: Path) -> None:
     pins = tmp_path / "requirements.txt"
     pins.write_text("pandas==2.3.3\n")

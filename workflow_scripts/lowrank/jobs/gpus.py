@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
+from lowrank.errors import RankwiseError
 from lowrank.versions import package_version
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,12 @@ def _lock(path: Path, held: ExitStack, wait: bool = False) -> bool:
     except BlockingIOError:
         os.close(file)
         return False
+    except OSError as error:
+        os.close(file)
+        raise RankwiseError(
+            f"{path}: GPUs are dealt out by locks, and this file system has none ({error.strerror}). Set TMPDIR to a "
+            "folder on a disk of this machine, the same for all who use its GPUs."
+        ) from error
     held.callback(os.close, file)
     return True
 

@@ -266,7 +266,7 @@ def _fate_of_process(holder: Holder) -> tuple[Fate, str]:
     started = process_start(holder.process)
     if started is None:
         return Fate.GONE, f"process {holder.process} has ended"
-    if holder.started and started != holder.started:
+    if started and holder.started and started != holder.started:
         return Fate.GONE, f"process {holder.process} has ended, and its number was given to another"
     return Fate.RUNS, "its process still runs"
 
@@ -275,9 +275,7 @@ def process_start(process: int) -> str | None:
     """When a process of this machine was started, in ticks; empty if the system does not tell, None if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
+    except FileNotFoundError:  # also of another user's, if /proc hides them (`hidepid`)
         try:
             os.kill(process, 0)
         except ProcessLookupError:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lowrank.errors import RankwiseError
 from lowrank.files import digest_of, read_record, sha256_file, write_json
 from lowrank.jobs.job import Job
 from lowrank.versions import git_state, package_version
@@ -46,20 +47,44 @@ def write_job_record(job: Job, project: Path, usage: dict[str, float]) -> None:
 
 def describe_job(job: Job, project: Path) -> dict[str, Any]:
     """The record's content: paths are as the workflow has them, folders are told by the manifests beside them."""
-    settings: dict[str, Any] = job.params.get("settings", {})
-    pins: dict[str, str] = settings.get("packages", {})
+    made_from = _made_from(job.params.get("settings", {}))
     return {
         "rule": job.rule,
         "wildcards": {name: str(value) for name, value in job.wildcards.items()},
-        "config_digest": digest_of({key: value for key, value in settings.items() if key not in CODE}),
-        "code": settings.get("code"),
-        "pins": pins,
+        **made_from,
         "git": git_state(project),
         "inputs": _checksums(job.input),
         "outputs": _checksums(job.output),
-        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in pins},
+        "versions": {"python": platform.python_version()}
+        | {package: package_version(package) for package in made_from["pins"]},
         "device": device_name(),
         "machine": {"system": sys.platform, "architecture": platform.machine(), "threads": job.threads},
+    }
+
+
+def made_with(record: Path | None, settings: dict[str, Any]) -> bool | None:
+    """Whether a job has had these settings, this code and these pins, by its record; None if that does not tell.
+
+    Args:
+        record: the file; None or missing: it has none.
+        settings: that it would have now.
+    """
+    if record is None or not record.is_file():
+        return None
+    try:
+        told = read_record(record)
+    except RankwiseError:  # a damaged record, of which no result depends
+        return None
+    now = _made_from(settings)
+    return {key: told.get(key) for key in now} == now
+
+
+def _made_from(settings: dict[str, Any]) -> dict[str, Any]:
+    """What settings say of a result, and of the code that makes it."""
+    return {
+        "config_digest": digest_of({key: value for key, value in settings.items() if key not in CODE}),
+        "code": settings.get("code"),
+        "pins": settings.get("packages", {}),
     }
 
 

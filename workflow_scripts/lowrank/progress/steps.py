@@ -63,6 +63,29 @@ def steps_of(study: Study, root: Path) -> list[Step]:
     return [_step(job, layout.log(job.rule, job.wildcards), holders, root) for job in planned_jobs(study)]
 
 
+def refuse_while_jobs_run(run: str | Path) -> None:
+    """See that no job of an earlier start is at work.
+
+    Snakemake deletes the outputs of a job that it starts before that can look at a lock, and once more when it fails.
+
+    Args:
+        run: the folder of the run's results.
+
+    Raises:
+        RankwiseError: some are, or it cannot be told; each is named.
+    """
+    me = Holder.here("start")
+    told = {holder: fate_of(holder, me) for holder in _holders(Path(run))}
+    at_work = [f"  {holder}: {why}" for holder, (fate, why) in told.items() if fate in (Fate.RUNS, Fate.UNKNOWN)]
+    if at_work:
+        listed = "\n".join(sorted(at_work))
+        raise RankwiseError(
+            f"jobs of an earlier start may still write to {run}:\n{listed}\nWait until they have ended, or end them "
+            "(`scancel` or `kill` their number), and run again. If you know that one has ended, delete its lock "
+            "(docs/cluster.md, Locks)."
+        )
+
+
 def _step(job: Job, name: str, holders: dict[str, Holder], root: Path) -> Step:
     log = root / name
     if (holder := holders.get(name)) and fate_of(holder, Holder.here("status"))[0] is not Fate.GONE:

@@ -28,6 +28,8 @@ from lowrank.ranks.groups import combined
 
 LEAST_INFLUENCE = 1e-6
 """A block that turns the residual stream by less is taken to turn it by so much: one that does nothing has none."""
+NOTHING = 1e-5
+"""Share of a block's largest predicted loss that may be rounding: statistics are files of float32."""
 
 
 def weigh_blocks(
@@ -60,13 +62,14 @@ def weigh_blocks(
 
 def loss_at(curves: Sequence[Curve], kept: float) -> float:
     """What the matrices of a block are predicted to lose if they keep a share of their parameters, or as near below
-    as their choices allow; of the smallest choices, if all keep more."""
+    as their choices allow; of the smallest choices, if all keep more. What is less than `NOTHING` of those is 0."""
     whole, _ = combined(curves)
     dense = sum(
         curve.parameters[-1] for curve in curves
     )  # of `whole`, nothing that loses no less than a smaller choice
     fits = np.flatnonzero(whole.parameters <= kept * dense)
-    return float(whole.losses[fits[-1] if len(fits) else 0])
+    lost = float(whole.losses[fits[-1] if len(fits) else 0])
+    return lost if lost > NOTHING * float(whole.losses[0]) else 0.0
 
 
 def block_weights(uniform: Mapping[int, float], influence: Sequence[float]) -> dict[int, float]:

@@ -24,7 +24,8 @@ class Remembered:
     def __init__(self, scripts: Path, others: Iterable[Path] = ()) -> None:
         """Args: scripts: the folder of all code. others: files that decide as well."""
         self._file = scripts / "__pycache__" / "fingerprints.json"
-        self._code = _digest(scripts, [*sorted(scripts.rglob("*.py")), *others])
+        code = (file for file in scripts.rglob("*.py") if file.is_file() and not file.name.startswith("."))
+        self._code = _digest(scripts, [*sorted(code), *others])
         self._found = self._read()
 
     def get(self, key: Iterable[object], find: Callable[[], Found]) -> Found:
