@@ -22,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress export check fast test test-slurm lint plan status why bench benchmark memory schema rulegraph docs
+.PHONY: setup quickstart compress export check fast test test-slurm lint style types plan status why bench benchmark memory schema rulegraph docs
 
 setup: $(VENV)/.installed
 
@@ -65,18 +65,23 @@ fast: setup
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 LONG := tests/slurm tests/survival tests/e2e tests/workflow
 
-test: setup lint
+test: setup
+	$(MAKE) --jobs 2 --output-sync=target lint
 	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config tests/docs tests/project
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
 
-lint: setup
+lint: style types
+
+style: setup
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile rules
-	PYTHONPATH=workflow_scripts mypy
 	snakemake --lint --configfile config/quickstart.yaml
+
+types: setup
+	PYTHONPATH=workflow_scripts mypy
 
 CONFIG ?= config/paper.yaml
 

@@ -5,6 +5,8 @@
 #   snakemake data                                                             only what must be downloaded
 #   snakemake checkpoints                                                      those given up that a new suite needs again
 
+from dataclasses import asdict
+
 from snakemake.utils import min_version
 
 min_version("9.25")
@@ -35,11 +37,12 @@ checked(
 
 
 onstart:
-    if not workflow.touch:
+    if not workflow.touch and not only_fetches():  # fetches run here, and write what no waiting job does
+        checked(refuse_beside_another_start, LAYOUT.frozen_config)
         checked(refuse_while_jobs_run, RUN)
         note_orphans()
+        checked(freeze, config, CONFIG_FILES, asdict(Holder.here(HEAD)), LAYOUT.frozen_config)
     checked(write_json, LAYOUT.used_config, USED.plain())
-    checked(freeze, config, CONFIG_FILES, LAYOUT.frozen_config)
     if not workflow.non_local_exec:
         serve_forks()
 

@@ -32,9 +32,10 @@ from lowrank.config.sources import RandomSource
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
 from lowrank.cluster.site import check_rules, site_of, whole_number
 from lowrank.jobs.gpus import deal_out_gpus
-from lowrank.jobs.record import made_with, record_file
+from lowrank.jobs.lock import Holder
+from lowrank.jobs.record import made_with, record_file, refuse_made_otherwise
 from lowrank.jobs.stage import remember_environment, serve_forks, share_library
-from lowrank.progress.steps import refuse_while_jobs_run
+from lowrank.progress.steps import HEAD, refuse_beside_another_start, refuse_while_jobs_run
 
 share_library(SCRIPTS)
 if workflow.is_main_process:
@@ -141,23 +142,22 @@ def note_orphans():
 
     Only a head notes that; without it no change of a setting would ever make them again. The records of the jobs tell.
     """
-    made_otherwise = []
+    made = {True: [], False: [], None: []}
     for job in workflow.dag.jobs:
-        known = workflow.dag.needrun(job) or workflow.persistence.has_metadata(job)
-        if known or not (job.log and job.params.get("settings")):
-            continue
-        match made_with(record_file(str(job.log[0])), job.params.settings):
-            case True:
-                async_run(workflow.persistence.finished(job))
-            case False:
-                made_otherwise.append(str(job.output[0]))
-    if made_otherwise:
-        raise WorkflowError(
-            "Snakemake has no note of how these were made, and by their own records it was with other settings or code "
-            "than now:\n  "
-            + "\n  ".join(sorted(made_otherwise))
-            + "\nDelete them and run again; or keep them as they are: `snakemake --touch --forceall` with your options."
-        )
+        if job.log and job.params.get("settings") and not workflow.dag.needrun(job) and not is_noted(job):
+            made[made_with(record_file(str(job.log[0])), job.params.settings)].append(job)
+    checked(refuse_made_otherwise, [str(job.output[0]) for job in made[False]])
+    for job in made[True]:
+        async_run(workflow.persistence.finished(job))
+
+
+def is_noted(job):
+    """Whether Snakemake has a note of all outputs of a job that is no older than those that are files."""
+    notes = {str(path): workflow.persistence.metadata(path) for path in job.output}
+    return all(
+        note is not None and (not os.path.isfile(path) or os.path.getmtime(path) <= note.endtime + 1)
+        for path, note in notes.items()
+    )
 
 
 # --- resources: what a job asks its cluster for. Sizes are estimated in lowrank.cluster.resources; the site's part is in its

@@ -63,7 +63,7 @@ def test_hooks_run_what_is_pinned() -> None:
 
 def test_what_lint_says_of_style_has_a_hook() -> None:
     entries = [hook["entry"].removeprefix(".venv/bin/") for hook in HOOKS]
-    style = [line for line in recipe("lint") if line.startswith(("ruff", "snakefmt"))]
+    style = [line for line in recipe("style") if line.startswith(("ruff", "snakefmt"))]
     assert len(style) == 3
     for line in style:
         command = " ".join(re.findall(r"^ruff \w+|^\w+", line))
@@ -71,7 +71,7 @@ def test_what_lint_says_of_style_has_a_hook() -> None:
 
 
 def test_the_hook_for_rules_sees_the_files_that_lint_sees() -> None:
-    (line,) = [line for line in recipe("lint") if line.startswith("snakefmt")]
+    (line,) = [line for line in recipe("style") if line.startswith("snakefmt")]
     seen = set()
     for place in line.split()[2:]:
         path = REPOSITORY / place

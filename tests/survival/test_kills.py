@@ -119,9 +119,33 @@ def test_how_results_were_made_that_no_head_has_noted(undisturbed: tuple[Path, f
     assert "Snakemake has no note of how these were made" in refused.stdout
     assert f"\n  {small.RUN}/allocation/tiny/bolaco/20/seed0/allocation.json\n" in refused.stdout
     assert "statistics" not in refused.stdout.partition("no note of")[2]
+    allocation = f"{small.RUN}/allocation/tiny/bolaco/20/seed0"
+    again = small.arguments(folder, "--forcerun", f"{allocation}/allocation.json")  # as the message says
+    small.succeeded(warm.run(again, small.environment()))
+    assert (folder / allocation / "trials.csv").read_text().count("\n") == 1 + 6
     config.write_text(before)
     small.succeeded(warm.run(small.arguments(folder), small.environment()))
     assert small.tables(folder) == expected
+
+
+def test_a_note_of_an_earlier_result_is_none_of_a_later_one(undisturbed: tuple[Path, float], warm: Warm) -> None:
+    """What a job makes again without a head leaves the note of before."""
+    folder, _ = undisturbed
+    config, allocation = folder / "small.yaml", folder / small.RUN / "allocation/tiny/bolaco/20/seed0"
+    before, notes = config.read_text(), folder / ".snakemake/metadata"
+    shutil.copytree(notes, folder / "notes")
+    config.write_text(before.replace("evaluations: 5", "evaluations: 6"))
+    small.succeeded(warm.run(small.arguments(folder), small.environment()))
+    shutil.rmtree(notes)
+    (folder / "notes").rename(notes)
+    config.write_text(before)
+    shutil.rmtree(folder / small.RUN / "tables")
+    refused = warm.run(small.arguments(folder), small.environment())
+    assert refused.returncode == 1
+    assert "allocation/tiny/bolaco/20/seed0/allocation.json\n" in refused.stdout.partition("no note of how")[2]
+    again = small.arguments(folder, "--forcerun", f"{small.RUN}/allocation/tiny/bolaco/20/seed0/allocation.json")
+    small.succeeded(warm.run(again, small.environment()))
+    assert (allocation / "trials.csv").read_text().count("\n") == 1 + 5
 
 
 def test_nothing_is_left_over(killed: Path, warm: Warm) -> None:

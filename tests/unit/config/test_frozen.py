@@ -14,6 +14,7 @@ from lowrank.config.yaml_file import read_yaml
 from lowrank.errors import RankwiseError
 from tests import tiny
 
+HEAD = {"token": "one"}
 CONFIGS = sorted((Path(__file__).parents[3] / "config").glob("*.yaml"))
 
 
@@ -25,7 +26,7 @@ def no_head(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_a_job_has_the_study_of_its_head(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frozen_study() is None
-    freeze(read_yaml(config), [config], tmp_path / "frozen.json")
+    freeze(read_yaml(config), [config], HEAD, tmp_path / "frozen.json")
     monkeypatch.chdir(tmp_path.parent)
     assert frozen_study() == load_study(config, unseen=True)
 
@@ -35,7 +36,7 @@ def test_shapes_are_those_that_the_head_has_found(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "model")
     raw = read_yaml(CONFIGS[0].with_name("quickstart.yaml"))
     raw["models"]["smollm2-135m"] = {"source": {"path": str(tmp_path / "model")}, "max_length": 64}
-    freeze(raw, [CONFIGS[0]], tmp_path / "frozen.json")
+    freeze(raw, [CONFIGS[0]], HEAD, tmp_path / "frozen.json")
     (tmp_path / "model").rename(tmp_path / "gone")
     study = frozen_study()
     assert study is not None
@@ -46,12 +47,12 @@ def test_shapes_are_those_that_the_head_has_found(tmp_path: Path) -> None:
 
 def test_a_job_of_a_head_that_another_has_followed_stops(tmp_path: Path) -> None:
     target = tmp_path / "frozen.json"
-    freeze(read_yaml(CONFIGS[0]), [CONFIGS[0]], target)
+    freeze(read_yaml(CONFIGS[0]), [CONFIGS[0]], HEAD, target)
     told = os.environ[FROZEN]
-    freeze(read_yaml(CONFIGS[1]), [CONFIGS[1]], target)
+    freeze(read_yaml(CONFIGS[0]), [CONFIGS[0]], {"token": "another"}, target)  # by the same config
     assert frozen_study() is not None
     os.environ[FROZEN] = told
-    with pytest.raises(RankwiseError, match=r"frozen\.json: this job was submitted with another config"):
+    with pytest.raises(RankwiseError, match=r"frozen\.json: another start of this run has written"):
         frozen_study()
     target.unlink()
     with pytest.raises(RankwiseError, match=r"frozen\.json: the config of this run cannot be read"):

@@ -120,6 +120,8 @@ def test_a_record_tells_whether_settings_code_or_pins_have_changed(job: SimpleNa
     assert made_with(file, SETTINGS)
     for changed in ({"search": {"evaluations": 20}}, {"code": "0"}, {"packages": {"torch": "2.1"}}):
         assert made_with(file, SETTINGS | changed) is False
+    Path(job.output[1]).write_text("of another job")
+    assert made_with(file, SETTINGS) is None
     assert made_with(None, SETTINGS) is None
     assert made_with(file.with_name("other.json"), SETTINGS) is None
     file.write_text("{")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lowrank.errors import RankwiseError
-from lowrank.jobs.lock import Holder, lock_path
-from lowrank.progress.steps import refuse_while_jobs_run
+from lowrank.jobs.lock import Holder, lock_path, process_start
+from lowrank.progress.steps import HEAD, refuse_beside_another_start, refuse_while_jobs_run
 
 
 def test_nothing_starts_while_a_job_of_an_earlier_start_is_at_work(tmp_path: Path) -> None:
@@ -24,9 +24,8 @@ def test_nothing_starts_while_a_job_of_an_earlier_start_is_at_work(tmp_path: Pat
     with pytest.raises(RankwiseError) as caught:
         refuse_while_jobs_run(tmp_path)
     said = str(caught.value)
-    assert (
-        f"jobs of an earlier start may still write to {tmp_path}:\n  search_allocation, process {here.process}" in said
-    )
+    assert f"jobs of an earlier start may still write to {tmp_path}, by these locks:\n  {lock}: search_alloc" in said
+    assert f"process {here.process} on {here.host}" in said
     assert "its process still runs\nWait until they have ended" in said
     lock.write_text(json.dumps(asdict(replace(here, host="elsewhere", job=""))))
     with pytest.raises(RankwiseError, match="it cannot be told whether the process still runs"):
@@ -35,3 +34,19 @@ def test_nothing_starts_while_a_job_of_an_earlier_start_is_at_work(tmp_path: Pat
         ended.wait()
         lock.write_text(json.dumps(asdict(replace(here, process=ended.pid))))
     refuse_while_jobs_run(tmp_path)  # its holder is gone: the next job takes it over
+
+
+def test_two_starts_do_not_work_on_one_run(tmp_path: Path) -> None:
+    frozen = tmp_path / ".config.json"
+    refuse_beside_another_start(frozen)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        head = replace(Holder.here(HEAD), process=other.pid, started=process_start(other.pid) or "")
+        frozen.write_text(json.dumps({"head": asdict(head)}))
+        with pytest.raises(RankwiseError, match=rf"another start works on this run \(process {other.pid} on "):
+            refuse_beside_another_start(frozen)
+        other.communicate(b"\n")
+    refuse_beside_another_start(frozen)
+    frozen.write_text(json.dumps({"head": asdict(Holder.here(HEAD))}))  # this one, for the second time
+    refuse_beside_another_start(frozen)
+    frozen.write_text("{}")
+    refuse_beside_another_start(frozen)

@@ -231,7 +231,7 @@ def test_a_folder_that_is_in_use(wish: Wish, tmp_path: Path) -> None:
     assert "is a file; name a folder" in refused(replace(wish, out=str(other / "file")))
 
 
-@pytest.mark.parametrize("name", ["a: b", "[x] {", "'q'", "#c", "yes", "é", "\U0001f600", "010", "a, b"])
+@pytest.mark.parametrize("name", ["a: b", "[x] {", "'q'", "#c", "yes", "é", "\U0001f600", "010", "a, b", "long-" * 40])
 def test_any_path_can_be_written(name: str, tmp_path: Path) -> None:
     path = model(tmp_path / name)
     own = granted(Wish(path, "20", out=str(tmp_path / "out")))

@@ -64,11 +64,14 @@ def _some_documents(documents: tuple[int, int | None]) -> tuple[int, int | None]
     return documents
 
 
+LONGEST_NAME = 50
+"""Of the names of a config: SLURM's plugin makes a folder's name, which may have 255 bytes, of up to four of them."""
+
 Text = Annotated[str, StringConstraints(min_length=1), Says("text")]
 Name = Annotated[
     str,
-    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=50),
-    Says("a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most 50)"),
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME),
+    Says(f"a name (letters, digits, `.`, `_`, `-`; a letter or digit first; at most {LONGEST_NAME})"),
 ]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$"), Says("a sha256 of 64 lower-case hex digits")]
 Percent = Annotated[int, Field(ge=1, le=90)]

@@ -20,12 +20,13 @@ FROZEN = "RANKWISE_CONFIG"
 """The variable by which jobs know the file, and the hash of what their head has written into it: `hash:file`."""
 
 
-def freeze(raw: Mapping[str, Any], files: Sequence[str | Path], target: str | Path) -> None:
+def freeze(raw: Mapping[str, Any], files: Sequence[str | Path], head: Mapping[str, Any], target: str | Path) -> None:
     """Write the config that a head has read, with its presets and the shapes that it found, and tell all jobs of it.
 
     Args:
         raw: as it was read and checked.
         files: where it was read from.
+        head: what tells this start from every other; jobs of an earlier one stop where there is a later one.
         target: the file to write.
     """
     merged, _ = with_presets(dict(raw), files)
@@ -35,7 +36,7 @@ def freeze(raw: Mapping[str, Any], files: Sequence[str | Path], target: str | Pa
         for name, model in seen["models"].items()
         if isinstance(model.get("shape"), FoundShape)
     }
-    text = json.dumps({"config": merged, "found": found})
+    text = json.dumps({"head": dict(head), "config": merged, "found": found})
     write_text(target, text)
     os.environ[FROZEN] = f"{sha256(text.encode()).hexdigest()}:{os.path.abspath(target)}"
 
@@ -57,8 +58,8 @@ def frozen_study() -> Study | None:
         ) from error
     if sha256(text.encode()).hexdigest() != digest:
         raise RankwiseError(
-            f"{file}: this job was submitted with another config than the run has now. Its head must have been killed: "
-            "cancel the jobs that it left"
+            f"{file}: another start of this run has written its config since this job was submitted. If the start that "
+            "submitted it was killed, cancel the jobs that it left; if not, let one start at a time work on a run"
         )
     told = json.loads(text)
     for name, numbers in told["found"].items():

@@ -63,7 +63,9 @@ def describe_job(job: Job, project: Path) -> dict[str, Any]:
 
 
 def made_with(record: Path | None, settings: dict[str, Any]) -> bool | None:
-    """Whether a job has had these settings, this code and these pins, by its record; None if that does not tell.
+    """Whether a job has had these settings, this code and these pins, by its record.
+
+    None if that does not tell, or tells of other results than those that are there.
 
     Args:
         record: the file; None or missing: it has none.
@@ -75,8 +77,27 @@ def made_with(record: Path | None, settings: dict[str, Any]) -> bool | None:
         told = read_record(record)
     except RankwiseError:  # a damaged record, of which no result depends
         return None
+    if any(os.path.isfile(path) and sha256_file(path) != checksum for path, checksum in told["outputs"].items()):
+        return None
     now = _made_from(settings)
     return {key: told.get(key) for key in now} == now
+
+
+def refuse_made_otherwise(outputs: Iterable[str]) -> None:
+    """Stop a start that would take results for others.
+
+    Args:
+        outputs: of jobs that had other settings, of which Snakemake does not know.
+
+    Raises:
+        RankwiseError: there are some; each is named.
+    """
+    if listed := "".join(f"\n  {output}" for output in sorted(outputs)):
+        raise RankwiseError(
+            "Snakemake has no note of how these were made, and by their own records it was with other settings or code "
+            f"than now:{listed}\nTo make them again, add `--forcerun` and their names to your options; to keep them as "
+            "they are, `--touch --force` and their names, once."
+        )
 
 
 def _made_from(settings: dict[str, Any]) -> dict[str, Any]:

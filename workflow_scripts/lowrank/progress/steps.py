@@ -22,6 +22,10 @@ WITHOUT_LOCKS = {"logs", "records", ".state"}
 """Folders of a run that may be large, and hold no lock."""
 
 
+HEAD = "head"
+"""What a start of Snakemake is called beside rules."""
+
+
 class State(Enum):
     """What has become of a job."""
 
@@ -59,7 +63,7 @@ def steps_of(study: Study, root: Path) -> list[Step]:
         root: the folder that `results` is in.
     """
     layout = Layout(study)
-    holders = {holder.log: holder for holder in _holders(root / layout.run)}
+    holders = {holder.log: holder for _, holder in _locks(root / layout.run)}
     return [_step(job, layout.log(job.rule, job.wildcards), holders, root) for job in planned_jobs(study)]
 
 
@@ -74,15 +78,37 @@ def refuse_while_jobs_run(run: str | Path) -> None:
     Raises:
         RankwiseError: some are, or it cannot be told; each is named.
     """
-    me = Holder.here("start")
-    told = {holder: fate_of(holder, me) for holder in _holders(Path(run))}
-    at_work = [f"  {holder}: {why}" for holder, (fate, why) in told.items() if fate in (Fate.RUNS, Fate.UNKNOWN)]
+    me, at_work = Holder.here(HEAD), []
+    for path, holder in _locks(Path(run)):
+        fate, why = fate_of(holder, me)
+        if fate in (Fate.RUNS, Fate.UNKNOWN):
+            at_work.append(f"  {path}: {holder}: {why}")
     if at_work:
         listed = "\n".join(sorted(at_work))
         raise RankwiseError(
-            f"jobs of an earlier start may still write to {run}:\n{listed}\nWait until they have ended, or end them "
-            "(`scancel` or `kill` their number), and run again. If you know that one has ended, delete its lock "
-            "(docs/cluster.md, Locks)."
+            f"jobs of an earlier start may still write to {run}, by these locks:\n{listed}\nWait until they have "
+            "ended, or end them (`scancel` or `kill` their number), and run again. If you know that a job has ended, "
+            "delete its lock."
+        )
+
+
+def refuse_beside_another_start(frozen: str | Path) -> None:
+    """See that no other start works on a run: its waiting jobs would find the config of this one.
+
+    Args:
+        frozen: the config that starts leave for their jobs.
+
+    Raises:
+        RankwiseError: its process runs on this machine.
+    """
+    try:
+        head = Holder(**read_record(frozen)["head"])
+    except (RankwiseError, KeyError, TypeError):  # there was none, or one of another version
+        return
+    if head.process != os.getpid() and fate_of(head, Holder.here(HEAD))[0] is Fate.RUNS:
+        raise RankwiseError(
+            f"another start works on this run (process {head.process} on {head.host}, since {head.since}): let it end, "
+            "or end it, and run again"
         )
 
 
@@ -111,14 +137,14 @@ def _is_made(log: str, root: Path) -> bool:
         return False
 
 
-def _holders(run: Path) -> Iterator[Holder]:
-    """Who holds the locks of a run."""
+def _locks(run: Path) -> Iterator[tuple[Path, Holder]]:
+    """The locks of a run, and who holds them."""
     for folder, inner, files in os.walk(run):
         if Path(folder) == run:  # below it, a model may have any of these names
             inner[:] = [name for name in inner if name not in WITHOUT_LOCKS]
         for name in files:
             if name.startswith(".") and name.endswith(".lock") and (holder := read_lock(Path(folder) / name)):
-                yield holder
+                yield Path(folder) / name, holder
 
 
 def _seconds_since(holder: Holder) -> float:

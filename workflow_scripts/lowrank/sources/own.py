@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from lowrank.config.base import LONGEST_NAME
 from lowrank.config.load import ConfigError, check_study, models_without_shape
 from lowrank.config.messages import did_you_mean
 from lowrank.config.shapes import found_shape, model_files
@@ -187,7 +188,7 @@ def _of_the_hub(given: str) -> str:
 def _name(path: Path) -> str:
     """A model's name in the config: that of its folder or file, with the characters that names may have."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path.suffix == ".gguf" else path.name)
-    return name.strip("._-")[:60] or "model"
+    return name.strip("._-")[:LONGEST_NAME].rstrip("._-") or "model"
 
 
 def _ratio(given: str) -> int:
