@@ -210,7 +210,7 @@ def refuse_a_second_writer(study: Study, orphan: Job) -> None:
     study.snakemake("--unlock")
     said = study.snakemake(fails=True)
     assert not study.jobs()
-    assert "jobs of an earlier start may still write to results/tiny:" in said
+    assert "jobs of an earlier start may still write to results/tiny, by these locks:" in said
     assert f"SLURM job {orphan.number}, search_allocation, process " in said
     assert "Traceback" not in said
 
