@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -103,49 +104,43 @@ def test_how_results_were_made_that_no_head_has_noted(undisturbed: tuple[Path, f
     folder, _ = undisturbed
     notes, config, tables = folder / ".snakemake/metadata", folder / "small.yaml", folder / small.RUN / "tables"
     before, expected = config.read_text(), small.tables(folder)
+    allocation = f"{small.RUN}/allocation/tiny/bolaco/20/seed0"
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return warm.run(small.arguments(folder, *more), small.environment())
+
+    def refused() -> str:
+        shutil.rmtree(tables)
+        found = run()
+        assert found.returncode == 1
+        return found.stdout.partition("Snakemake has no note of how these were made")[2]
+
+    def made_again(evaluations: int) -> None:
+        small.succeeded(run("--forcerun", f"{allocation}/allocation.json"))  # as the message says
+        assert (folder / allocation / "trials.csv").read_text().count("\n") == 1 + evaluations
+
     shutil.rmtree(notes)
     shutil.rmtree(tables)
-    small.succeeded(warm.run(small.arguments(folder), small.environment()))
+    small.succeeded(run())
     assert small.tables(folder) == expected
     config.write_text(before.replace("evaluations: 5", "evaluations: 6"))
-    assert config.read_text() != before
-    planned = small.succeeded(warm.run(small.arguments(folder, "--dry-run", "--quiet", "host"), small.environment()))
+    planned = small.succeeded(run("--dry-run", "--quiet", "host"))
     assert re.search(r"search_allocation +1\n", planned)
     assert not re.search(r"compute_bases +1\n", planned)
-    shutil.rmtree(notes)
-    shutil.rmtree(tables)
-    refused = warm.run(small.arguments(folder), small.environment())
-    assert refused.returncode == 1
-    assert "Snakemake has no note of how these were made" in refused.stdout
-    assert f"\n  {small.RUN}/allocation/tiny/bolaco/20/seed0/allocation.json\n" in refused.stdout
-    assert "statistics" not in refused.stdout.partition("no note of")[2]
-    allocation = f"{small.RUN}/allocation/tiny/bolaco/20/seed0"
-    again = small.arguments(folder, "--forcerun", f"{allocation}/allocation.json")  # as the message says
-    small.succeeded(warm.run(again, small.environment()))
-    assert (folder / allocation / "trials.csv").read_text().count("\n") == 1 + 6
-    config.write_text(before)
-    small.succeeded(warm.run(small.arguments(folder), small.environment()))
-    assert small.tables(folder) == expected
 
-
-def test_a_note_of_an_earlier_result_is_none_of_a_later_one(undisturbed: tuple[Path, float], warm: Warm) -> None:
-    """What a job makes again without a head leaves the note of before."""
-    folder, _ = undisturbed
-    config, allocation = folder / "small.yaml", folder / small.RUN / "allocation/tiny/bolaco/20/seed0"
-    before, notes = config.read_text(), folder / ".snakemake/metadata"
     shutil.copytree(notes, folder / "notes")
-    config.write_text(before.replace("evaluations: 5", "evaluations: 6"))
-    small.succeeded(warm.run(small.arguments(folder), small.environment()))
     shutil.rmtree(notes)
-    (folder / "notes").rename(notes)
+    said = refused()
+    assert f"\n  {allocation}/allocation.json\n" in said
+    assert "statistics" not in said
+    made_again(6)
+
+    shutil.rmtree(notes)
+    (folder / "notes").rename(notes)  # a note of before is none of what was made later
     config.write_text(before)
-    shutil.rmtree(folder / small.RUN / "tables")
-    refused = warm.run(small.arguments(folder), small.environment())
-    assert refused.returncode == 1
-    assert "allocation/tiny/bolaco/20/seed0/allocation.json\n" in refused.stdout.partition("no note of how")[2]
-    again = small.arguments(folder, "--forcerun", f"{small.RUN}/allocation/tiny/bolaco/20/seed0/allocation.json")
-    small.succeeded(warm.run(again, small.environment()))
-    assert (allocation / "trials.csv").read_text().count("\n") == 1 + 5
+    assert f"\n  {allocation}/allocation.json\n" in refused()
+    made_again(5)
+    assert small.tables(folder) == expected
 
 
 def test_nothing_is_left_over(killed: Path, warm: Warm) -> None:
