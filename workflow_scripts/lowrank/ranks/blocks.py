@@ -64,9 +64,7 @@ def loss_at(curves: Sequence[Curve], kept: float) -> float:
     """What the matrices of a block are predicted to lose if they keep a share of their parameters, or as near below
     as their choices allow; of the smallest choices, if all keep more. What is less than `NOTHING` of those is 0."""
     whole, _ = combined(curves)
-    dense = sum(
-        curve.parameters[-1] for curve in curves
-    )  # of `whole`, nothing that loses no less than a smaller choice
+    dense = sum(curve.parameters[-1] for curve in curves)  # `whole` ends where nothing more can be won
     fits = np.flatnonzero(whole.parameters <= kept * dense)
     lost = float(whole.losses[fits[-1] if len(fits) else 0])
     return lost if lost > NOTHING * float(whole.losses[0]) else 0.0
