@@ -129,9 +129,9 @@ def test_a_fork_that_nobody_looks_after_is_ended_with_its_job(server: Server) ->
     """Its end would not be known: the job fails, and nothing goes on writing."""
     with server.start(WAITS) as job:
         fork = server.fork_of(job)
-        (watcher,) = (
-            process for process in psutil.Process(server.process.pid).children() if fork in process.children()
-        )
+        watcher = fork.parent()
+        assert watcher
+        assert watcher.ppid() == server.process.pid
         watcher.kill()
         job.communicate(timeout=60)
         assert job.returncode == -signal.SIGKILL
