@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lowrank.ranks.budget import Budget, Ranks
 from lowrank.search import objective
 from lowrank.search.allocation import sliced_factors
 from lowrank.search.kept_ratios import SearchSpace
-from lowrank.search.objective import Objective
+from lowrank.search.objective import Objective, Score
 from lowrank.search.sliced_model import SlicedModel
 from tests import tiny
 from tests.unit.search.test_search import tiny_bases
@@ -110,14 +111,24 @@ def test_windows_go_through_the_model_in_batches_of_so_many_tokens(
     assert score.kl == pytest.approx(float(exact["reverse"].mean()), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_with_its_cure_and_the_log_has_the_ranks(
-    case: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e4])  # of the last the perplexity alone is infinite
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_ranks_that_break_the_model_are_infinitely_bad_and_logged(
+    broken: float, kl_weight: float, case: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sliced, ranks, _ = case
-    monkeypatch.setattr(objective, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
-    with pytest.raises(RankwiseError, match=r"is not finite .*set `dtype: float32`"):
-        Objective.of(sliced, WINDOWS, Search(kl_weight=0), CPU).evaluate(ranks)
-    assert "ranks of which the loss is not finite: {'model.layers.0" in caplog.text
+    judge = Objective.of(sliced, WINDOWS, Search(kl_weight=kl_weight), CPU)
+    working = judge.evaluate(ranks)
+
+    def losses(hidden: torch.Tensor, *_: object, **__: object) -> Any:
+        lost = torch.full((len(hidden),), broken)
+        return (lost, torch.zeros(len(hidden))) if kl_weight else lost
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "token_nll_and_kl" if kl_weight else "token_nll", losses)
+        assert judge.evaluate(ranks) == Score(math.inf, math.inf if kl_weight else None, math.inf)
+    assert "they count as infinitely bad: {'model.layers.0" in caplog.text
+    assert judge.evaluate(ranks) == working
 
 
 def test_losses_of_windows_that_are_not_finite_are_named() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lowrank.bases.principal import Bases
 from lowrank.calibration.statistics import collect_statistics, load_moments
 from lowrank.config.presets import Covariance, Search
 from lowrank.config.sources import ModelShape
+from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, save_tensors
 from lowrank.model.checkpoint import family_of, replace_modules
 from lowrank.ranks.budget import Budget, Ranks
@@ -112,6 +114,50 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], Path]:
     """A search from its first evaluation to its last, and its log."""
     path = tmp_path_factory.mktemp("whole") / "trials.csv"
     return run(path), path
+
+
+def breaking(space: SearchSpace, broken: Callable[[int], bool]) -> Callable[[Mapping[str, int | None]], Score]:
+    """The landscape, where some evaluations break the model."""
+    score, evaluations = landscape(space), count()
+    return lambda ranks: Score(math.inf, math.inf, math.inf) if broken(next(evaluations)) else score(ranks)
+
+
+def test_a_search_goes_on_after_allocations_that_break_the_model(tmp_path: Path) -> None:
+    """And the same way after a kill: its log has them as infinite."""
+    path = tmp_path / "trials.csv"
+    trials = run(path, evaluate=breaking(small_space(), lambda index: index in (0, 4)))
+    assert [math.isinf(trial.score.objective) for trial in trials] == [index in (0, 4) for index in range(7)]
+    assert [trial.origin for trial in trials[4:]] == ["improvement"] * 3
+    assert best_trial(trials) not in (0, 4)
+    assert objective_of(trials, "uniform") is None
+    assert objective_of(trials, "lord") == trials[1].score.objective
+    whole = path.read_bytes()
+    path.write_bytes(b"\n".join(whole.split(b"\n")[:6]) + b"\n")
+    run(path)
+    assert path.read_bytes() == whole
+
+
+def test_the_model_of_the_objective_takes_broken_allocations_for_as_bad_as_the_worst(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = []
+    monkeypatch.setattr(
+        search, "candidates", lambda space, x, y, *_: (given.append(y.tolist()), space.sample(1, len(x)))[1]
+    )
+    trials = run(tmp_path / "trials.csv", evaluate=breaking(small_space(), lambda index: index in (1, 5)))
+    scores = [trial.score.objective for trial in trials]
+    worst = max(scores[0], *scores[2:4])
+    assert given[0] == [scores[0], worst, *scores[2:4]]
+    assert max(given[2]) < math.inf
+
+
+@pytest.mark.parametrize(("evaluations", "initial"), [(7, 4), (4, 4)])
+def test_a_search_that_finds_no_finite_loss_ends_with_the_cure(evaluations: int, initial: int, tmp_path: Path) -> None:
+    path = tmp_path / "trials.csv"
+    for _ in range(2):  # and again, where it would go on
+        with pytest.raises(RankwiseError, match=r"none of 4 allocations has a finite loss.* set `dtype: float32`"):
+            run(path, evaluate=breaking(small_space(), lambda _: True), evaluations=evaluations, initial=initial)
+    assert len(path.read_text().splitlines()) == 1 + 4
 
 
 def test_a_search_starts_where_it_is_told_and_then_improves(whole: tuple[list[Trial], Path]) -> None:

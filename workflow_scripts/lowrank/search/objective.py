@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,7 @@ TOKENS_PER_BATCH = 2048
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation of an allocation.
+    """One evaluation of an allocation; all numbers are infinite if the allocation breaks the model.
 
     Attributes:
         perplexity: over all validation windows.
@@ -78,11 +79,7 @@ class Objective:
         return cls(sliced, windows, search.kl_weight, device, search.kl_direction, search.kl_reduction)
 
     def evaluate(self, ranks: Mapping[str, int | None]) -> Score:
-        """Score an allocation.
-
-        Raises:
-            RankwiseError: the model's loss is not finite.
-        """
+        """Score an allocation: as infinitely bad if the model's loss is not finite, which is logged."""
         self.sliced.set_ranks(ranks)
         loss, divergence, count = 0.0, 0.0, 0
         with torch.inference_mode():
@@ -92,15 +89,16 @@ class Objective:
                 divergence += float(kl.double().sum())
                 count += nll.numel()
         perplexity = float(torch.tensor(loss / count, dtype=torch.float64).exp())
-        kl_mean = divergence / count * self.positions
-        objective = perplexity + self.kl_weight * kl_mean
-        if not torch.tensor(objective).isfinite():
-            log.error("ranks of which the loss is not finite: %s", dict(ranks))
-            raise RankwiseError(
-                f"the loss of an allocation is not finite (mean NLL {loss / count}); set `dtype: float32` (or "
-                "`bfloat16`) for this model in the config"
+        kl_mean = divergence / count * self.positions if self.reference else None
+        objective = perplexity + self.kl_weight * (kl_mean or 0.0)
+        if not math.isfinite(objective):
+            log.warning(
+                "the loss of these ranks is not finite (mean NLL %s); they count as infinitely bad: %s",
+                loss / count,
+                dict(ranks),
             )
-        return Score(perplexity, kl_mean if self.reference else None, objective)
+            return Score(math.inf, None if kl_mean is None else math.inf, math.inf)
+        return Score(perplexity, kl_mean, objective)
 
     def _batch(self, index: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and divergence of each token of a batch; the divergence is empty if it has no weight."""

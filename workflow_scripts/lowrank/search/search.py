@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,6 +118,9 @@ def search_allocation(
 
     Returns:
         All trials in order.
+
+    Raises:
+        RankwiseError: no allocation that it begins with, or none at all, has a finite score.
     """
     trial_log = TrialLog(trials_file, space.names)
     trials = trial_log.read()
@@ -129,6 +133,7 @@ def search_allocation(
         if index < len(starts):
             origin, x = starts[index].origin, starts[index].x
         else:
+            _require_a_finite_score(trials)
             origin, x = propose(space, trials, settings, seed * 100_003 + index, ranks_of)
         ranks = ranks_of(x)
         trial = Trial(origin, x, evaluate(ranks), space.budget.kept(ranks))
@@ -143,7 +148,16 @@ def search_allocation(
             trials[best_trial(trials)].score.objective,
             time.monotonic() - started,
         )
+    _require_a_finite_score(trials)
     return trials
+
+
+def _require_a_finite_score(trials: list[Trial]) -> None:
+    if not any(math.isfinite(trial.score.objective) for trial in trials):
+        raise RankwiseError(
+            f"none of {len(trials)} allocations has a finite loss, so the search has nothing to go by; set `dtype: "
+            "float32` (or `bfloat16`) for this model in the config"
+        )
 
 
 def best_trial(trials: list[Trial]) -> int:
@@ -152,8 +166,9 @@ def best_trial(trials: list[Trial]) -> int:
 
 
 def objective_of(trials: list[Trial], origin: str) -> float | None:
-    """What the first trial of an origin scored, or None if there was none."""
-    return next((trial.score.objective for trial in trials if trial.origin == origin), None)
+    """What the first trial of an origin scored, or None if there was none, or none that is finite."""
+    first = next((trial.score.objective for trial in trials if trial.origin == origin), math.inf)
+    return first if math.isfinite(first) else None
 
 
 def propose(
@@ -166,7 +181,7 @@ def propose(
 
     Args:
         space: variables and budget.
-        trials: those so far.
+        trials: those so far, at least one with a finite score.
         settings: of the search.
         seed: of this step.
         ranks_of: the space's ranks of a point; it is asked for all trials each time.
@@ -181,6 +196,8 @@ def propose(
         return "improvement", only
     points = np.array([trial.x for trial in trials])
     objectives = np.array([trial.score.objective for trial in trials])
+    finite = np.isfinite(objectives)
+    objectives[~finite] = objectives[finite].max()  # the model has to learn that such allocations are bad
     try:
         best = list(candidates(space, points, objectives, settings, seed))
     except (RuntimeError, ValueError, BotorchError, ModelFittingError) as error:

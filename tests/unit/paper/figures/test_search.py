@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,15 @@ def test_the_best_so_far_is_averaged_over_seeds() -> None:
 def test_the_best_never_rises_and_ends_at_the_smallest(objectives: list[float]) -> None:
     best = best_of(search_frame({"a": {"20": [log_of(objectives)]}}, {"a": judge()}))
     assert best == [min(objectives[: count + 1]) for count in range(len(objectives))]
+
+
+def test_allocations_that_broke_the_model_are_never_the_best_and_no_start() -> None:
+    logs = [log_of([math.inf, 10.0, math.inf, 7.0]), log_of([9.0, math.inf, 7.0, 3.0])]
+    frame = search_frame({"a": {"20": logs}}, {"a": judge()})
+    assert best_of(frame, column="evaluation") == [2, 3, 4]
+    assert best_of(frame) == [9.5, 8.5, 5.0]
+    assert set(frame["series"]) == {BEST}, "each start broke the model of one seed"
+    draw(frame)
 
 
 def test_methods_with_other_objectives_are_compared_by_perplexity_of_their_own_best() -> None:
@@ -214,7 +224,14 @@ def written(folder: Path, log: pd.DataFrame) -> Path:
     return path
 
 
-@pytest.mark.parametrize("log", [trials(), trials().assign(kl=float("nan"))])  # the latter without a divergence
+@pytest.mark.parametrize(
+    "log",
+    [
+        trials(),
+        trials().assign(kl=float("nan")),  # without a divergence
+        trials().assign(objective=lambda log: log["objective"].where(log["trial"] == 3, math.inf)),
+    ],
+)
 def test_a_log_is_read_as_it_was_written(log: pd.DataFrame, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read_trials(written(tmp_path, log)), log)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def test_the_line_goes_down_with_the_best_so_far(tmp_path: Path) -> None:
     heights = [float(part.split("H")[0]) for part in found.line.split("V")[1:]]
     assert heights == [found.y.place(value) for value in (40.0, 40.0, 30.0)]
     assert found.points[1][2] == "evaluation 2 (spread): 40"
+
+
+def test_allocations_that_broke_the_model_have_no_point(tmp_path: Path) -> None:
+    (found,) = searches(searched(tmp_path, [math.inf, 90.0, math.inf, 30.0]))
+    assert [(x, said) for x, _, said in found.points] == [
+        (found.x.place(2), "evaluation 2 (spread): 90"),
+        (found.x.place(4), "evaluation 4 (spread): 30"),
+    ]
+    assert found.line == f"M{found.x.place(2)},{found.y.place(90.0)}H{found.x.place(4)}V{found.y.place(30.0)}"
+    assert found.best == 30.0
 
 
 def test_the_page_has_every_search_behind_what_was_evaluated() -> None:

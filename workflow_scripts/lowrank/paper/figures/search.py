@@ -62,7 +62,7 @@ class Judge:
 
 
 def read_trials(path: Path) -> pd.DataFrame:
-    """The log of a search, `trials.csv`.
+    """The log of a search, `trials.csv`; the numbers of allocations that break the model are infinite.
 
     Raises:
         RankwiseError: it is missing, empty, damaged, or holds numbers that no search writes.
@@ -79,7 +79,7 @@ def read_trials(path: Path) -> pd.DataFrame:
     numbers = trials[["perplexity", "objective"]].apply(pd.to_numeric, errors="coerce")
     if trials.empty or list(trials["trial"]) != list(range(len(trials))):
         raise RankwiseError(f"{path}: trials are missing, or not in order. {cure}")
-    if not (np.isfinite(numbers) & (numbers > 0)).all(axis=None):
+    if not (numbers > 0).all(axis=None) or not np.isfinite(numbers).all(axis=1).any():
         raise RankwiseError(f"{path}: a perplexity or an objective is no positive number. {cure}")
     return trials.assign(**numbers)
 
@@ -167,12 +167,14 @@ def draw_search(frame: pd.DataFrame, title: str, smoke: bool = False) -> Figure:
 def _records(logs: Sequence[pd.DataFrame], quantity: Quantity) -> list[dict[str, Any]]:
     """The best after each evaluation, and the starts, each over seeds."""
     best = np.stack([_best_so_far(log, quantity) for log in logs])
-    records = [_record(BEST, index, quantity, best[:, index]) for index in range(best.shape[1])]
+    finite = np.isfinite(best).all(axis=0)  # a line begins once every seed has an allocation that works
+    records = [_record(BEST, index, quantity, best[:, index]) for index in range(best.shape[1]) if finite[index]]
     for origin in STARTS:
         found = [log[log["origin"] == origin].head(1) for log in logs]
         if all(len(row) for row in found):
             values = np.array([float(row[quantity].iloc[0]) for row in found])
-            records.append(_record(origin, int(found[0]["trial"].iloc[0]), quantity, values))
+            if np.isfinite(values).all():
+                records.append(_record(origin, int(found[0]["trial"].iloc[0]), quantity, values))
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 
 from lowrank.config.outputs import Row
@@ -23,7 +24,7 @@ class Progress:
         row: the method and ratio that it is of.
         seed: its seed; of several the first is shown.
         x, y: number of the evaluation, and the objective, which is logarithmic.
-        points: place of each evaluation, with its origin and value in words.
+        points: place of each evaluation that did not break the model, with its origin and value in words.
         line: SVG path of the best so far, in steps.
         best: the smallest objective.
     """
@@ -63,14 +64,15 @@ def searches(evidence: Mapping[Path, Json]) -> list[Progress]:
 
 def _progress(row: Row, seed: int, origins: Sequence[str], objectives: Sequence[float]) -> Progress:
     x = Axis(0, len(objectives) + 1, LEFT, WIDTH - RIGHT)
-    y = axis_of(objectives, HEIGHT - BOTTOM, TOP, logarithmic=True)
-    places = [(x.place(number), y.place(value)) for number, value in enumerate(objectives, start=1)]
+    evaluations = enumerate(zip(origins, objectives, strict=True), start=1)
+    working = [(number, origin, value) for number, (origin, value) in evaluations if isfinite(value)]
+    y = axis_of([value for *_, value in working], HEIGHT - BOTTOM, TOP, logarithmic=True)
     points = [
-        (*place, f"evaluation {number} ({origin}): {value:.4g}")
-        for number, (place, origin, value) in enumerate(zip(places, origins, objectives, strict=True), start=1)
+        (x.place(number), y.place(value), f"evaluation {number} ({origin}): {value:.4g}")
+        for number, origin, value in working
     ]
-    best = list(accumulate(objectives, min))
-    line = f"M{places[0][0]},{places[0][1]}" + "".join(
-        f"H{place[0]}V{y.place(value)}" for place, value in zip(places[1:], best[1:], strict=True)
+    best = list(accumulate((value for *_, value in working), min))
+    line = f"M{points[0][0]},{points[0][1]}" + "".join(
+        f"H{point[0]}V{y.place(value)}" for point, value in zip(points[1:], best[1:], strict=True)
     )
     return Progress(row, seed, x, y, points, line, best[-1])
