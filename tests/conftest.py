@@ -7,10 +7,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from lowrank.jobs.forkserver import SERVER
 from lowrank.jobs.stage import serve_forks
 from tests.warm import REPOSITORY, Warm
+
+settings.register_profile("explore", deadline=None)  # new examples each time: `pytest --hypothesis-profile=explore`
+settings.register_profile("usual", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("usual")
 
 
 def pytest_configure() -> None:

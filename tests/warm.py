@@ -62,7 +62,7 @@ class Warm:
         with TemporaryDirectory() as folder:
             said = Path(folder) / "said"
             self._start(arguments, environment, said)
-            return subprocess.CompletedProcess(["snakemake", *arguments], self._hear(), said.read_text(), "")
+            return self._finished(arguments, said)
 
     def kill(
         self, arguments: Sequence[str], environment: Mapping[str, str], now: Callable[[], bool]
@@ -73,18 +73,28 @@ class Warm:
             process = psutil.Process(self._start(arguments, environment, said))
             while not (ended := select.select([self._server.stdout], [], [], 0.005)[0]) and not now():
                 pass
-            family = [] if ended else [*process.children(recursive=True), process]
-            for member in family:
+            family: list[psutil.Process] = []
+            if not ended:
+                with suppress(psutil.NoSuchProcess):  # it ended just now
+                    family = [*process.children(recursive=True), process]
+                with suppress(ProcessLookupError):  # at once, so that nothing starts meanwhile
+                    os.killpg(process.pid, signal.SIGKILL)
+            for member in family:  # those in groups of their own
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
             psutil.wait_procs(family, timeout=30)
-            return subprocess.CompletedProcess(["snakemake", *arguments], self._hear(), said.read_text(), "")
+            return self._finished(arguments, said)
 
     def _start(self, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> int:
         assert self._server.stdin
         asked = json.dumps([list(arguments), dict(environment), str(said)])
         self._server.stdin.write(asked.encode() + b"\n")
         return self._hear()
+
+    def _finished(self, arguments: Sequence[str], said: Path) -> subprocess.CompletedProcess[str]:
+        """What became of the run; a kill may have cut its last character short."""
+        code = self._hear()
+        return subprocess.CompletedProcess(["snakemake", *arguments], code, said.read_text(errors="replace"), "")
 
     def _hear(self) -> int:
         """A number: first that of the run's process, later its exit status."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from lowrank.jobs.node import free_port
 from tests.apt import SYSTEM, find
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
@@ -69,15 +70,11 @@ PartitionName=accelerators Nodes={gpu_node} MaxTime=120
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Different ports that nobody listens on."""
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return list(found)
 
 
 def belonging(configuration: Path, job: str = "") -> Iterator[psutil.Process]:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Server:
 
     def __init__(self, folder: Path, library: Path | str = LIBRARY, first: str = "") -> None:
         self.folder, self.sockets = folder, folder / "sockets"
+        self._numbers = count(1)
         self.sockets.mkdir(parents=True)
         self.environment = os.environ | {
             "PYTHONPATH": str(library),
@@ -66,7 +68,7 @@ class Server:
 
     def start(self, work: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """A job whose fork does this; it is in the group of the server, as all are in the head's."""
-        script = self.folder / "job.py"
+        script = self.folder / f"job{next(self._numbers)}.py"  # the last one's may still be read
         script.write_text(JOB + textwrap.dedent(work))
         given: dict[str, Any] = {"env": self.environment, "process_group": self.process.pid} | options
         return subprocess.Popen(
@@ -81,7 +83,11 @@ class Server:
     def run(self, work: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """A job to its end."""
         with self.start(work, *arguments, **options) as process:
-            said, errors = process.communicate("typed\n", timeout=60)
+            try:
+                said, errors = process.communicate("typed\n", timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
         return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
 
     def still_forks(self) -> bool:

@@ -46,7 +46,7 @@ def test_a_fork_has_all_that_its_job_was_started_with(server: Server, tmp_path: 
     assert (run.returncode, run.stderr) == (0, "an error\n")
     assert json.loads(run.stdout) == {
         **{"directory": str(elsewhere), "arguments": ["one", "two words"], "typed": "typed", "mine": "yes"},
-        **{"length": 100_000, "name": "__main__", "file": str(tmp_path / "job.py"), "temporary": str(elsewhere)},
+        **{"length": 100_000, "name": "__main__", "file": str(tmp_path / "job1.py"), "temporary": str(elsewhere)},
         **{"loaded": ["wave", "colorsys"], "path": str(tmp_path), "of_the_server": None, "interrupt": True},
         **{"fork_of": f"{server.process.pid}, compute_bases", "server": server.environment[forkserver.SERVER]},
     }

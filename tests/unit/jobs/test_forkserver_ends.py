@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -115,11 +114,11 @@ def test_a_job_that_is_killed_while_the_server_loads_leaves_no_fork_behind(tmp_p
     module.write_text(f"import time\nopen({str(tmp_path / 'loading')!r}, 'w').close()\ntime.sleep(1)")
     slow = Server(tmp_path / "slow", f"{tmp_path}{os.pathsep}{LIBRARY}")
     try:
-        with slow.start(f"time.sleep(1)\nPath({str(mark)!r}).touch()") as job:
+        with slow.start(f"time.sleep(60)\nPath({str(mark)!r}).touch()") as job:
             until((tmp_path / "loading").exists)
             job.kill()
         assert slow.still_forks()
-        time.sleep(1.5)
+        until(lambda: not psutil.Process(slow.process.pid).children(recursive=True))
         assert not mark.exists()
     finally:
         slow.process.communicate(timeout=60)

@@ -123,12 +123,12 @@ def test_what_is_measured_has_its_gpus_to_itself(pretend: Path) -> None:
 
 def test_a_gpu_of_a_killed_job_is_free_again(pretend: Path) -> None:
     with running(pretend, 3) as (holder, _):
-        waits = start(pretend, 2)
+        waits = start(pretend, 3)
         assert waits.stderr is not None
-        assert waits.stderr.readline() == "waiting for 2 of 3 GPUs: other jobs hold them\n"
+        assert waits.stderr.readline() == "waiting for 3 of 3 GPUs: other jobs hold them\n"
         holder.send_signal(signal.SIGKILL)
         seen, *_ = ended(waits)
-    assert seen == ["0", "1"]
+    assert seen == ["0", "1", "2"]
 
 
 def test_a_file_system_without_locks_is_told(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,16 +262,18 @@ def test_no_process_outlives_a_killed_stage(tmp_path: Path, monkeypatch: pytest.
     environment = os.environ | {"PYTHONPATH": f"{library}{os.pathsep}{REPOSITORY}"}
     stage = subprocess.Popen([sys.executable, "-c", code], env=environment)
     alive = [tmp_path / f"alive{rank}" for rank in range(2)]
-    _wait_until(lambda: all(path.is_file() and path.read_text() for path in alive))
-    processes = psutil.Process(stage.pid).children(recursive=True)
-    assert {int(path.read_text()) for path in alive} <= {process.pid for process in processes}
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
+    try:
+        _wait_until(lambda: all(path.is_file() and path.read_text() for path in alive))
+        processes = psutil.Process(stage.pid).children(recursive=True)
+        assert {int(path.read_text()) for path in alive} <= {process.pid for process in processes}
+    finally:
+        stage.send_signal(signal.SIGKILL)
+        stage.wait()
     _gone, left = psutil.wait_procs(processes, timeout=30)
     assert not left
 
 
-def _wait_until(condition: Any, seconds: float = 90) -> None:
+def _wait_until(condition: Any, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"

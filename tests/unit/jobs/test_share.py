@@ -114,7 +114,7 @@ def test_another_number_of_processes_goes_on_where_one_was_killed(
 
     def killed(*args: Any) -> Any:
         done.append(args)
-        if len(done) == 10:  # seven windows of the first group, and some of the second
+        if len(done) >= 10:  # seven windows of the first group, and some of the second
             deadline = time.monotonic() + 60
             while not list((tmp_path / "cut").glob("layer_*.safetensors")):  # the first process may be writing it yet
                 assert time.monotonic() < deadline

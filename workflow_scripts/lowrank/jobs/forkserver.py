@@ -286,22 +286,32 @@ def _load(rule: str) -> None:
 def _look_after(connection: socket.socket, files: list[int]) -> None:
     """Fork once more and return in that fork; this process tells the job's own one of its end.
 
-    If the job's own process ends before, it was killed, and the fork is as well.
+    The fork begins once it is looked after: if that fails, who asked does the work itself. If the job's own process
+    ends before, it was killed, and the fork is as well.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gate, opener = os.pipe()
     fork = os.fork()
     if not fork:
         connection.close()
+        os.close(opener)
+        if not os.read(gate, 1):
+            os._exit(1)
+        os.close(gate)
         return
+    os.close(gate)
     for file in files:
         os.close(file)
     try:
         ended = os.pidfd_open(fork)
     except OSError:
-        os.kill(fork, signal.SIGKILL)  # who asked does its work itself
+        os.kill(fork, signal.SIGKILL)
         raise
     with suppress(OSError):
         connection.sendall(f"{fork}\n".encode())
+    with suppress(OSError):  # it was killed already
+        os.write(opener, b"1")
+    os.close(opener)
     ready, _, _ = select.select([connection.fileno(), ended], [], [])
     if ended not in ready:
         os.kill(fork, signal.SIGKILL)

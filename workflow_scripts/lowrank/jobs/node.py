@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 
 from lowrank.errors import RankwiseError
 from lowrank.files import read_json, write_json, write_text
@@ -21,6 +23,9 @@ from lowrank.jobs.crew import Crew, Place, command
 
 PATIENCE = 600.0
 """Seconds until the first machine must have said where all meet."""
+
+PORTS = range(20_000, 32_768)
+"""Where all may meet."""
 
 
 def main(arguments: list[str]) -> int:
@@ -124,10 +129,25 @@ def _address(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody uses at this moment."""
+    """A port that nobody uses at this moment.
+
+    The worker that listens there has torch to load first. So it is none of those that Linux hands out by itself, which
+    somebody may be given meanwhile.
+
+    Raises:
+        OSError: none of a hundred is free.
+    """
+    *others, last = SystemRandom().sample(PORTS, 100)
+    for port in others:
+        with suppress(OSError):
+            return _bound(port)
+    return _bound(last)
+
+
+def _bound(port: int) -> int:
     with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+        probe.bind(("", port))
+    return port
 
 
 if __name__ == "__main__":
