@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +257,10 @@ class Study:
         """Stop a job's stage where it is, so that it neither ends nor goes on before something happens to it."""
         stage = self.stage(job)
         assert stage is not None, f"{job} ended too early"
-        for process in (stage, *stage.children(recursive=True)):
-            process.suspend()
+        stage.suspend()
+        for process in stage.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         return stage
 
     def log(self, job: Job) -> str:
