@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ TOO_WIDE = """
 """
 """Elements that reach beyond the right edge."""
 SCROLLING = ".scroll, svg, pre"
+PATIENCE = 120.0
+"""Seconds until it must have answered."""
 
 
 class Page:
@@ -33,6 +36,7 @@ class Page:
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers, self._buffer, self._count = commands, answers, b"", 0
+        self._loaded = 0
         self.requests: list[str] = []
         self.messages: list[str] = []
         self._session: str | None = None
@@ -61,9 +65,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tell("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.tell("Emulation.setScriptExecutionDisabled", value=not script)
+        before = self._loaded
         self.tell("Page.navigate", url=file.as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
-            pass
+        while self._loaded == before:  # the event may come before the answer
+            self._next()
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression of JavaScript in the page."""
@@ -83,6 +88,7 @@ class Page:
     def _next(self) -> dict[str, Any]:
         """The next answer or event; events are noted."""
         while b"\0" not in self._buffer:
+            assert select.select([self._answers], [], [], PATIENCE)[0], "the browser does not answer"
             received = os.read(self._answers, 1 << 20)
             assert received, "the browser has closed the pipe"
             self._buffer += received
@@ -92,7 +98,9 @@ class Page:
         return found
 
     def _note(self, method: str | None, event: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Page.loadEventFired":
+            self._loaded += 1
+        elif method == "Network.requestWillBeSent":
             self.requests.append(event["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.messages.append(str(event["exceptionDetails"]))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowrank.bases import principal as bases
@@ -120,6 +120,7 @@ def test_pooled_bases_equal_eigh_of_the_directly_computed_covariance(m: int, n: 
 @given(**sizes)
 def test_uncentred_bases_equal_cholesky_whitened_svd(m: int, n: int, seed: int) -> None:
     w, b, x = random_layer(m, n, 80, seed)
+    assume(float(torch.linalg.cond(x)) < 1e4)  # the formula inverts a root of x x'
     basis = basis_of(w, b, x, centred=False)
     s = torch.linalg.cholesky(x @ x.T)
     u, sigma, vh = torch.linalg.svd(w @ s, full_matrices=False)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -60,6 +60,7 @@ def drone(w: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
 @given(m=st.integers(6, 20), n=st.integers(6, 20), seed=st.integers(0, 999))
 def test_whitening_uncentred_bases_and_drone_are_one_method(m: int, n: int, seed: int) -> None:
     w, x = layer_and_inputs(m, n, 80, seed)
+    assume(float(torch.linalg.cond(x)) < 1e4)  # the textbook inverts a root of x x'
     basis = principal_basis(w, None, x @ x.T / 80, torch.zeros(n, dtype=torch.double), "layer")
     size = float(w.abs().max())
     for rank in range(1, basis.directions.shape[1] + 1):

@@ -187,6 +187,8 @@ def check_round_trip(model: PreTrainedModel, folder: Path) -> None:
     loaded = load_checkpoint(folder / "checkpoint", model.dtype)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
     prompt = TOKENS[:2, :8]
+    if model.dtype == torch.bfloat16:  # with a cache other kernels run, whose last digit may decide between two tokens
+        loaded = loaded.float()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     cached = loaded.generate(prompt, use_cache=True, **options)
     assert cached.shape == (2, 14)

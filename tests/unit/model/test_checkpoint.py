@@ -55,7 +55,12 @@ def open_outside(folder: Path, models: Mapping[str, torch.nn.Module], ids: torch
     run = subprocess.run(
         [sys.executable, "-c", OUTSIDE, *(str(folder / name) for name in models)],
         cwd=folder,
-        env={"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"},
+        env={
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "/usr/bin",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # which the last digits depend on
+        },
         capture_output=True,
         text=True,
         check=False,
