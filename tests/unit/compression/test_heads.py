@@ -115,7 +115,7 @@ def test_no_bias_is_added() -> None:
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, K))
 def test_no_other_map_of_that_rank_loses_less(seed: int, rank: int) -> None:
     draw = np.random.default_rng(seed)
-    m, n = (a @ a.T for a in (draw.standard_normal((K, 2 * K)) for _ in range(2)))
+    m, n = (a @ a.T for a in (draw.standard_normal((K, K)), draw.standard_normal((K, 2 * K))))
     basis = InnerBasis.of(torch.from_numpy(m), torch.from_numpy(n))
     best = basis.decode[:, :rank].numpy() @ basis.encode[:rank].numpy()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
@@ -168,6 +168,7 @@ def test_every_range_gets_readable_ticks(levels: list[float]) -> None:
 
 
 @given(low=st.floats(1.0, 1e6), factor=st.floats(1.05, 1e12), most=st.integers(4, 12))
+@example(low=548553.3469144194, factor=2.5845437712581942, most=4)
 def test_ticks_are_few_distinct_and_inside(low: float, factor: float, most: int) -> None:
     ticks = round_ticks(low, low * factor, most)
     assert 2 <= len(ticks) <= most

@@ -75,8 +75,13 @@ def round_ticks(low: float, high: float, most: int) -> list[float]:
 
 def even_ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers at equal distances, at most `most`."""
-    ticks = MaxNLocator(most - 1, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return [float(tick) for tick in ticks if low <= tick <= high]
+    ticks: list[float] = []
+    for steps in ([1, 2, 5, 10], [1, 2, 4, 5, 10]):  # of some ranges the first leave one tick inside, or one too many
+        places = MaxNLocator(most - 1, steps=steps).tick_values(low, high)
+        ticks = [float(tick) for tick in places if low <= tick <= high]
+        if 2 <= len(ticks) <= most:
+            break
+    return ticks
 
 
 def tick_text(value: float) -> str:
