@@ -269,7 +269,7 @@ def test_no_process_outlives_a_killed_stage(tmp_path: Path, monkeypatch: pytest.
     finally:
         stage.send_signal(signal.SIGKILL)
         stage.wait()
-    _gone, left = psutil.wait_procs(processes, timeout=30)
+    _gone, left = psutil.wait_procs(processes, timeout=120)
     assert not left
 
 
