@@ -71,19 +71,17 @@ class Warm:
         with TemporaryDirectory() as folder:
             said = Path(folder) / "said"
             process = psutil.Process(self._start(arguments, environment, said))
-            while not (ended := select.select([self._server.stdout], [], [], 0.005)[0]) and not now():
-                pass
-            family: list[psutil.Process] = []
-            if not ended:
-                with suppress(psutil.NoSuchProcess):  # it ended just now
-                    family = [*process.children(recursive=True), process]
-                with suppress(ProcessLookupError):  # at once, so that nothing starts meanwhile
-                    os.killpg(process.pid, signal.SIGKILL)
-            for member in family:  # those in groups of their own
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=30)
-            return self._finished(arguments, said)
+            try:
+                while not self._has_said_more() and not now():
+                    pass
+            finally:  # whatever is wrong, the next one finds no run of this one
+                if not self._has_said_more():
+                    _kill_family(process)
+                run = self._finished(arguments, said)
+            return run
+
+    def _has_said_more(self) -> bool:
+        return bool(select.select([self._server.stdout], [], [], 0.005)[0])
 
     def _start(self, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> int:
         assert self._server.stdin
@@ -100,6 +98,18 @@ class Warm:
         """A number: first that of the run's process, later its exit status."""
         assert self._server.stdout
         return int(self._server.stdout.readline())
+
+
+def _kill_family(process: psutil.Process) -> None:
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # it ended just now
+        family = [*process.children(recursive=True), process]
+    with suppress(ProcessLookupError):  # at once, so that nothing starts meanwhile
+        os.killpg(process.pid, signal.SIGKILL)
+    for member in family:  # those in groups of their own
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=30)
 
 
 def loaded() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -311,8 +312,10 @@ def test_a_search_killed_twice_finds_the_allocation_of_an_undisturbed_one(finish
 
 def enough(study: Path, evaluations: int) -> bool:
     """Whether so many trials of the unfinished search are on disk."""
-    logs = results(study, ".state/search_allocation-*/trials.csv")
-    return bool(logs) and logs[0].read_bytes().count(b"\n") > evaluations  # a line of names stands before them
+    with suppress(FileNotFoundError):  # it ended meanwhile
+        logs = results(study, ".state/search_allocation-*/trials.csv")
+        return bool(logs) and logs[0].read_bytes().count(b"\n") > evaluations  # a line of names stands before them
+    return False
 
 
 @pytest.mark.parametrize("forks", [True, False])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,14 +240,18 @@ class Cluster:
         return others | {"SLURM_CONF": str(self.configuration), "PATH": path}
 
     def ask(self, *command: str) -> str:
-        """What one of SLURM's programs says; nothing if it fails."""
-        run = subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False, timeout=60)
-        return run.stdout
+        """What one of SLURM's programs says; nothing if it fails, as it may if the daemons are busy."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._run(*command).stdout
+        return ""
 
     def order(self, *command: str) -> None:
         """Run one of SLURM's programs, which must succeed."""
-        run = subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False, timeout=60)
+        run = self._run(*command)
         assert run.returncode == 0, f"{' '.join(command)}: {run.stdout}{run.stderr}"
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False, timeout=60)
 
     def jobs(self) -> list[Job]:
         """All jobs since the start, the ended ones too."""
@@ -254,8 +259,15 @@ class Cluster:
         return [Job.of(line) for line in listed.splitlines()]
 
     def state(self, job: Job) -> str:
-        """The state of a job by now."""
-        return next(other.state for other in self.jobs() if other.number == job.number)
+        """The state of a job by now, for which SLURM is asked until it answers."""
+        found: list[str] = []
+
+        def answered() -> bool:
+            found[:] = [other.state for other in self.jobs() if other.number == job.number]
+            return bool(found)
+
+        until(answered, f"the state of {job}")
+        return found[0]
 
     def lose(self, node: str) -> None:
         """Set a node down, as SLURM does if it does not answer."""

@@ -63,7 +63,7 @@ def test_a_run_is_few_lines_and_all_else_is_in_the_log(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_there_is_one_line_and_nothing_of_snakemake(tmp_path: Path) -> None:
-    (tmp_path / "Snakefile").write_text(RULES.format(first="sleep 1; touch {output}"))
+    (tmp_path / "Snakefile").write_text(RULES.format(first="sleep 3; touch {output}"))
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command(tmp_path, "--cores", "1"), stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -134,7 +134,15 @@ def test_a_server_that_ends_while_it_loads_lets_jobs_work_by_themselves(tmp_path
         assert errors.startswith("compute_bases: no fork of this run's server (")
 
 
-FAILS = "import os\ndef fail(*_): raise OSError(11, 'Resource temporarily unavailable')\nos.{} = fail\n"
+FAILS = """
+import os, time
+
+def fail(*_):
+    time.sleep(0.5)  # long enough for a fork that did not wait to do its work
+    raise OSError(11, 'Resource temporarily unavailable')
+
+os.{} = fail
+"""
 
 
 @pytest.mark.parametrize("what", ["fork", "pidfd_open"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -118,6 +119,20 @@ def test_all_machines_meet_where_the_first_one_says(tmp_path: Path) -> None:
     assert found[0][0] == "localhost"
     with pytest.raises(RankwiseError, match="first has not written it in 0 s; do all nodes see it"):
         node.meet(tmp_path / "nothing.json", ("first", "second"), 1, patience=0)
+
+
+def test_nobody_meets_at_a_port_that_somebody_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = node.free_port()
+    assert taken in node.PORTS
+    with socket.socket() as other:
+        other.bind(("", taken))
+        other.listen()
+        free = node.free_port()
+        monkeypatch.setattr(node, "PORTS", [*[taken] * 99, free])
+        assert node.free_port() == free
+        monkeypatch.setattr(node, "PORTS", [taken] * 100)
+        with pytest.raises(OSError, match="none of a hundred ports"):
+            node.free_port()
 
 
 def test_a_node_with_too_few_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,17 +137,11 @@ def free_port() -> int:
     Raises:
         OSError: none of a hundred is free.
     """
-    *others, last = SystemRandom().sample(PORTS, 100)
-    for port in others:
-        with suppress(OSError):
-            return _bound(port)
-    return _bound(last)
-
-
-def _bound(port: int) -> int:
-    with socket.socket() as probe:
-        probe.bind(("", port))
-    return port
+    for port in SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(f"none of a hundred ports from {PORTS[0]} to {PORTS[-1]} is free")
 
 
 if __name__ == "__main__":

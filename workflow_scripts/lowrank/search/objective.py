@@ -22,7 +22,7 @@ TOKENS_PER_BATCH = 2048
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation of an allocation; all numbers are infinite if the allocation breaks the model.
+    """One evaluation of an allocation; the numbers that it has are infinite if the allocation breaks the model.
 
     Attributes:
         perplexity: over all validation windows.
