@@ -22,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 # Every job is a Python of its own, which would compile the library and look up its fingerprints anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart compress export check fast test test-slurm lint style types plan status why bench benchmark memory schema rulegraph docs
+.PHONY: setup quickstart compress export check fast test all-tests test-slurm lint style types plan status why bench benchmark memory schema rulegraph docs
 
 setup: $(VENV)/.installed
 
@@ -56,17 +56,19 @@ check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast
 
 # Of the tests that are not marked as slow, those that run no whole model: the others are for `make test`.
-FAST := project config $(addprefix unit/, bases calibration cluster compression config jobs ranks reruns sources)
+FAST := project config $(addprefix unit/, bases calibration cluster compression config jobs paper progress ranks reruns sources)
 
 fast: setup
-	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_files.py tests/unit/test_manifest.py
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_*.py
 
 # The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 LONG := tests/slurm tests/survival tests/e2e tests/workflow
 
 test: setup
-	$(MAKE) --jobs 2 --output-sync=target lint
+	$(MAKE) --jobs 3 style types all-tests
+
+all-tests: setup
 	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config tests/docs tests/project
 
 test-slurm: setup
@@ -79,6 +81,7 @@ style: setup
 	ruff format --check .
 	snakefmt --check Snakefile rules
 	snakemake --lint --configfile config/quickstart.yaml
+	zizmor --offline --quiet .github/workflows
 
 types: setup
 	PYTHONPATH=workflow_scripts mypy

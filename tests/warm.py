@@ -8,6 +8,7 @@ stage starts in an interpreter that has loaded nothing; the tests that type Snak
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -133,6 +134,7 @@ def serve() -> None:
     for name in sys.argv[1:]:
         __import__(name)
     _look_up_conversions()
+    gc.freeze()  # its forks share what is there
     for line in sys.stdin:
         arguments, environment, said = json.loads(line)
         process = os.fork()

@@ -23,6 +23,7 @@ from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
+SETTINGS = ExecutorSettings(requeue=True)  # which asks for SLURM's programs each time
 partitions, *arguments = sys.argv[1:]
 known = None if partitions == "none" else read_partition_file(Path(partitions))
 planned: list[Any] = []
@@ -61,7 +62,7 @@ def submitted(job: Any) -> dict[str, str]:
         "partition": f"-p {partition}",
         "workdir": "/work",
     }
-    line = get_submit_command(job, parameters, settings=ExecutorSettings(requeue=True))
+    line = get_submit_command(job, parameters, settings=SETTINGS)
     return {"partition": partition, "line": line + set_gres_string(job)}
 
 

@@ -352,11 +352,18 @@ def test_rows_that_a_table_has_nothing_to_show_for() -> None:
     allocations = {"kind": "allocations", "title": "A", "rows": [one, flap, one]}
     tables = [(("tables", "d"), differences), (("tables", "e"), differences | {"reference": "dense"})]
     dense = {"model": "smollm2-135m", "method": "dense"}
+    costs = [differences | {"suites": suites, "rows": [one, flap]} for suites in (["held-out", "cost"], ["cost"])]
+    tables += [
+        (("tables", name), table | {"rows": [dense, *table["rows"]]}) for name, table in zip("gh", costs, strict=True)
+    ]
+    tables += [(("tables", "i"), costs[0])]
     tables += [(("tables", "f"), differences | {"reference": "dense", "rows": [dense]}), (("tables", "a"), allocations)]
     assert errors_of(changed((("methods", "flap"), FLAP), *tables)) == [
         "tables.d.rows[2]: the only row of 'smollm2-135m' at 30 %, so there is nothing to compare; the first row of a "
         "model and ratio is what its others are compared with, unless the table says `reference: dense`",
         "tables.e.rows: `reference: dense` compares with the dense model; add the dense row of 'smollm2-135m'",
+        "tables.h.suites: 'cost' compares no losses; a table of differences needs a suite that does",
+        "tables.i.rows: 'cost' shows speeds against the dense model; add the dense row of 'smollm2-135m'",
         "tables.f.rows: of 'smollm2-135m' only the dense model, with which `reference: dense` compares other rows",
         "tables.a.rows[0]: stands 2 times in this table",
         "tables.a.rows[1].method: 'flap' makes no low-rank pairs, so it has no ranks to show",

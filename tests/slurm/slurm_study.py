@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 from lowrank.jobs.forkserver import SERVER
+from lowrank.jobs.lock import ENDED
 from tests.slurm.slurm_cluster import GPU_FILES, GPU_TYPE, Cluster, Job, belonging, until
 from tests.slurm.watcher import files_below
 from tests.workflow.clones import BEING_WRITTEN
@@ -202,15 +203,25 @@ class Study:
         return (self.folder / "head.log").read_text(errors="replace")
 
     def at_work(self, rule: str) -> Job:
-        """The last head's job of a rule, once its stage is at work."""
+        """The last head's job of a rule, once its stage has its lock."""
         found: list[Job] = []
+        gone: set[str] = set()  # whose locks are still there
 
         def look() -> bool:
-            found[:] = [job for job in self.jobs() if job.rule == rule and job.state == "RUNNING" and self.stage(job)]
+            holders = {number for number, of in self.holders().items() if of == rule} - gone
+            for job in self.cluster.jobs() if holders else []:
+                if job.number in holders and job.state in ENDED:
+                    gone.add(job.number)
+                elif job.number in holders and job.state == "RUNNING" and self.stage(job):
+                    found.append(job)
             return bool(found)
 
         until(look, f"{rule} to be at work", seconds=1800, every=0.02, failed=self._ended)
         return found[0]
+
+    def holders(self) -> dict[str, str]:
+        """Jobs that hold a lock now, or left one, with their rules."""
+        return dict(_holder(path) for path in files_below(self.run) if path.suffix == ".lock")
 
     def jobs(self) -> list[Job]:
         """The last head's jobs in the queue, the ended ones too."""
@@ -240,7 +251,7 @@ class Study:
         frozen: list[Job] = []
 
         def freeze_new() -> bool:
-            holders = {_holder(path) for path in files_below(self.run) if path.suffix == ".lock"} - {"", *seen}
+            holders = self.holders().keys() - {"", *seen}
             for job in self.jobs() if holders else []:
                 if job.number in holders:
                     seen.add(job.number)
@@ -277,9 +288,10 @@ class Study:
         return {path.name: path.read_bytes() for path in sorted((self.run / "tables").glob("table_[1289].*"))}
 
 
-def _holder(lock: Path) -> str:
-    """The job that holds a lock, as its number; empty if it was given back just now."""
+def _holder(lock: Path) -> tuple[str, str]:
+    """The job that holds a lock, as its number, and its rule; empty if it was given back just now."""
     try:
-        return str(json.loads(lock.read_text())["job"])
+        holder = json.loads(lock.read_text())
     except FileNotFoundError:
-        return ""
+        return "", ""
+    return str(holder["job"]), holder["rule"]

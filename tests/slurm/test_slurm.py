@@ -91,7 +91,7 @@ def test_jobs_that_fail_are_cancelled_run_out_of_time_or_memory_or_lose_their_no
         set_resources={
             # A GPU that is not there: the first try may not compute on the processor instead.
             "evaluate_cost": {"device": "'gpu' if attempt == 1 else 'cpu'"},
-            "evaluate_generation": {"mem_mb": "350 if attempt == 1 else 3000"},
+            "evaluate_generation": {"mem_mb": "300 if attempt == 1 else 3000"},
         }
     )
 

@@ -59,7 +59,7 @@ TYPES = [linear.name for linear in FAMILIES[SHAPE.family].types]
 TENSORS: dict[str, tuple[str, Read]] = {
     "statistics": (f"statistics/{LAYER}", lambda run: Statistics(run / "statistics/layers", SHAPE).of(1)),
     "gradients": (f"gradients/{LAYER}", lambda run: load_output_gradients(run / f"gradients/{LAYER}", TYPES)),
-    "bases": (f"bases/{LAYER}", lambda run: Bases(run / "bases/layers", tiny.LAYERS).of(1, "q")),
+    "bases": (f"bases/{LAYER}", lambda run: Bases(run / "bases/layers", tiny.LAYERS).losses(1, "q")),
     "neurons": (f"neurons/{LAYER}", lambda run: Eliminations(run / "neurons/layers", tiny.LAYERS).of(1)),
     "dense weights": ("models/tiny/model.safetensors", lambda run: load_checkpoint(run / "models/tiny", torch.float32)),
     "compressed weights": (

@@ -90,8 +90,8 @@ def test_damage_is_told_and_mended(undisturbed: tuple[Path, float], warm: Warm) 
     failed = warm.run(again, small.environment())
     said = failed.stdout + failed.stderr
     assert failed.returncode == 1
-    assert "layer_001.safetensors: damaged, its content has not the checksum" in said
-    assert "Delete results/small/bases/tiny/c/pooled/layers and run the workflow again." in said
+    assert "layer_001.safetensors: damaged or replaced: not the file that results/small/bases" in said
+    assert "Delete the folder results/small/bases/tiny/c/pooled/layers and run the workflow again." in said
     assert "Traceback" not in said
     shutil.rmtree(bases)
     small.succeeded(warm.run(small.arguments(folder), small.environment()))

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank.cluster.planned_jobs import Job
 from lowrank.config.study import Study
-from tests.workflow.clones import change_code, read_config, replace, write_config
+from tests.workflow.clones import change_code, read_config, replace, write, write_config
 
 Config = dict[str, Any]
 Concerns = Callable[[Job, Study], bool]
@@ -164,9 +164,9 @@ def comments(checkout: Path, name: str) -> None:
     for path in [*(checkout / "workflow_scripts").rglob("*.py"), *(checkout / "rules").glob("*.smk")]:
         content = path.read_text().replace("\n    return ", "\n\n    # as it should be\n    return ")
         content = content.replace('"""The', '"""Here the').replace(" = (\n", " = (  # a comment\n")
-        path.write_text(f"{content}\n# The end.\n")
+        write(path, f"{content}\n# The end.\n")
     path = checkout / f"config/{name}.yaml"
-    path.write_text(re.sub(r"(?m)^(?=\w)", "\n# A comment.\n", path.read_text()))
+    write(path, re.sub(r"(?m)^(?=\w)", "\n# A comment.\n", path.read_text()))
 
 
 def other_order(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Container
 from concurrent.futures import ProcessPoolExecutor
@@ -67,24 +68,26 @@ def pool() -> ProcessPoolExecutor:
 def clone(source: Path, target: Path) -> Path:
     """A copy of a checkout with the times of all files; of this repository without its results, else with them.
 
-    Results, what Snakemake has noted of them and Python's caches are links, since nobody writes into such a file.
+    Files of a clone of a clone are links: who changes one makes it anew (`write`).
     """
-    for part in (*PARTS, *(() if source == REPOSITORY else MADE)):
-        if (source / part).is_dir():
-            ignore = shutil.ignore_patterns("log", *BEING_WRITTEN)
-            how = os.link if part in MADE else _copy
-            shutil.copytree(source / part, target / part, ignore=ignore, copy_function=how)
-        elif (source / part).is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source / part, target / part)
+    target.mkdir(parents=True)
+    if source == REPOSITORY:
+        for part in PARTS:
+            if (source / part).is_dir():
+                ignore = shutil.ignore_patterns(*BEING_WRITTEN)
+                shutil.copytree(source / part, target / part, ignore=ignore)
+            else:
+                shutil.copy2(source / part, target / part)
+        return target
+    there = [source / part for part in (*PARTS, *MADE) if (source / part).exists()]
+    subprocess.run(["cp", "--archive", "--link", *there, target], check=True)
     return target
 
 
-def _copy(source: str, target: str) -> None:
-    if source.endswith(".pyc") and not source.startswith(str(REPOSITORY)):
-        os.link(source, target)
-    else:
-        shutil.copy2(source, target)
+def write(path: Path, text: str) -> None:
+    """Another text in a file that other clones may have."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
 
 
 # --- in processes of their own ---
@@ -174,7 +177,7 @@ def replace(checkout: Path, file: str, old: str, new: str, times: int | None = N
     text = path.read_text()
     assert text.count(old) >= (times or 1), f"{file}: {old!r} stands there {text.count(old)} times"
     assert times or text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
-    path.write_text(text.replace(old, new, times or 1))
+    write(path, text.replace(old, new, times or 1))
 
 
 def change_code(checkout: Path, file: str, function: str) -> None:
@@ -187,7 +190,7 @@ def change_code(checkout: Path, file: str, function: str) -> None:
         body = found.body  # type: ignore[attr-defined]
     last = body[-1]
     lines.insert(last.lineno - 1, f"{' ' * last.col_offset}assert True\n")
-    path.write_text("".join(lines))
+    write(path, "".join(lines))
 
 
 def read_config(checkout: Path, config: str) -> dict[str, Any]:
@@ -224,4 +227,4 @@ def leave_out(content: dict[str, Any], models: Container[str] = ()) -> None:
 
 def write_config(checkout: Path, config: str, content: dict[str, Any]) -> None:
     """Another YAML."""
-    (checkout / f"config/{config}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    write(checkout / f"config/{config}.yaml", yaml.safe_dump(content, sort_keys=False))

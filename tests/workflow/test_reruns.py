@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.cluster.planned_jobs import Job, planned_jobs
+from lowrank.cluster.planned_jobs import Job, Jobs, planned_jobs
 from lowrank.config.load import load_study
 from lowrank.config.study import Study
 from lowrank.reruns.reasons import BY_ANOTHER_JOB
@@ -36,11 +36,20 @@ from tests.workflow.rerun_cases import CHANGES, LEFT_OUT
 
 
 @dataclass(frozen=True)
+class Finished:
+    """A study whose results are there."""
+
+    config: str
+    study: Study
+    jobs: Jobs
+
+
+@dataclass(frozen=True)
 class Tried:
     """A change in its own checkout, and the dry run of it."""
 
     checkout: Path
-    before: Study
+    before: Finished
     dry_run: Future[list[Rerun]]
 
 
@@ -64,7 +73,7 @@ def tried(
         names = {name for _, name in wanted}
         finished = {name: clone(source, folder / f"finished-{name}") for name in sorted(names)}
         pending = {name: processes.submit(pretend_finished, place, name) for name, place in finished.items()}
-        studies = {name: load_study(place / f"config/{name}.yaml") for name, place in finished.items()}
+        studies = {name: finished_study(place / f"config/{name}.yaml") for name, place in finished.items()}
         found = {}
         for change, name in wanted:
             pending[name].result()
@@ -75,13 +84,19 @@ def tried(
         yield found
 
 
+def finished_study(config: Path) -> Finished:
+    study = load_study(config)
+    return Finished(config.read_text(), study, planned_jobs(study))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}: {case[0].name}")
 def test_what_reruns(case: tuple[Change, str], tried: dict[tuple[str, str], Tried]) -> None:
     change, name = case
     this = tried[change.name, name]
-    jobs = planned_jobs(load_study(this.checkout / f"config/{name}.yaml"))
-    new = jobs.keys() - planned_jobs(this.before).keys()
-    concerned = {job for job in jobs if change.concerns(job, this.before)} | new
+    config = this.checkout / f"config/{name}.yaml"
+    jobs = this.before.jobs if config.read_text() == this.before.config else planned_jobs(load_study(config))
+    new = jobs.keys() - this.before.jobs.keys()
+    concerned = {job for job in jobs if change.concerns(job, this.before.study)} | new
     expected = set(concerned)
     for job, after in jobs.items():  # each stands after those that it waits for
         if expected.intersection(after):
