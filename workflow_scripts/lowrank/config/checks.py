@@ -114,7 +114,7 @@ def _without_dense(study: Study, place: str, rows: Sequence[Row]) -> Iterator[st
 def _table_suites(study: Study) -> Iterator[str]:
     allowed: dict[str, tuple[type[Section], ...]] = {
         "accuracy": (ZeroShotSuite, PerplexitySuite),
-        "differences": (ZeroShotSuite, PerplexitySuite),
+        "differences": (ZeroShotSuite, PerplexitySuite, CostSuite),
         "statistics": (CostSuite,),
         "times": (CostSuite,),
         "allocations": (),
@@ -155,13 +155,15 @@ def _rows_of_table(study: Study, place: str, table: Table) -> Iterator[str]:
     """Rows that a table of their kind has nothing to show for, or has twice."""
     if table.kind == "differences":
         yield from _corpora_of_two_suites(study, place, table)
+        yield from _speeds_without_dense(study, place, table)
     against_dense = getattr(table, "reference", "first") == "dense"
     if against_dense:
         yield from _compared_with_dense(place, table)
     blocks = Counter((row.model, row.ratio) for row in table.rows)
     shown = Counter((row.model, row.method, row.ratio, row.tuning) for row in table.rows)
     for index, row in enumerate(table.rows):
-        if table.kind == "differences" and not against_dense and blocks[row.model, row.ratio] == 1:
+        compares = table.kind == "differences" and not against_dense and row.ratio > 0
+        if compares and blocks[row.model, row.ratio] == 1:
             yield (
                 f"{place}.rows[{index}]: the only row of '{row.model}' at {row.ratio} %, so there is nothing to "
                 "compare; the first row of a model and ratio is what its others are compared with, unless the table "
@@ -181,6 +183,16 @@ def _compared_with_dense(place: str, table: Table) -> Iterator[str]:
             yield f"{place}.rows: `reference: dense` compares with the dense model; add the dense row of '{model}'"
         elif ratios == {0}:
             yield f"{place}.rows: of '{model}' only the dense model, with which `reference: dense` compares other rows"
+
+
+def _speeds_without_dense(study: Study, place: str, table: Table) -> Iterator[str]:
+    """Speeds are shown against those of the dense model; and a table of differences compares something besides."""
+    costs = [name for name in table.suites if isinstance(study.suites.get(name), CostSuite)]
+    if costs and len(costs) == len(table.suites):
+        yield f"{place}.suites: '{costs[0]}' compares no losses; a table of differences needs a suite that does"
+    dense = {row.model for row in table.rows if not row.ratio}
+    for model in dict.fromkeys(row.model for row in table.rows if costs and row.model not in dense):
+        yield f"{place}.rows: '{costs[0]}' shows speeds against the dense model; add the dense row of '{model}'"
 
 
 def _corpora_of_two_suites(study: Study, place: str, table: Table) -> Iterator[str]:

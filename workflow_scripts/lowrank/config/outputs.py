@@ -69,14 +69,16 @@ class RowTable(Section):
 
     accuracy: methods x tasks and corpora (Tables 1 to 6, 10). differences: of the loss on held-out text and of the
     mean accuracy on tasks, each row against the first of its model and ratio or against the dense model, paired by
-    windows and documents. statistics: parameters, MACs, memory (Table 7). times: measured durations. allocations:
-    ranks by type and group (Table 8). generations: texts (Table 9).
+    windows and documents; with perplexities, and with a cost suite how fast a prompt is read. statistics: parameters,
+    MACs, memory (Table 7). times: measured durations. allocations: ranks by type and group (Table 8). generations:
+    texts (Table 9).
     """
 
     kind: Literal["accuracy", "differences", "statistics", "times", "allocations", "generations"]
     title: Text
     suites: Distinct[Name] = Field(
-        default_factory=list, description="accuracy and differences: zero-shot and perplexity; others: cost"
+        default_factory=list,
+        description="accuracy and differences: zero-shot and perplexity, differences also cost; others: cost",
     )
     tasks: Literal["each", "mean"] = Field(default="each", description="accuracy: a column a task, or only their mean")
     reference: Literal["first", "dense"] = Field(

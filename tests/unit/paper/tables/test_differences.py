@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -14,7 +15,7 @@ from lowrank.config.outputs import RowTable
 from lowrank.errors import RankwiseError
 from lowrank.paper.render import to_markdown
 from lowrank.paper.tables import RowResults, TableData, build_table
-from tests.unit.paper.paper_samples import PERPLEXITY, ZERO_SHOT, context, row_results
+from tests.unit.paper.paper_samples import COST, PERPLEXITY, ZERO_SHOT, context, row_results
 
 LOSSES = st.lists(st.floats(0.1, 12), min_size=6, max_size=6)
 SCORES = st.fixed_dictionaries({task: st.lists(st.integers(0, 1), min_size=5, max_size=5) for task in ZERO_SHOT.tasks})
@@ -32,6 +33,7 @@ def results_of(
         corpora = {
             corpus: {
                 "window_nll": [loss - 0.05 * index for loss in losses],
+                "perplexity": math.exp(statistics.fmean(losses) - 0.05 * index),
                 "window_tokens": list(counts or [255] * len(losses)),
                 "tokens_sha256": tokens,
             }
@@ -110,7 +112,7 @@ def test_what_is_common_to_all_windows_is_no_uncertainty() -> None:
     worse = [1.51, 5.5, 2.49, 9.5]
     table = build(results_of("first", losses), results_of("second", worse), results_of("third", [5.0, 1.0, 9.0, 2.1]))
     shown = [[cell.text for cell in line.cells] for line in table.lines]
-    assert shown[0][3:] == ["reference", "reference"]
+    assert shown[0][3:] == ["reference", "reference", "70.11", "66.69"]
     assert shown[1][3] == "0.500 ± 0.004 *"
     assert shown[2][3].startswith("0.025 ±")
     assert not shown[2][3].endswith("*")
@@ -191,3 +193,35 @@ def test_how_differences_of_accuracy_are_shown() -> None:
     assert "nats" not in to_markdown(table)
     with pytest.raises(RankwiseError, match=r"rows\.second: 'boolq' was scored on other texts than for 'first'"):
         build(scored("first", right), scored("second", wrong, documents="b"), suite="zs")
+
+
+def with_speed(results: RowResults, *tokens_per_second: float) -> RowResults:
+    """The same row, and how fast each seed's checkpoint reads a prompt."""
+    subject = results.evaluations["ppl"][0]["subject"]
+    costs = [
+        {"kind": "cost", "subject": subject, "measured": {"prefill_tokens_per_second": speed}}
+        for speed in tokens_per_second
+    ]
+    return replace(results, evaluations={**results.evaluations, "cost": costs})
+
+
+def test_perplexities_and_speeds_against_the_dense_model_stand_beside() -> None:
+    dense = with_speed(results_of("dense", [2.0, 2.5], ratio=0), 200.0)
+    rows = [
+        with_speed(results_of("first", [3.0, 3.5]), 240.0),
+        dense,
+        with_speed(results_of("second", [3.1, 3.7], [3.3, 3.9]), 90.0, 110.0),
+    ]
+    table = RowTable(kind="differences", title="T", suites=["ppl", "cost"], rows=[results.row for results in rows])
+    built = build_table(table, rows, context(suites={"ppl": PERPLEXITY, "cost": COST}))
+    shown = [[cell.text for cell in line.cells][3:] for line in built.lines]
+    perplexities = [math.exp(mean) for mean in (3.25, 2.25)]
+    assert shown[0][:3] == ["reference", "reference", f"{perplexities[0]:.2f}"]
+    assert shown[1][:3] == ["–", "–", f"{perplexities[1]:.2f}"]  # nothing else stands at its ratio
+    assert [cells[-1] for cells in shown] == ["1.20", "1.00", "0.50"]
+    first, *_, second = built.frame.to_dict(orient="records")
+    assert (first["cost_prefill_of_dense"], second["cost_prefill_tokens_per_second"]) == (1.2, 100.0)
+    corpus = PERPLEXITY.corpora[0]
+    assert second[f"{corpus}_perplexity"] == pytest.approx((math.exp(3.4) + math.exp(3.6)) / 2)
+    assert [column.group for column in built.columns[-2:]] == ["Perplexity", "Prefill (× dense)"]
+    assert "against the dense model; above 1 is faster" in to_markdown(built)

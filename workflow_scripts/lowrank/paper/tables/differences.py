@@ -1,6 +1,7 @@
 """Tables of differences: each method against the first of its model and ratio, or against the dense model.
 
-All are judged on the same windows and documents.
+All are judged on the same windows and documents. Perplexities stand beside the differences of their logarithms; and how
+fast a prompt is read, against the dense model, if the table names a suite of costs.
 
 Most of the spread between windows, and between a task's documents, is common to two methods. So the standard error of
 a difference is that of the paired differences, and much smaller than two separate errors suggest.
@@ -9,6 +10,7 @@ a difference is that of the paired differences, and much smaller than two separa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from lowrank.config.outputs import RowTable
-from lowrank.config.suites import PerplexitySuite, ZeroShotSuite
+from lowrank.config.suites import CostSuite, PerplexitySuite, ZeroShotSuite
 from lowrank.errors import RankwiseError
 from lowrank.paper.tables import rows as shared
-from lowrank.paper.tables.data import Cell, Column, Context, Line, RowResults, TableData
+from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 
 CLEAR = 2.0
 """Standard errors from which on a difference is marked."""
@@ -36,6 +38,12 @@ REFERENCES = {
     "dense": {"of": "dense model", "short": "dense model"},
 }
 """What the notes call it."""
+PREFILL_NOTE = (
+    "Prefill: tokens of a prompt read in a second, against the dense model; above 1 is faster. Wall times vary from "
+    "run to run and with what else the machine does. The CSV has the tokens a second, a table of times says on what "
+    "they were measured."
+)
+PREFILL = "prefill_tokens_per_second"
 ERROR_NOTE = (
     "± is the standard error of the mean of paired differences, of the same windows and the same documents, with the "
     "spread between seeds where there are several; * marks more than two of them."
@@ -62,7 +70,7 @@ class Difference:
 
 
 def build_differences(table: RowTable, rows: Sequence[RowResults], context: Context) -> TableData:
-    """Build a table of paired differences: of the loss on held-out text, of the mean accuracy on tasks.
+    """Build a table of paired differences: of the loss on held-out text, of the mean accuracy on tasks; and of costs.
 
     Raises:
         RankwiseError: results are missing or of another row, rows of one block were tested on different windows or
@@ -75,18 +83,25 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         for corpus in suite.corpora
     ]
     tasks = [name for name, suite in context.suites.items() if isinstance(suite, ZeroShotSuite)]
+    speeds = {name: _speeds(rows, name) for name, suite in context.suites.items() if isinstance(suite, CostSuite)}
     lines, records = [], []
-    compared = zip(shared.block_starts(rows), _references(rows, table.reference), strict=True)
+    references = _references(rows, table.reference)
+    compared_with = Counter(map(id, references))
+    compared = zip(shared.block_starts(rows), references, strict=True)
     for number, ((results, starts_block), reference) in enumerate(compared):
         kept = shared.kept_percent(results)
         of_losses = {corpus: loss_difference(results, reference, suite, corpus) for suite, corpus in corpora}
         of_tasks = {suite: task_differences(results, reference, suite) for suite in tasks}
         of_means = {suite: average_difference(results, reference, suite) for suite in tasks}
+        perplexities = {corpus: _perplexity(results, suite, corpus) for suite, corpus in corpora}
+        alone = compared_with[id(results)] == 1  # the dense model, of which a table has nothing else at its ratio
         texts = [
             *shared.leading_texts(rows, results),
             f"{kept.value:.1f}",
-            *(_text(results, reference, difference, 3) for difference in of_losses.values()),
-            *(_text(results, reference, difference, 1) for difference in of_means.values()),
+            *(_text(results, reference, difference, 3, alone) for difference in of_losses.values()),
+            *(_text(results, reference, difference, 1, alone) for difference in of_means.values()),
+            *(shared.number_text(perplexity, 2) for perplexity in perplexities.values()),
+            *(f"{of_rows[number].of_dense:.2f}" for of_rows in speeds.values()),
         ]
         lines.append(Line(tuple(map(Cell, texts)), starts_block=starts_block))
         record: dict[str, Any] = shared.record_start(results, number) | {"kept_percent": kept.value}
@@ -95,12 +110,16 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             record[f"{corpus}_difference"] = difference.value
             record[f"{corpus}_difference_stderr"] = difference.stderr
             record[f"{corpus}_perplexity_ratio"] = math.exp(difference.value)
+            record[f"{corpus}_perplexity"] = perplexities[corpus]
         for suite, difference in of_means.items():
             record[f"{suite}_difference"] = difference.value
             record[f"{suite}_difference_stderr"] = difference.stderr
             for task, of_task in of_tasks[suite].items():
                 record[f"{suite}.{task}_difference"] = of_task.value
                 record[f"{suite}.{task}_difference_stderr"] = of_task.stderr
+        for suite, of_rows in speeds.items():
+            record[f"{suite}_{PREFILL}"] = of_rows[number].value
+            record[f"{suite}_prefill_of_dense"] = of_rows[number].of_dense
         records.append(record | shared.evidence_record(results))
     leading = shared.leading_columns(rows)
     return TableData(
@@ -110,6 +129,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             *([LOSS_NOTE.format(**REFERENCES[table.reference])] if corpora else []),
             *([ACCURACY_NOTE.format(**REFERENCES[table.reference])] if tasks else []),
             ERROR_NOTE,
+            *([PREFILL_NOTE] if speeds else []),
             *shared.seeds_note(rows),
         ),
         frame=shared.frame_of(records),
@@ -118,11 +138,37 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             Column("Kept (%)"),
             *(Column(corpus, group="Difference of the loss (nats per token)") for _, corpus in corpora),
             *(Column(suite, group="Difference of the accuracy (points)") for suite in tasks),
+            *(Column(corpus, group="Perplexity") for _, corpus in corpora),
+            *(Column(suite, group="Prefill (× dense)") for suite in speeds),
         ),
         lines=tuple(lines),
         heading=len(leading),
         warning=shared.smoke_warning(context.smoke),
     )
+
+
+def _perplexity(results: RowResults, suite: str, corpus: str) -> float:
+    """The mean over seeds."""
+    found = [evaluation["corpora"][corpus] for evaluation in shared.evaluations_of(results, suite, "perplexity")]
+    return shared.over_seeds([result["perplexity"] for result in found]).value
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """How fast a row reads a prompt: tokens a second, mean over seeds, and how often that of its dense model."""
+
+    value: float
+    of_dense: float
+
+
+def _speeds(rows: Sequence[RowResults], suite: str) -> list[_Speed]:
+    """Of each row; the config's check has seen to it that every model has its dense row."""
+    found = [
+        shared.over_seeds([e["measured"][PREFILL] for e in shared.evaluations_of(results, suite, "cost")]).value
+        for results in rows
+    ]
+    dense = {results.row.model: speed for results, speed in zip(rows, found, strict=True) if not results.row.ratio}
+    return [_Speed(speed, speed / dense[results.row.model]) for results, speed in zip(rows, found, strict=True)]
 
 
 def loss_difference(results: RowResults, reference: RowResults, suite: str, corpus: str) -> Difference:
@@ -262,8 +308,8 @@ def _paired(
     return Difference(value, math.hypot(spread, seeds_error(ours.of_seeds), seeds_error(theirs.of_seeds)))
 
 
-def _text(results: RowResults, reference: RowResults, difference: Difference, digits: int) -> str:
+def _text(results: RowResults, reference: RowResults, difference: Difference, digits: int, alone: bool) -> str:
     if results is reference:
-        return "reference"
+        return MISSING if alone else "reference"
     text = shared.estimate_text(difference.value, difference.stderr, digits)
     return f"{text} *" if difference.clear else text
