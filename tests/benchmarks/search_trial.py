@@ -41,7 +41,7 @@ class RandomBases:
         shapes = {module.type.name: (module.out_features, module.in_features) for module in self.budget.modules}
         return {name: random_basis(m, n, largest_rank(m, n)) for name, (m, n) in shapes.items()}
 
-    def of(self, layer: int, type_name: str) -> PrincipalBasis:
+    def of(self, layer: int, type_name: str, weight: torch.Tensor) -> PrincipalBasis:
         """The basis of a type."""
         return self._by_type[type_name]
 

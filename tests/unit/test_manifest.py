@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowrank import files, manifest
 from lowrank.errors import RankwiseError
-from lowrank.files import write_json
-from lowrank.manifest import check_manifest, checksums_of, manifest_of
+from lowrank.files import save_tensors, write_json
+from lowrank.manifest import check_manifest, checksums_of, load_layer, manifest_of
 
 STRANGERS = ["[1, 2]", "{}", '{"files": ["a.txt"]}', '{"files": {"main.js": "/static/main.3b1c.js"}}', "{cut off", ""]
 
@@ -77,3 +79,43 @@ def test_a_file_that_lists_none_is_no_manifest(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "manifest.json").write_text('{"files": {}}')
     assert manifest_of(tmp_path / "checkpoint") is None
+
+
+def test_a_blocks_file_is_hashed_once_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its manifest, or without one by what it was written with."""
+    hashed: list[str] = []
+    for module, name in ((files, "_checksum"), (manifest, "sha256_file")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda given, name=name, whole=whole: hashed.append(name) or whole(given))
+    layers = tmp_path / "layers"
+    file, tensors = layers / "layer_000.safetensors", {"a": torch.arange(3.0)}
+    save_tensors(file, tensors)
+    hashed.clear()
+    assert load_layer(file)["a"].equal(tensors["a"])
+    assert hashed == ["_checksum"]
+    write_json(tmp_path / "manifest.json", {"layers": checksums_of(layers)})
+    hashed.clear()
+    assert load_layer(file)["a"].equal(tensors["a"])
+    assert hashed == ["sha256_file"]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RankwiseError, match="damaged or replaced"):
+        load_layer(file)
+
+
+def test_of_several_files_the_damaged_one_is_named(tmp_path: Path) -> None:
+    layers = tmp_path / "layers"
+    layers.mkdir()
+    for number in range(9):
+        (layers / f"{number}.bin").write_bytes(bytes([number]) * 1000)
+    stated = checksums_of(layers)
+    assert len(set(stated.values())) == 9
+    write_json(tmp_path / "manifest.json", {"layers": stated})
+    assert check_manifest(layers, "layers")
+    (layers / "5.bin").write_bytes(b"")
+    with pytest.raises(RankwiseError, match=r"5\.bin: damaged or replaced"):
+        check_manifest(layers, "layers")
+    (layers / "7.bin").unlink()
+    with pytest.raises(RankwiseError, match=r"7\.bin: missing, and .*manifest\.json lists it"):
+        check_manifest(layers, "layers")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,27 +16,34 @@ if TYPE_CHECKING:
 
 SECTIONS = ("files", "layers", "sha256")
 """Keys of manifests under which names of files have their SHA-256."""
+HASHED_AT_ONCE = 4
+"""Files, in threads: hashing holds no lock of Python's."""
 KINDS = ("models", "tasks", "statistics", "gradients", "bases", "neurons", "compressed", "tuned")
 """Folders of a run in which there are manifests."""
 
 
 def checksums_of(folder: str | Path) -> dict[str, str]:
     """Name -> checksum of each file of a folder, for its manifest."""
-    return {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    return _sha256([path for path in sorted(Path(folder).iterdir()) if path.is_file()])
+
+
+def _sha256(files: Sequence[Path]) -> dict[str, str]:
+    """Name -> checksum of files, a few at a time."""
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))
 
 
 def load_layer(file: Path, names: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors of one block.
+    """The tensors of one block, of a file that is hashed once: as the manifest beside its folder says, or as it does.
 
     Raises:
         RankwiseError: see `load_tensors`; or the file is not the one that the manifest beside its folder describes.
     """
-    tensors = load_tensors(file, names, file.parent)
-    check_manifest(file.parent, "layers", [file.name])
-    return tensors
+    checked = file.is_file() and check_manifest(file.parent, "layers", [file.name])
+    return load_tensors(file, names, file.parent, checked=checked)
 
 
-def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip: tuple[str, ...] = ()) -> None:
+def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip: tuple[str, ...] = ()) -> bool:
     """Compare files of a folder with the manifest beside it: `<folder>.json`, or `manifest.json` in the same place.
 
     A folder without a manifest is not checked: one that is being made, or a checkpoint that was copied elsewhere, where
@@ -47,22 +55,27 @@ def check_manifest(folder: Path, section: str, names: Collection[str] = (), skip
         names: the files; none: all that the manifest lists.
         skip: without those whose names end so.
 
+    Returns:
+        Whether there is a manifest.
+
     Raises:
         RankwiseError: a file is missing, or it is not the one that the manifest describes.
     """
     manifest = manifest_of(folder)
     if manifest is None:
-        return
+        return False
     stated = read_record(manifest)[section]
     if not isinstance(stated, dict):
         raise RankwiseError(f"{manifest}: damaged, {section!r} lists no files. Delete it and run the workflow again.")
     cure = f"Delete the folder {folder} and run the workflow again."
-    for name in names or [name for name in stated if not name.endswith(skip)]:
-        file = folder / name
+    files = [folder / name for name in names or [name for name in stated if not name.endswith(skip)]]
+    for file in files:
         if not file.is_file():
             raise RankwiseError(f"{file}: missing, and {manifest} lists it. {cure}")
-        if sha256_file(file) != stated.get(name):
-            raise RankwiseError(f"{file}: damaged or replaced: not the file that {manifest} describes. {cure}")
+    for name, checksum in _sha256(files).items():
+        if checksum != stated.get(name):
+            raise RankwiseError(f"{folder / name}: damaged or replaced: not the file that {manifest} describes. {cure}")
+    return True
 
 
 def manifest_of(folder: Path) -> Path | None:

@@ -37,7 +37,7 @@ def factors_of(
         stored = bases_of_block(linears, load_moments(file, family.sites), covariance, CPU, where)
         for name, (linear, module) in modules.items():
             kept = min(rank, largest_rank(*module.weight.shape))
-            factors[f"{where}.{linear.path}"] = load_basis(stored, name).factors(kept)
+            factors[f"{where}.{linear.path}"] = load_basis(stored, name, module.weight).factors(kept)
     return factors
 
 
@@ -101,7 +101,7 @@ def test_a_token_of_ten_thousand_deviations_costs_one_direction(
     w = rng.normal(size=(m, n)).astype(np.float32)
     moments = Moments.from_tensors(accumulate(x, 2).tensors("mlp"), "mlp")
     stored = bases_of_block({"gate": ("mlp", torch.tensor(w), None)}, {"mlp": moments}, NAIVE, CPU, "block")
-    directions = load_basis(stored, "gate").factors(60).up.double().numpy()
+    directions = load_basis(stored, "gate", torch.tensor(w)).factors(60).up.double().numpy()
     y = x.reshape(-1, n).astype(np.float64) @ w.T.astype(np.float64)
     ordinary = np.delete(y, 3 * 256, axis=0)
 

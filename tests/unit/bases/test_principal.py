@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from lowrank.bases import principal as bases
 from lowrank.bases.block import bases_of_block
 from lowrank.bases.fisher import fisher_basis
-from lowrank.bases.principal import PrincipalBasis, fix_signs, left_singular_vectors, principal_basis
+from lowrank.bases.principal import (
+    PrincipalBasis,
+    fix_signs,
+    left_singular_vectors,
+    load_basis,
+    principal_basis,
+)
 from lowrank.bases.weighted_svd import weigh_columns, weigh_columns_randomised
 from lowrank.bases.whitening import cholesky_factor
 from lowrank.compression.neurons import Neurons
@@ -246,3 +252,27 @@ def test_an_estimate_that_cannot_be_made_names_the_block_and_the_input() -> None
     linears = {"gate": ("mlp", torch.ones(8, 8), None)}
     with pytest.raises(RankwiseError, match=r"layers\.3, mlp: .* over 4 groups needs as many windows; there are 2"):
         bases_of_block(linears, moments, Covariance(estimator="pooled", groups=4), torch.device("cpu"), "layers.3")
+
+
+@given(m=st.integers(6, 12), n=st.integers(6, 12), seed=st.integers(0, 99), rank=st.integers(1, 2))
+def test_what_is_not_stored_is_multiplied_anew(m: int, n: int, seed: int, rank: int) -> None:
+    """And files of earlier versions, which hold the product, are read as they are."""
+    w, b, x = random_layer(m, n, 40, seed)
+    basis = basis_of(w, b, x)
+    stored = basis.tensors("up")
+    assert "up.projection" not in stored
+    found, before = load_basis(stored, "up", w.float()), basis.factors(rank)
+    pair = found.factors(rank)
+    for old, new in ((before.down, pair.down), (before.up, pair.up), (before.bias, pair.bias)):
+        assert old is not None
+        assert new is not None
+        assert torch.allclose(new.double(), old, atol=1e-5 * float(old.abs().max()))
+    earlier = stored | {"up.projection": basis.projection.float()}
+    assert load_basis(earlier, "up", torch.full((m, n), torch.nan)).projection.equal(basis.projection.float())
+    assert "up.projection" in load_basis(earlier, "up", w).tensors("up")
+
+
+def test_a_fisher_basis_stores_what_weights_do_not_tell() -> None:
+    w, b, x = random_layer(6, 9, 40, 1)
+    stored = fisher_basis(w, b, torch.cov(x), x.mean(1), torch.eye(6).double(), 0.01, "layer").tensors("up")
+    assert load_basis(stored, "up", torch.full((6, 9), torch.nan)).projection.equal(stored["up.projection"])

@@ -34,23 +34,24 @@ def test_without_a_mean_the_bias_is_the_layers_own_or_none(own: bool, weighed: b
     assert torch.equal(pair.up @ pair.down, with_zeros.up @ with_zeros.down)
     assert (pair.bias is None) == (not own)
     assert pair.bias is None or torch.equal(pair.bias, b)
-    stored = load_basis(found[0].tensors("gate"), "gate")
+    stored = load_basis(found[0].tensors("gate"), "gate", w)
     assert stored.projected_mean is None
     assert (stored.mean is None) == (not own)
 
 
 @pytest.mark.parametrize("kind", tiny.FEW)
 def test_stored_bases_say_whether_a_mean_was_subtracted(kind: str) -> None:
-    uncentred, naive = samples.bases(kind, "uncentred"), samples.bases(kind, "naive")
+    uncentred, naive, model = samples.bases(kind, "uncentred"), samples.bases(kind, "naive"), tiny.model(kind)
     assert naive.centred
     assert not uncentred.centred
     for module in Budget.of(samples.shape_of(kind)).modules:
-        own = tiny.model(kind).get_submodule(module.name).bias
-        pair = uncentred.of(module.layer, module.type.name).factors(4)
+        layer = model.get_submodule(module.name)
+        own, weight = layer.bias, layer.weight
+        pair = uncentred.of(module.layer, module.type.name, weight).factors(4)
         assert (own is not None) == has_native_bias(samples.shape_of(kind), module)
         assert (pair.bias is None) == (own is None)
         assert own is None or torch.equal(pair.bias, own)
-        assert naive.of(module.layer, module.type.name).factors(4).bias is not None
+        assert naive.of(module.layer, module.type.name, weight).factors(4).bias is not None
 
 
 @pytest.mark.parametrize(("estimator", "counts"), [("uncentred", False), ("naive", True)])

@@ -153,6 +153,19 @@ def test_narrow_models_are_accumulated_in_more_digits_and_near(tmp_path: Path) -
             assert torch.linalg.norm(g - exact[key]) < 0.1 * torch.linalg.norm(exact[key])
 
 
+def test_products_of_16_bits_are_those_of_the_same_numbers_in_32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPUs form them: nothing is lost on the way into them."""
+    model, tokens, asked = tiny.model("llama-gqa").bfloat16(), some_tokens(), []
+    expected = stored(collect_output_gradients(model, tokens, 2, tmp_path / "wide", CPU), model)
+    monkeypatch.setattr(output_gradients, "prefers_parts", lambda like: asked.append(like.dtype) or True)
+    found = stored(collect_output_gradients(model, tokens, 2, tmp_path / "halves", CPU), model)
+    assert set(asked) == {torch.bfloat16}
+    for key, g in found.items():
+        assert torch.allclose(g, expected[key], rtol=1e-5, atol=1e-6 * float(expected[key].abs().max()))
+
+
 @pytest.mark.parametrize("draws", [None, 2])
 def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     draws: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,3 +100,23 @@ def test_a_pass_that_was_stopped_goes_on_and_gives_the_same_files(
     resumed = collect_statistics(model, tokens, 1, tmp_path / "part", torch.device("cpu"))
     assert set(ran) == {1}  # the first block was not run again
     assert [file.read_bytes() for file in resumed] == [file.read_bytes() for file in whole]
+
+
+def test_what_could_not_be_written_is_not_called_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written beside the computing: the pass ends with their error, and the next try makes them."""
+    model, tokens = tiny.model("llama-gqa"), torch.randint(2, 400, (4, 16))
+    whole = collect_statistics(model, tokens, 1, tmp_path / "whole", torch.device("cpu"))
+    save = statistics.save_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if path.name == "layer_000.safetensors":
+            raise OSError(28, "No space left on device")
+        save(path, tensors)
+
+    monkeypatch.setattr(statistics, "save_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        collect_statistics(model, tokens, 1, tmp_path / "other", torch.device("cpu"))
+    assert not list((tmp_path / "other").glob("hidden_*/complete.json"))
+    monkeypatch.setattr(statistics, "save_tensors", save)
+    again = collect_statistics(model, tokens, 1, tmp_path / "other", torch.device("cpu"))
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in whole]

@@ -98,21 +98,24 @@ def test_accumulators_files_and_hidden_states_of_the_statistics(
         made.append(self)
 
     monkeypatch.setattr(MomentAccumulator, "__init__", remembered)
+    monkeypatch.setattr(statistics_module.shutil, "rmtree", lambda *_, **__: None)  # hidden states stay
     statistics_module.collect_statistics(tiny.model(kind), TOKENS, 1, tmp_path, CPU, expert_tokens=1)
     sizes, windows = sizes_of(kind), len(TOKENS)
     held = nbytes(t for one in made for t in (one.scatter, *one.window_means)) / tiny.LAYERS
     assert held == sizes.moments(DOUBLE) + DOUBLE * windows * sum(sizes.inputs)
     for file in tmp_path.glob("layer_*.safetensors"):
         assert nbytes(load_file(file).values()) == pytest.approx(sizes.statistics_file(windows), rel=0.005)
-    last = [load_file(file)["hidden"] for file in tmp_path.glob("hidden_*/*.safetensors")]
-    assert nbytes(last) == sizes.hidden(TOKENS.numel())
+    for layer in range(1, tiny.LAYERS):
+        states = [load_file(file)["hidden"] for file in tmp_path.glob(f"hidden_{layer:03d}/*.safetensors")]
+        assert nbytes(states) == sizes.hidden(TOKENS.numel())
+    assert not list(tmp_path.glob(f"hidden_{tiny.LAYERS:03d}/*.safetensors"))  # which nobody would read
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bases_on_disk_and_in_a_sliced_model(kind: str) -> None:
     found, sizes = bases(kind, "naive"), sizes_of(kind)
     for file in found.files:
-        assert nbytes(load_file(file).values()) == pytest.approx(sizes.bases(SINGLE), rel=0.01)
+        assert nbytes(load_file(file).values()) == pytest.approx(sizes.bases_file(), rel=0.01)
     sliced = SlicedModel(tiny.model(kind), Budget.of(shape_of(kind)), found)
     held = nbytes(t for layer in sliced.layers.values() for t in (layer.directions, layer.projection))
     assert held == pytest.approx(sizes.bases(SINGLE) * tiny.LAYERS, rel=0.05)

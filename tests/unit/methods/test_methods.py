@@ -84,7 +84,8 @@ def test_lord_and_bolaco_slice_the_same_bases_at_their_own_ranks(kind: str, tmp_
     model, bolaco = compressed("bolaco", kind, bases, lord, **NAMES)
     assert bolaco == lord
     module = budget.modules[0]
-    pair = bases.of(module.layer, module.type.name).factors(lord[module.name] or 0)
+    weight = tiny.model(kind).get_submodule(module.name).weight
+    pair = bases.of(module.layer, module.type.name, weight).factors(lord[module.name] or 0)
     assert torch.equal(model.get_submodule(module.name).up.weight, pair.up)
 
 

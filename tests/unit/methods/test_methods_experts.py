@@ -26,7 +26,7 @@ from lowrank.config.sources import ModelShape
 from lowrank.config.tuning import LoraTuning
 from lowrank.errors import RankwiseError
 from lowrank.evaluation.cost import count_macs
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, save_tensors
 from lowrank.methods import method_modules
 from lowrank.model.checkpoint import family_of, load_checkpoint, recipe_of, replace_modules, save_checkpoint
 from lowrank.model.factors import LowRankFactors
@@ -113,7 +113,7 @@ def bases(kind: str, weighed: bool) -> Bases:
         linears = linears_of(model.get_submodule(f"{family.blocks}.{layer}"), family, moments)
         given = gradients(kind).of(layer) if weighed else None
         stored = bases_of_block(linears, moments, covariance, CPU, "block", given)
-        save_tensors(folder / layer_name(layer), stored | about_experts(load_tensors(file)))
+        save_tensors(folder / layer_name(layer), stored | about_experts(file, family))
     return Bases(folder, tiny.LAYERS)
 
 
@@ -291,8 +291,9 @@ def test_single_matrices_and_single_types_are_tried_on_what_has_bases(kind: str,
     assert set(losses) == {module.name for module in opened.budget.modules} - opened.budget.left_dense
 
 
-def test_loras_train_experts_and_merge_exactly() -> None:
-    model, _, _ = compressed("qwen3_moe", DEFINED["rankwise"], 30)
+@pytest.mark.parametrize("kind", tiny.MIXTURES)
+def test_loras_train_experts_and_merge_exactly(kind: str) -> None:
+    model, _, _ = compressed(kind, DEFINED["rankwise"], 30)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     tuning = LoraTuning.model_validate(
         {"kind": "lora", "instructions": "i", "rank": 2, "alpha": 4, "dropout": 0.0, "steps": 200, "stages": ["all"]}
@@ -307,10 +308,10 @@ def test_loras_train_experts_and_merge_exactly() -> None:
             assert side.grad is not None  # of every expert
             side -= side.grad / side.grad.norm().clamp(min=1e-9)
     trained = model(TOKENS).logits
-    merged, _, _ = compressed("qwen3_moe", DEFINED["rankwise"], 30)
+    merged, _, _ = compressed(kind, DEFINED["rankwise"], 30)
     merge_lora(merged, {name: learnt_matrices(layer) for name, layer in wrapped.items()}, 2.0)
     assert torch.allclose(merged(TOKENS).logits, trained, atol=1e-4)
-    assert not torch.allclose(merged(TOKENS).logits, compressed("qwen3_moe", DEFINED["rankwise"], 30)[0](TOKENS).logits)
+    assert not torch.allclose(merged(TOKENS).logits, compressed(kind, DEFINED["rankwise"], 30)[0](TOKENS).logits)
     routers = [name for name in before if name.endswith("mlp.gate.weight")]
     assert routers
     assert all(torch.equal(merged.get_parameter(name), before[name]) for name in routers)

@@ -113,7 +113,7 @@ def test_the_budget_is_counted_on_the_model_and_hardly_missed(kind: str, ratio: 
     assert counts["total_dense"] - counts["total"] == counts["decoder_linears_dense"] - by_shapes
     left = (1 - ratio / 100) * counts["decoder_linears_dense"] - by_shapes
     for module in budget.modules:  # nothing that is left pays for a step that would lower the predicted loss
-        losses = samples.fisher_bases(kind).of(module.layer, module.type.name).losses
+        losses = samples.fisher_bases(kind).losses(module.layer, module.type.name)
         rank = ranks[module.name]
         if rank is not None and losses is not None:
             choices = choices_of(budget, module, losses.double().numpy())
@@ -137,7 +137,7 @@ def test_it_says_what_its_ranks_are_predicted_to_cost_and_what_that_is(
         _, ranks = compressed("llama-gqa", 30, account=account)
     expected = 0.0
     for module in Budget.of(shape_of("llama-gqa")).modules:
-        losses, rank = samples.fisher_bases("llama-gqa").of(module.layer, module.type.name).losses, ranks[module.name]
+        losses, rank = samples.fisher_bases("llama-gqa").losses(module.layer, module.type.name), ranks[module.name]
         assert losses is not None
         expected += 0.0 if rank is None else sum(losses.tolist()[rank:])
     assert expected > 0

@@ -20,7 +20,7 @@ from lowrank.calibration.statistics import Statistics, collect_statistics, load_
 from lowrank.compression.compress import compress_model
 from lowrank.config.presets import Covariance
 from lowrank.config.sources import ModelShape
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, save_tensors
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
 from lowrank.model.parameters import count_parameters
@@ -69,7 +69,7 @@ def bases(kind: str, estimator: str) -> Bases:
         moments = load_moments(file, family.sites)
         linears = linears_of(block, family, moments)
         stored = bases_of_block(linears, moments, Covariance(estimator=estimator), CPU, "block")
-        save_tensors(folder / layer_name(layer), stored | about_experts(load_tensors(file)))
+        save_tensors(folder / layer_name(layer), stored | about_experts(file, family))
     return Bases(folder, tiny.LAYERS)
 
 

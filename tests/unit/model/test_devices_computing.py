@@ -16,7 +16,7 @@ from lowrank.calibration.statistics import load_moments
 from lowrank.compression import compress, gradient_correction, narrower, stacks
 from lowrank.compression.eliminate_neurons import Eliminations, eliminate_neurons
 from lowrank.config.presets import Covariance
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, save_tensors
 from lowrank.jobs.state import Parts
 from lowrank.model import devices, runtime
 from lowrank.model.checkpoint import family_of
@@ -78,7 +78,7 @@ def bases_in(folder: Path, kind: str, device: torch.device) -> Bases:
         linears = linears_of(model.get_submodule(f"{family.blocks}.{layer}"), family, moments)
         weights = load_output_gradients(Path(gradients.folder) / layer_name(layer), linears)
         stored = bases_of_block(linears, moments, COVARIANCE, device, "block", weights)
-        save_tensors(folder / layer_name(layer), stored | about_experts(load_tensors(file)))
+        save_tensors(folder / layer_name(layer), stored | about_experts(file, family))
     return Bases(folder, tiny.LAYERS)
 
 

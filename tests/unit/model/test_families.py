@@ -24,7 +24,7 @@ from lowrank.cluster.sizes import Sizes
 from lowrank.config.presets import Covariance, Selection
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
-from lowrank.files import layer_name, load_tensors, save_tensors
+from lowrank.files import layer_name, save_tensors
 from lowrank.methods import bolaco
 from lowrank.model import modeling_rankwise
 from lowrank.model.checkpoint import family_of, replace_modules
@@ -171,7 +171,7 @@ def bases_of(model: PreTrainedModel, tokens: torch.Tensor, folder: Path) -> Base
         moments = load_moments(file, family.sites)
         linears = linears_of(model.get_submodule(f"{family.blocks}.{layer}"), family, moments)
         stored = bases_of_block(linears, moments, POOLED, CPU, f"{family.blocks}.{layer}")
-        save_tensors(folder / "bases" / layer_name(layer), stored | about_experts(load_tensors(file)))
+        save_tensors(folder / "bases" / layer_name(layer), stored | about_experts(file, family))
     return Bases(folder / "bases", LAYERS)
 
 
@@ -222,7 +222,7 @@ def test_sizes_from_the_shape_are_those_that_transformers_counts(name: str) -> N
     assert Sizes(a_shape(name), "float32").parameters == expected
 
 
-LONG = {"mistral": 8, "gemma3_text": 8, "phi3": 8, "llama with scaled rotations": 16}
+LONG = {"mistral": 8, "mixtral": 8, "gemma3_text": 8, "phi3": 8, "llama with scaled rotations": 16}
 LONG |= {"phi3 with rotations for long texts": 16}
 
 
@@ -295,7 +295,8 @@ def test_budgets_from_the_shape_equal_counted_parameters(name: str, tmp_path: Pa
         m.name: None if m.type.name == "v" else rank_for(0.3 + 0.1 * m.layer, m.out_features, m.in_features)
         for m in budget.modules
     }
-    replace_modules(model, sliced_factors(bases_of(model, some_tokens(6, seed=1), tmp_path), budget, ranks))
+    bases = bases_of(model, some_tokens(6, seed=1), tmp_path)
+    replace_modules(model, sliced_factors(bases, model, budget, ranks))
     counts = count_parameters(model, shape)
     assert counts["decoder_linears"] == budget.parameters(ranks)
     assert counts["decoder_linears_dense"] == budget.dense_parameters

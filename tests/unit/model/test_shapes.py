@@ -57,10 +57,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("family", "name"), [("llama", "SmolLM"), ("mistral", "mistral"), ("qwen3", "x")])
-def test_metadata_of_a_gguf_file(family: str, name: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "architecture", "name"),
+    [
+        ("llama", "llama", "SmolLM"),
+        ("mistral", "llama", "mistral"),
+        ("qwen3", "qwen3", "x"),
+        ("gemma3_text", "gemma3", "mistral"),
+    ],
+)
+def test_metadata_of_a_gguf_file(family: str, architecture: str, name: str, tied: bool, tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
-    writer = started(file, "qwen3" if family == "qwen3" else "llama", head_dim=16)
+    writer = started(file, architecture, head_dim=16)
     writer.add_name(name)
     writer.add_key_length(16)
     writer.add_token_list(["a", "b", "c"])

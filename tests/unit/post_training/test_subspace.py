@@ -183,7 +183,7 @@ def test_vectors_survive_packing() -> None:
     assert all(torch.equal(vars(again[n])[f], t) for n, v in vectors.items() for f, t in vars(v).items())
 
 
-@pytest.mark.parametrize("kind", tiny.FEW)
+@pytest.mark.parametrize("kind", [*tiny.FEW, *tiny.MIXTURES])
 def test_logits_of_every_family_with_trained_vectors_are_those_after_the_merge(kind: str) -> None:
     model, merged = test_lora.a_model(kind), test_lora.a_model(kind)
     before = model(test_lora.IDS).logits

@@ -320,7 +320,7 @@ def test_two_processes_train_as_one_and_nothing_is_compiled(
     assert not list((tmp_path / "extensions").rglob("*.so"))
 
 
-DIVIDED: dict[str, Any] = {"micro_batch_size": 2, "steps": 8, "evaluate_every": 4}
+DIVIDED: dict[str, Any] = {"micro_batch_size": 2, "steps": 16, "evaluate_every": 4}
 
 
 class Divided(NamedTuple):
@@ -373,8 +373,12 @@ def test_divided_weights_go_on_after_a_kill(divided: Divided, checkpoint: Path, 
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     wait_for(lambda: not processes_of(cut.folder), seconds=60)
+    assert 0 < Progress.load(Path(cut.folder)).step < 16  # stopped on its way
     launch(cut, Crew(2), threads=2)
     assert Progress.load(Path(cut.folder)).loss == Progress.load(Path(divided.job.folder)).loss
+    ours, theirs = best_vectors(cut), best_vectors(divided.job)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[SlicedModel, Ranks, 
     space = SearchSpace(budget, 25, 2, ("v",), lower=0.1)
     ranks = space.ranks(space.sample(1, 0)[0])
     rebuilt = tiny.model("llama-gqa")
-    replace_modules(rebuilt, sliced_factors(bases, budget, ranks))
+    replace_modules(rebuilt, sliced_factors(bases, rebuilt, budget, ranks))
     log_p, log_q = (
         functional.log_softmax(model(WINDOWS).logits[:, :-1].double(), -1)
         for model in (rebuilt, tiny.model("llama-gqa"))

@@ -61,7 +61,7 @@ def test_slices_score_as_a_rebuilt_model_does(kind: str, covariance: Covariance,
     windows = torch.randint(2, 400, (5, 20), generator=torch.Generator().manual_seed(3))
 
     dense, rebuilt = tiny.model(kind), tiny.model(kind)
-    replace_modules(rebuilt, sliced_factors(bases, budget, ranks))
+    replace_modules(rebuilt, sliced_factors(bases, rebuilt, budget, ranks))
     log_p = functional.log_softmax(rebuilt(windows).logits[:, :-1].double(), -1)
     log_q = functional.log_softmax(dense(windows).logits[:, :-1].double(), -1)
     nll = -log_p.gather(-1, windows[:, 1:, None]).squeeze(-1)

@@ -42,7 +42,7 @@ def test_each_type_is_compressed_alone_in_all_layers(name: str, tmp_path: Path) 
             modules = [module for module in budget.modules if module.type.name == kind]
             ranks: Ranks = {m.name: rank_for(point["kept"], m.out_features, m.in_features) for m in modules}
             rebuilt = a_model(name)
-            replace_modules(rebuilt, sliced_factors(bases, budget, ranks))
+            replace_modules(rebuilt, sliced_factors(bases, rebuilt, budget, ranks))
             expected = perplexity_of(rebuilt, windows)
             assert (point["perplexity"], point["stderr"]) == pytest.approx(expected, rel=1e-4), (kind, point["kept"])
             assert point["removed"] == pytest.approx(1 - budget.parameters(ranks) / budget.dense_parameters)

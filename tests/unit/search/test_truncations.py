@@ -49,7 +49,7 @@ def test_the_choice_is_even_over_types_and_follows_the_seed() -> None:
         k = min(truncation.module.out_features, truncation.module.in_features)
         assert truncation.rank % 8 == 0
         assert truncation.rank in [round(share * k / 8) * 8 for share in KEPT]
-        losses = bases.of(truncation.module.layer, truncation.module.type.name).losses
+        losses = bases.losses(truncation.module.layer, truncation.module.type.name)
         assert losses is not None
         assert truncation.predicted == pytest.approx(sum(losses.tolist()[truncation.rank :]), rel=1e-6)
     everything = choose_truncations(budget, bases, 999, [0.5], seed=3)
@@ -79,7 +79,8 @@ def test_a_measured_rise_is_that_of_the_model_with_one_layer_replaced(
     assert torch.allclose(window_means(sliced.model, WINDOWS), dense, atol=1e-6)  # it is left dense
     for truncation, record in zip(chosen, result["truncations"], strict=True):
         model, module = tiny.model(kind), truncation.module
-        replace_modules(model, {module.name: bases.of(module.layer, module.type.name).factors(truncation.rank)})
+        basis = bases.of(module.layer, module.type.name, model.get_submodule(module.name).weight)
+        replace_modules(model, {module.name: basis.factors(truncation.rank)})
         rise = window_means(model, WINDOWS) - dense
         assert record["measured"] == pytest.approx(float(rise.mean()), abs=2e-6)
         assert record["stderr"] == pytest.approx(float(rise.std()) / 5**0.5, abs=2e-6)

@@ -56,8 +56,8 @@ def rebuilt_perplexities(folder: Path, windows: torch.Tensor) -> torch.Tensor:
     budget, rows = Budget.of(ModelShape(**tiny.shape("llama-gqa"))), []
     space = SearchSpace(budget, 20, SCORED["groups"], ("v",), lower=0.2)
     for x in space.sample(SCORED["allocations"], 4):
-        model = tiny.model("llama-gqa")
-        replace_modules(model, sliced_factors(Bases(folder / "bases", tiny.LAYERS), budget, space.ranks(x)))
+        model, bases = tiny.model("llama-gqa"), Bases(folder / "bases", tiny.LAYERS)
+        replace_modules(model, sliced_factors(bases, model, budget, space.ranks(x)))
         logits = model(windows).logits[:, :-1].double()
         rows.append(functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(1).exp())
     return torch.stack(rows)

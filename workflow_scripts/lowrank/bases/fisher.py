@@ -70,6 +70,7 @@ def fisher_basis(
         projected_mean=projected_mean,
         eigenvalues=eigenvalues,
         losses=eigenvalues * (scale / 2),
+        orthonormal=False,
     )
     return require_finite(basis, where)
 

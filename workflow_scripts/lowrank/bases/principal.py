@@ -35,6 +35,7 @@ class PrincipalBasis:
         eigenvalues: all min(m, n) variances, decreasing.
         losses: k, by how much the mean loss per token is predicted to rise when a direction is left out; None if no
             gradients were collected.
+        orthonormal: whether `projection` is the product of directions and weights, which is not stored then.
     """
 
     directions: torch.Tensor
@@ -43,6 +44,7 @@ class PrincipalBasis:
     projected_mean: torch.Tensor | None
     eigenvalues: torch.Tensor
     losses: torch.Tensor | None = None
+    orthonormal: bool = True
 
     def factors(self, rank: int) -> LowRankFactors:
         """The low-rank pair of a rank.
@@ -57,7 +59,8 @@ class PrincipalBasis:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """As stored, in float32."""
-        there = {field: tensor for field in (*FIELDS, *OPTIONAL) if (tensor := getattr(self, field)) is not None}
+        fields = [field for field in (*FIELDS, *OPTIONAL) if not (field == "projection" and self.orthonormal)]
+        there = {field: tensor for field in fields if (tensor := getattr(self, field)) is not None}
         return {f"{name}.{field}": tensor.float() for field, tensor in there.items()}
 
 
@@ -135,7 +138,7 @@ def require_finite(basis: PrincipalBasis, where: str) -> PrincipalBasis:
     Raises:
         RankwiseError: something in it is not finite; `where` names the layer.
     """
-    if not all(bool(tensor.isfinite().all()) for tensor in basis.tensors("").values()):
+    if not all(bool(tensor.isfinite().all()) for tensor in (basis.projection, *basis.tensors("").values())):
         raise RankwiseError(f"{where}: its basis is not finite; its weights or its statistics are damaged")
     return basis
 
@@ -181,18 +184,32 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-FIELDS = ("directions", "projection", "eigenvalues")
-OPTIONAL = ("mean", "projected_mean", "losses")
+FIELDS = ("directions", "eigenvalues")
+OPTIONAL = ("projection", "mean", "projected_mean", "losses")
 """Fields of a basis that its file may lack."""
 
 
-def load_basis(tensors: dict[str, torch.Tensor], name: str) -> PrincipalBasis:
-    """The basis of one layer from a block's tensors, by the key of its type."""
+def load_basis(tensors: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> PrincipalBasis:
+    """The basis of one layer from a block's tensors, by the key of its type.
+
+    Args:
+        tensors: of the block's file.
+        name: the key of the layer's type.
+        weight: W, m x n, of the dense layer. Where the file has no `projection`, it is multiplied in float32 on this
+            tensor's device.
+    """
+    directions, projection = tensors[f"{name}.directions"], tensors.get(f"{name}.projection")
+    orthonormal = projection is None
+    if projection is None:
+        projection = directions.to(weight.device).T @ weight.to(directions.dtype)
     return PrincipalBasis(
-        **{field: tensors[f"{name}.{field}"] for field in FIELDS},
+        directions=directions,
+        projection=projection,
         mean=tensors.get(f"{name}.mean"),
         projected_mean=tensors.get(f"{name}.projected_mean"),
+        eigenvalues=tensors[f"{name}.eigenvalues"],
         losses=tensors.get(f"{name}.losses"),
+        orthonormal=orthonormal,
     )
 
 
@@ -207,19 +224,44 @@ class Bases:
         self.files = layer_files(folder, layers)
         self._loaded: tuple[int, dict[str, torch.Tensor]] | None = None
 
-    def of(self, layer: int, key: str) -> PrincipalBasis:
+    def of(self, layer: int, key: str, weight: torch.Tensor) -> PrincipalBasis:
         """The basis of a layer of a block, by the key of its type.
+
+        Args:
+            layer: number of the block.
+            key: of the layer's type.
+            weight: W, m x n, of the dense layer, see `load_basis`.
 
         Raises:
             RankwiseError: the block's file is damaged, or was made for something else.
         """
+        tensors = self._basis(layer, key)
+        length, variances = len(tensors[f"{key}.directions"]), len(tensors[f"{key}.eigenvalues"])
+        if (length, variances) != (len(weight), min(weight.shape)):
+            raise RankwiseError(
+                f"{self.files[layer]}: its basis of '{key}' has directions of {length} numbers and {variances} "
+                f"eigenvalues, and the layer's weight is {' x '.join(map(str, weight.shape))}, so it was made for "
+                f"something else. Delete {self.files[layer].parent} and run the workflow again."
+            )
+        return load_basis(tensors, key, weight)
+
+    def losses(self, layer: int, key: str) -> torch.Tensor | None:
+        """Those of the basis of a layer of a block, k, which need no weights.
+
+        Raises:
+            RankwiseError: as of `of`.
+        """
+        return self._basis(layer, key).get(f"{key}.losses")
+
+    def _basis(self, layer: int, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of a block, among them a basis of this type."""
         tensors = self._block(layer)
         if any(f"{key}.{field}" not in tensors for field in FIELDS):
             raise RankwiseError(
                 f"{self.files[layer]}: holds no basis of '{key}', so it was made for something else. Delete "
                 f"{self.files[layer].parent} and run the workflow again."
             )
-        return load_basis(tensors, key)
+        return tensors
 
     @property
     def centred(self) -> bool:

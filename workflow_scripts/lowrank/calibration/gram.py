@@ -49,10 +49,25 @@ def add_gram_in_parts(total: torch.Tensor, rows: torch.Tensor) -> None:
     for slab in torch.split(rows, SLAB):
         hi = slab.bfloat16()
         lo = (slab - hi).bfloat16()
-        left, right = torch.cat([hi, hi, lo]), torch.cat([hi, lo, hi])
-        for start in range(0, rows.shape[1], WIDE_PANEL):
-            panel = left[:, start : start + WIDE_PANEL]
-            total[start : start + WIDE_PANEL, start:] += product_in_float32(panel, right[:, start:])
+        _add_product(total, torch.cat([hi, hi, lo]), torch.cat([hi, lo, hi]))
+
+
+def add_gram_of_halves(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """As `add_gram`, of numbers of 16 bits, whose products are exact in float32.
+
+    Args:
+        total: n x n, float64; changed.
+        rows: X, t x n, bfloat16 or float16.
+    """
+    for slab in torch.split(rows, SLAB):
+        _add_product(total, slab, slab)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add A'B, which is symmetric, to the upper triangle."""
+    for start in range(0, left.shape[1], WIDE_PANEL):
+        panel = left[:, start : start + WIDE_PANEL]
+        total[start : start + WIDE_PANEL, start:] += product_in_float32(panel, right[:, start:])
 
 
 def product_in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -68,7 +83,7 @@ def product_in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def prefers_parts(like: torch.Tensor) -> bool:
-    """Whether `add_gram_in_parts` is for deviations of such inputs: of a 16-bit model, on a GPU that has bfloat16."""
+    """Whether products of 16 bits are for such numbers: of a 16-bit model, on a GPU that has bfloat16."""
     on_gpu = like.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return on_gpu and like.dtype.itemsize == 2
 

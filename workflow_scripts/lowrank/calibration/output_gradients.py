@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.calibration.gradients import backpropagate
-from lowrank.calibration.gram import add_gram, packed, symmetric, unpacked
+from lowrank.calibration.gram import add_gram, add_gram_of_halves, packed, prefers_parts, symmetric, unpacked
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name, load_tensors, save_tensors
+from lowrank.jobs.beside import Writer
 from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
 from lowrank.jobs.state import SECONDS, Clock
@@ -101,27 +103,28 @@ def collect_output_gradients(
     assert isinstance(blocks, nn.ModuleList)
     files = [state / layer_name(layer) for layer in range(len(blocks))]
     batches = torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-    for start in reversed(range(0, len(blocks), layers_per_pass)):
-        layers = range(start, min(start + layers_per_pass, len(blocks)))
-        if all(files[layer].is_file() for layer in layers):
-            log.info("gradients: blocks %d-%d were finished before", layers[0], layers[-1])
-            continue
-        started = time.monotonic()
-        moments = _accumulators(family, blocks, layers)
-        with _caught(family, blocks, moments), torch.enable_grad():
-            for index in told(share.of(len(batches)), f"gradients: blocks {layers[0]}-{layers[-1]}"):
-                # The same tokens in each pass, in whatever process.
-                draw = None if draws is None else torch.Generator(device).manual_seed(index)
-                backpropagate(model, batches[index].to(device), draw, draws or 1)
-        for total in moments.values():
-            share.sum(total)
-        if share.first:
-            _store(family, files, moments, tokens[:, 1:].numel() * (draws or 1))
-            if clock:
-                clock.save()
-        del moments, total  # before the next pass makes its own
-        rate = tokens.numel() / (time.monotonic() - started)
-        log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)
+    with Writer() as writer:
+        for start in reversed(range(0, len(blocks), layers_per_pass)):
+            layers = range(start, min(start + layers_per_pass, len(blocks)))
+            if all(files[layer].is_file() for layer in layers):
+                log.info("gradients: blocks %d-%d were finished before", layers[0], layers[-1])
+                continue
+            started = time.monotonic()
+            moments = _accumulators(family, blocks, layers)
+            with _caught(family, blocks, moments), torch.enable_grad():
+                for index in told(share.of(len(batches)), f"gradients: blocks {layers[0]}-{layers[-1]}"):
+                    # The same tokens in each pass, in whatever process.
+                    draw = None if draws is None else torch.Generator(device).manual_seed(index)
+                    backpropagate(model, batches[index].to(device), draw, draws or 1)
+            for total in moments.values():
+                share.sum(total)
+            if share.first:
+                _store(family, files, moments, tokens[:, 1:].numel() * (draws or 1), writer)
+                if clock:
+                    clock.save()
+            del moments, total  # before the next pass makes its own
+            rate = tokens.numel() / (time.monotonic() - started)
+            log.info("gradients: blocks %d-%d of %d done, %.0f tokens/s", layers[0], layers[-1], len(blocks), rate)
     return files
 
 
@@ -171,8 +174,11 @@ def _caught(family: Family, blocks: nn.ModuleList, moments: dict[tuple[int, str]
 
     def record(total: torch.Tensor) -> Any:
         def add(gradient: torch.Tensor) -> None:
-            g = gradient.detach().flatten(0, -2).to(torch.promote_types(gradient.dtype, torch.float32))
-            add_gram(total, g)
+            g = gradient.detach().flatten(0, -2)
+            if prefers_parts(g):
+                add_gram_of_halves(total, g)
+            else:
+                add_gram(total, g.to(torch.promote_types(g.dtype, torch.float32)))
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -191,8 +197,13 @@ def _caught(family: Family, blocks: nn.ModuleList, moments: dict[tuple[int, str]
             handle.remove()
 
 
-def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], torch.Tensor], count: int) -> None:
-    """Write the means; from a damaged layer the damage spreads backwards, so the one nearest to the loss is named."""
+def _store(
+    family: Family, files: list[Path], moments: dict[tuple[int, str], torch.Tensor], count: int, writer: Writer
+) -> None:
+    """Have the means written.
+
+    From a damaged layer the damage spreads backwards, so the one nearest to the loss is named.
+    """
     damaged = [place for place, total in moments.items() if not bool(total.isfinite().all())]
     if damaged:
         layer, name = damaged[-1]
@@ -203,6 +214,7 @@ def _store(family: Family, files: list[Path], moments: dict[tuple[int, str], tor
         )
     for layer in sorted({layer for layer, _ in moments}):
         means = {
-            linear.key: packed(symmetric(moments[layer, linear.key]).div_(count).float()) for linear in family.types
+            linear.key: packed(symmetric(moments[layer, linear.key]).div_(count).float()).cpu()
+            for linear in family.types
         }
-        save_tensors(files[layer], means)
+        writer.do(partial(save_tensors, files[layer], means))

@@ -64,9 +64,9 @@ def left_dense_of(tensors: Mapping[str, torch.Tensor]) -> set[int]:
     return set(tensors[LEFT_DENSE].tolist()) if LEFT_DENSE in tensors else set()
 
 
-def about_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def about_experts(file: Path, family: Family) -> dict[str, torch.Tensor]:
     """What a block's file of statistics says of its experts, for the file of the bases that are made of it."""
-    return {name: tensors[name] for name in (TOKENS, LEFT_DENSE) if name in tensors}
+    return peek_tensors(file, (TOKENS, LEFT_DENSE)) if family.experts else {}
 
 
 def experts_left_dense(files: Sequence[Path], budget: Budget) -> dict[str, int]:
@@ -81,7 +81,7 @@ def experts_left_dense(files: Sequence[Path], budget: Budget) -> dict[str, int]:
     """
     family, found = family_for(budget.dimensions), {}
     for layer, file in enumerate(files if family.experts else ()):
-        tensors = peek_tensors(file, (TOKENS, LEFT_DENSE))
+        tensors = about_experts(file, family)
         for expert in sorted(left_dense_of(tensors)):
             found[f"{family.blocks}.{layer}.{family.experts}.{expert}"] = int(tensors[TOKENS][expert])
     return found

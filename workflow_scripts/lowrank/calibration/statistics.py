@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from lowrank.calibration.moments import MomentAccumulator, Moments, RoutedAccumu
 from lowrank.calibration.routing import LEFT_DENSE, TOKENS, least_tokens, left_dense_of, tokens_of, watched
 from lowrank.config.sources import ModelShape
 from lowrank.files import layer_files, layer_name, load_tensors, require_tensors, save_tensors, write_json
+from lowrank.jobs.beside import Writer, read_ahead
 from lowrank.jobs.pace import told
 from lowrank.jobs.share import ALONE, Share
 from lowrank.manifest import load_layer
@@ -108,16 +111,17 @@ def collect_statistics(
     head = model.get_output_embeddings()  # is never reached
     around = [module for name, module in model.named_modules() if not f"{name}.".startswith(f"{family.blocks}.")]
     shallow = [tensor for module in around if module is not head for tensor in _own_tensors(module)]
-    for start in range(first, len(blocks), layers_per_pass):
-        layers = range(start, min(start + layers_per_pass, len(blocks)))
-        inner = [tensor for layer in layers for module in blocks[layer].modules() for tensor in _own_tensors(module)]
-        with _moved([*shallow, *inner], device):
-            _pass(model, family, tokens, size, layers, state, device, share, expert_tokens)
-        # No process is past its sums before all are, and nobody reads these any more.
-        if share.first:
-            shutil.rmtree(_hidden_folder(state, start), ignore_errors=True)
-        rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
-        log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
+    with Writer() as writer:
+        for start in range(first, len(blocks), layers_per_pass):
+            layers = range(start, min(start + layers_per_pass, len(blocks)))
+            modules = [module for layer in layers for module in blocks[layer].modules()]
+            with _moved([*shallow, *(tensor for module in modules for tensor in _own_tensors(module))], device):
+                _pass(model, family, tokens, size, layers, state, device, share, expert_tokens, writer)
+            # No process is past its sums before all are, and nobody reads these any more.
+            if share.first:
+                writer.do(partial(shutil.rmtree, _hidden_folder(state, start), ignore_errors=True))
+            rate = tokens.numel() * (layers.stop - first) / len(blocks) / (time.monotonic() - started)
+            log.info("statistics: blocks %d-%d of %d done, %.0f tokens/s", start, layers.stop - 1, len(blocks), rate)
     return files
 
 
@@ -150,25 +154,30 @@ def _pass(
     device: torch.device,
     share: Share,
     expert_tokens: int | None,
+    writer: Writer,
 ) -> None:
-    """Run some blocks on all windows, `size` at a time; their moments and the hidden states after them go to disk."""
+    """Run some blocks on all windows, `size` at a time; their moments go to disk, and what the next ones read."""
     blocks: Any = model.get_submodule(family.blocks)
     accumulators = _accumulators(family, blocks, layers, device)
     batches = torch.split(tokens, size)
     mine = share.of(len(batches))
-    for index in told(mine, f"statistics: blocks {layers[0]}-{layers[-1]}"):
+    stored = read_ahead(partial(_load_hidden, state, layers.start), mine) if layers.start else repeat(None)
+    for index, entering in zip(told(mine, f"statistics: blocks {layers[0]}-{layers[-1]}"), stored, strict=False):
         inputs = block_inputs(model, family, batches[index].to(device))
-        states = _load_hidden(state, layers.start, index, inputs.hidden) if layers.start else inputs.hidden
+        states = inputs.hidden if entering is None else entering.to(inputs.hidden)
         for layer in layers:
             states = _run_block(family, blocks[layer], layer, states, inputs.arguments[layer], accumulators)
-        save_tensors(_hidden_file(state, layers.stop, index), {"hidden": states})
+        if layers.stop < len(blocks):
+            writer.do(partial(save_tensors, _hidden_file(state, layers.stop, index), {"hidden": states}))
+    writer.wait()  # the other processes' marker stands for these files, too
     for accumulator in accumulators.values():
         accumulator.add_up(share, mine.start * size, *tokens.shape)
     if share.first:
         for layer in layers:
             of_block = {site: found for (owner, site), found in accumulators.items() if owner == layer}
-            save_tensors(state / layer_name(layer), _tensors(family, layer, of_block, expert_tokens))
-        write_json(_marker(state, layers.stop), {"batches": len(batches)})
+            tensors = {name: tensor.cpu() for name, tensor in _tensors(family, layer, of_block, expert_tokens).items()}
+            writer.do(partial(save_tensors, state / layer_name(layer), tensors))
+        writer.do(partial(write_json, _marker(state, layers.stop), {"batches": len(batches)}))
 
 
 def _hidden_folder(state: Path, layer: int) -> Path:
@@ -185,8 +194,8 @@ def _marker(state: Path, layer: int) -> Path:
     return _hidden_folder(state, layer) / "complete.json"
 
 
-def _load_hidden(state: Path, layer: int, batch: int, like: torch.Tensor) -> torch.Tensor:
-    return load_tensors(_hidden_file(state, layer, batch), ("hidden",), state)["hidden"].to(like)
+def _load_hidden(state: Path, layer: int, batch: int) -> torch.Tensor:
+    return load_tensors(_hidden_file(state, layer, batch), ("hidden",), state)["hidden"]
 
 
 def _first_block(state: Path, files: list[Path], layers_per_pass: int) -> int:

@@ -46,7 +46,12 @@ INVERT_NEURONS = ("modegpt",)
 
 
 def compression_need(
-    method: MethodSettings, dense: Sizes, compressed: Sizes, calibration: Calibration | None, bases: float
+    method: MethodSettings,
+    dense: Sizes,
+    compressed: Sizes,
+    calibration: Calibration | None,
+    bases: float,
+    projections: float,
 ) -> Need:
     """Compressing a model.
 
@@ -55,13 +60,14 @@ def compression_need(
         dense, compressed: the model before and after.
         calibration: what the preset names.
         bases: bytes of the bases of a block, if the preset reads some.
+        projections: operations of those that are not in the files of bases.
     """
     if method.kind == "dense":  # its files are linked
         return Need(host={"program": PROGRAM, "weights": dense.weights}, work=Work(disk=2 * dense.weights))
     if method.covariance is None:
         need = _decomposed(method, dense, compressed, calibration)
     else:
-        need = _sliced(method, dense, compressed, bases)
+        need = _sliced(method, dense, compressed, bases, projections)
     if getattr(method, "identity_block", False):
         need = _with_identity_blocks(need, dense, compressed)
     if method.covariance is not None and "tokens" in method.needs and calibration:
@@ -69,13 +75,13 @@ def compression_need(
     return need
 
 
-def _sliced(method: MethodSettings, dense: Sizes, compressed: Sizes, bases: float) -> Need:
+def _sliced(method: MethodSettings, dense: Sizes, compressed: Sizes, bases: float, projections: float) -> Need:
     """A method that takes its pairs from bases that are there."""
     all_bases = dense.shape.layers * bases
     need = Need(
         host={"program": PROGRAM, "weights": dense.weights, "a block's bases": bases},
         disk=compressed.weights,
-        work=Work(disk=dense.weights + all_bases + 2 * compressed.weights),
+        work=Work(single=projections, disk=dense.weights + all_bases + 2 * compressed.weights),
     )
     return _with_neurons(need, method, dense) if method.eliminates else need
 

@@ -24,6 +24,7 @@ class Work:
 
     Attributes:
         half, single, double: floating point operations in 16, 32 and 64 bits.
+        parts: those in 32 bits for which a GPU makes three times as many in 16 (`gram.add_gram_in_parts`).
         disk: bytes read and written.
         seconds: spent otherwise, whatever the machine.
     """
@@ -31,6 +32,7 @@ class Work:
     half: float = 0
     single: float = 0
     double: float = 0
+    parts: float = 0
     disk: float = 0
     seconds: float = 60
 
@@ -42,17 +44,19 @@ class Speed:
     half: float
     single: float
     double: float
+    parts: float
     disk: float = 5e8
 
     def seconds(self, work: Work, units: int = 1) -> float:
         """How long a piece of work takes on so many units (GPUs or threads)."""
         operations = work.half / self.half + work.single / self.single + work.double / self.double
+        operations += work.parts / self.parts
         return operations / units + work.disk / self.disk + work.seconds
 
 
-GPU = Speed(half=1.06e14, single=1.2e13, double=1.0e12)
+GPU = Speed(half=1.06e14, single=1.2e13, double=1.0e12, parts=1.06e14 / 3)
 """Of an A100, as the paper's times for a search tell (half); single and double are guesses from its data sheet."""
-THREAD = Speed(half=5e9, single=2e10, double=1e10)
+THREAD = Speed(half=5e9, single=2e10, double=1e10, parts=2e10)
 """Of one thread of a processor."""
 
 

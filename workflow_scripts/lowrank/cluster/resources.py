@@ -44,6 +44,8 @@ LAYERS_PER_PASS = {"collect_statistics": 8, "collect_gradients": 4}
 """Rule -> blocks whose accumulators it holds at once, or more of small models, unless the profile says otherwise."""
 ACCUMULATORS = 2 * GIB
 """What the accumulators of small models may take: each pass for gradients begins anew at the loss."""
+HELD_BY_A_WRITER = 3
+"""Blocks' results at once: one is made, one waits, one is written (`jobs.beside`)."""
 ACCUMULATORS_SHARE = 0.25
 """Of a GPU whose memory is known, which they may take of any model: more of them would need more GPUs."""
 Wildcards = Mapping[str, str]
@@ -61,6 +63,7 @@ class Estimator:
     def __init__(self, study: Study, gpu_memory: float | None = None, **held: int) -> None:
         self.study, self.gpu_memory, self.held = study, gpu_memory, held
         self._sizes = cache(self._sizes_of)
+        self._needs: dict[tuple[str, tuple[tuple[str, str], ...]], Need] = {}
         self._rules: dict[str, Callable[[Wildcards], Need]] = {
             "fetch_model": self._fetch_model,
             "sample_calibration": self._sample_calibration,
@@ -87,9 +90,12 @@ class Estimator:
         return list(self._rules)
 
     def need(self, rule: str, wildcards: Wildcards) -> Need:
-        """What a job of a rule needs."""
-        estimate = self._rules.get(rule)
-        return estimate(wildcards) if estimate else Need(work=Work(seconds=10))
+        """What a job of a rule needs; Snakemake asks for each of its resources anew."""
+        job = rule, tuple(wildcards.items())
+        if job not in self._needs:
+            estimate = self._rules.get(rule)
+            self._needs[job] = estimate(wildcards) if estimate else Need(work=Work(seconds=10))
+        return self._needs[job]
 
     def layers_per_pass(self, rule: str, model: str) -> int:
         """How many blocks of a model have their accumulators in memory at once."""
@@ -131,6 +137,7 @@ class Estimator:
         update = (2 + sizes.widened) * inputs
         storing = sizes.statistics(calibration.windows) + 2 * DOUBLE * widest**2
         passes = math.ceil(layers / held)
+        hidden = sizes.hidden(tokens)
         weights = sizes.number * (sizes.head + held / layers * sizes.linears)
         return Need(
             gpu=True,
@@ -145,16 +152,16 @@ class Estimator:
             host={
                 "program": PROGRAM,
                 "other weights": sizes.weights - weights,
-                "a block's statistics": sizes.statistics(calibration.windows),
+                "blocks' statistics": HELD_BY_A_WRITER * sizes.statistics(calibration.windows),
             },
             loading=sizes.weights,
             disk=layers * sizes.statistics_file(calibration.windows),
-            scratch=2 * sizes.hidden(tokens),
+            scratch=min(passes - 1, 2) * hidden,  # what a pass reads and what it writes
             work=in_dtype(
                 sizes,
                 sizes.forward(tokens, calibration.length, head=False),
-                single=sizes.input_products(tokens),
-                disk=sizes.weights + 2 * passes * sizes.hidden(tokens) + 2 * layers * sizes.statistics_file(0),
+                parts=sizes.input_products(tokens),
+                disk=sizes.weights + 2 * (passes - 1) * hidden + 2 * layers * sizes.statistics_file(0),
             ),
         )
 
@@ -182,7 +189,7 @@ class Estimator:
             },
             blocks=layers,
             split={"weights": sizes.block_weights, "activations": saved},
-            host={"program": PROGRAM, "a block's gradients": sizes.output_moments(SINGLE)},
+            host={"program": PROGRAM, "blocks' gradients": HELD_BY_A_WRITER * sizes.gradients_file},
             loading=sizes.weights,
             disk=layers * sizes.gradients_file,
             work=in_dtype(
@@ -197,11 +204,19 @@ class Estimator:
         """Whether bases hold all directions."""
         return covariance is not None and self.study.covariance[covariance].holds_all_directions
 
+    def _stores_projections(self, covariance: str) -> bool:
+        """Whether bases hold factors that weights and directions do not tell."""
+        return self.study.covariance[covariance].gradients == "weigh"
+
+    def _bases_file(self, sizes: Sizes, covariance: str) -> int:
+        """A block's bases on disk."""
+        return sizes.bases_file(self._full_bases(covariance), self._stores_projections(covariance))
+
     def _compute_bases(self, wildcards: Wildcards) -> Need:
         sizes = self._sizes(wildcards["model"])
         windows = self.study.calibration[wildcards["calibration"]].windows
         full = self._full_bases(wildcards["covariance"])
-        layers, stored = sizes.shape.layers, sizes.bases(SINGLE, full)
+        layers, stored = sizes.shape.layers, self._bases_file(sizes, wildcards["covariance"])
         reads_gradients = self.study.covariance[wildcards["covariance"]].gradients != "none"
         gradients = sizes.output_moments(SINGLE) if reads_gradients else 0
         return Need(
@@ -211,7 +226,12 @@ class Estimator:
                 "program": PROGRAM,
                 "a block's weights": sizes.block_weights / layers,
                 "a block's covariances": sizes.statistics(windows) + sizes.moments(DOUBLE) + gradients,
-                **either(**{"an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2, "bases to be stored": stored}),
+                **either(
+                    **{
+                        "an estimate": 4 * DOUBLE * max(sizes.inputs) ** 2,
+                        "bases to be stored": HELD_BY_A_WRITER * stored,
+                    }
+                ),
             },
             disk=layers * stored,
             work=Work(
@@ -231,7 +251,7 @@ class Estimator:
         covariance: str | None,
         length: int,
         tokens: float,
-        passes: float,
+        operations: float,
         copies: int,
         **host: float,
     ) -> Need:
@@ -242,29 +262,36 @@ class Estimator:
             covariance: the preset of its bases.
             length: of the windows.
             tokens: of all windows.
-            passes: how often they are read.
+            operations: of all passes over them.
             copies: of a chunk's logits, see `Sizes.logits`.
             host: further parts in main memory.
         """
+        assert covariance is not None  # whatever runs so names the preset of its bases
         sizes = self._sizes(model)
         batch = batch_tokens(length, LOSS_TOKENS)
         full = self._full_bases(covariance)
-        bases = sizes.shape.layers * sizes.bases(sizes.number, full)
+        bases, stored = sizes.shape.layers * sizes.bases(sizes.number, full), self._bases_file(sizes, covariance)
+        projects = not self._stores_projections(covariance)
         return Need(
             gpu=True,
             device={
                 "weights": sizes.weights,
                 "bases": bases,
-                **either(activations=sizes.activations(batch), logits=sizes.logits(HEAD_TOKENS, copies)),
+                **either(
+                    activations=sizes.activations(batch),
+                    logits=sizes.logits(HEAD_TOKENS, copies),
+                    **({"a projection": sizes.projecting(full)} if projects else {}),
+                ),
             },
             blocks=sizes.shape.layers,
             split={"weights": sizes.block_weights, "bases": bases},
             host={"program": PROGRAM, **host},
-            loading=sizes.weights + sizes.bases(SINGLE, full),
+            loading=sizes.weights + stored,
             work=in_dtype(
                 sizes,
-                passes * sizes.forward(tokens, length),
-                disk=sizes.weights + sizes.shape.layers * sizes.bases(SINGLE, full),
+                operations,
+                single=sizes.projections(full) if projects else 0,
+                disk=sizes.weights + sizes.shape.layers * stored,
             ),
         )
 
@@ -277,37 +304,43 @@ class Estimator:
         if not choice.scores:
             return _sampled(tokens)
         model, length = wildcards["model"], validation.length
-        return self._sliced(model, choice.covariance, length, tokens, choice.allocations, copies=1, texts=TEXTS)
+        operations = choice.allocations * self._sizes(model, choice.ratio).forward(tokens, length)
+        return self._sliced(model, choice.covariance, length, tokens, operations, copies=1, texts=TEXTS)
 
     def _measure_sensitivity(self, wildcards: Wildcards) -> Need:
         settings = self.study.sensitivity[wildcards["sensitivity"]]
         types = FAMILIES[self.study.models[settings.model].shape.family].types
         passes, tokens = len(types) * len(settings.kept) + 1, settings.windows * settings.length
         model, covariance, length = settings.model, settings.covariance, settings.length
-        return self._sliced(model, covariance, length, tokens, passes, copies=1, texts=TEXTS)
+        operations = passes * self._sizes(model).forward(tokens, length)
+        return self._sliced(model, covariance, length, tokens, operations, copies=1, texts=TEXTS)
 
     def _measure_truncations(self, wildcards: Wildcards) -> Need:
         figure = self.study.figures[wildcards["figure"]]
         if not isinstance(figure, PredictedLossFigure):
             raise RankwiseError(f"figures.{wildcards['figure']}: it measures nothing")
         passes, tokens = figure.matrices * len(figure.kept) / 2 + 2, figure.windows * figure.length
-        kept = self._sizes(figure.model).hidden(tokens)
-        parts = {"hidden states": 2 * kept, "texts": TEXTS}
-        return self._sliced(figure.model, wildcards["covariance"], figure.length, tokens, passes, copies=1, **parts)
+        sizes, length = self._sizes(figure.model), figure.length
+        parts = {"hidden states": 2 * sizes.hidden(tokens), "texts": TEXTS}
+        operations = passes * sizes.forward(tokens, length)
+        return self._sliced(figure.model, wildcards["covariance"], length, tokens, operations, copies=1, **parts)
 
     def _search_allocation(self, wildcards: Wildcards) -> Need:
         method = self.study.method(wildcards["method"])
         if method.search is None or method.validation is None:
             raise RankwiseError(f"methods.{wildcards['method']}: it has no search")
         search, validation = self.study.search[method.search], self.study.validation[method.validation]
-        tokens = self._validation_tokens(validation)
-        reference = self._sizes(wildcards["model"]).hidden(tokens) if search.kl_weight else 0
+        tokens, length, dense = self._validation_tokens(validation), validation.length, self._sizes(wildcards["model"])
+        trial, reference = self._checkpoint(wildcards).forward(tokens, length), 0.0
+        if search.kl_weight:  # the dense model's logits are formed anew beside those of each trial
+            reference = dense.hidden(tokens)
+            trial += 2 * tokens * dense.head
         return self._sliced(
             wildcards["model"],
             method.covariance,
-            validation.length,
+            length,
             tokens,
-            search.evaluations + 1,
+            dense.forward(tokens, length, head=False) + search.evaluations * trial,
             copies=4 if search.kl_weight else 1,
             **{"dense hidden states": reference, "libraries": SEARCH_LIBRARIES},
         )
@@ -315,8 +348,12 @@ class Estimator:
     def _compress_model(self, wildcards: Wildcards) -> Need:
         method, dense = self.study.method(wildcards["method"]), self._sizes(wildcards["model"])
         calibration = self.study.calibration[method.calibration] if method.calibration else None
-        bases = dense.bases(SINGLE, self._full_bases(method.covariance)) if method.covariance else 0
-        return compression_need(method, dense, self._checkpoint(wildcards), calibration, bases)
+        bases, projections = 0, 0.0
+        if method.covariance:
+            bases = self._bases_file(dense, method.covariance)
+            if not self._stores_projections(method.covariance):
+                projections = dense.projections(self._full_bases(method.covariance))
+        return compression_need(method, dense, self._checkpoint(wildcards), calibration, bases, projections)
 
     def _post_train(self, wildcards: Wildcards) -> Need:
         tuning = self.study.tuning[wildcards["tuning"]]

@@ -141,6 +141,16 @@ class Sizes:
         """
         return width * sum(_basis_numbers(module.out_features, module.in_features, full) for module in self.block)
 
+    def bases_file(self, full: bool = False, projections: bool = False) -> int:
+        """`bases` on disk, in float32: projections only where weights and directions do not tell them."""
+        multiplied = sum(_directions(m.out_features, m.in_features, full) * m.in_features for m in self.block)
+        return self.bases(SINGLE, full) - (0 if projections else SINGLE * multiplied)
+
+    def projecting(self, full: bool = False) -> int:
+        """What lives at once while a projection is computed: weights and both factors, in float32."""
+        sizes = [(m.out_features, m.in_features, _directions(m.out_features, m.in_features, full)) for m in self.block]
+        return SINGLE * max(m * n * self.widened + k * (m + n) for m, n, k in sizes)
+
     def hidden(self, tokens: float) -> float:
         """Hidden states of T tokens, T d b."""
         return tokens * self.shape.hidden * self.number
@@ -201,18 +211,23 @@ class Sizes:
         return tokens * (2 * self.passed + attention + (2 * self.head if head else 0))
 
     def input_products(self, tokens: float) -> float:
-        """The sums x x' of the inputs of all blocks."""
+        """The sums x x' of the inputs of all blocks, of which little more than half is formed."""
         sites = family_for(self.shape).sites
         read = [module for module in self.block if sites[module.type.site] is module.type]
-        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * m.in_features**2 for m in read)
+        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * _packed(m.in_features) for m in read)
 
     def output_products(self, tokens: float) -> float:
-        """The sums g g' of the gradients at the outputs of all blocks' layers."""
-        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * m.out_features**2 for m in self.block)
+        """The sums g g' of the gradients at the outputs of all blocks' layers, likewise."""
+        return 2 * tokens * self.shape.layers * sum(self.share_of(m) * _packed(m.out_features) for m in self.block)
 
     def decompositions(self) -> float:
         """The bases of all linear layers: 9 n^3 an eigendecomposition, and the products around it."""
         return self.shape.layers * sum(_basis_work(module.out_features, module.in_features) for module in self.block)
+
+    def projections(self, full: bool = False) -> float:
+        """The projections of all linear layers, 2 k m n each."""
+        block = sum(2 * _directions(m.out_features, m.in_features, full) * m.parameters for m in self.block)
+        return float(self.shape.layers * block)
 
     def narrow_decompositions(self, neurons: int) -> float:
         """The same for the MLPs alone, with so many neurons a block."""
@@ -237,9 +252,9 @@ def either(**parts: float) -> dict[str, float]:
 
 
 def in_dtype(sizes: Sizes, operations: float, **other: float) -> Work:
-    """Operations in a model's own precision, and other work."""
+    """Operations in a model's own precision, and other work; a model in 32 bits has nothing made of parts."""
     if sizes.number == SINGLE:
-        return Work(single=operations + other.pop("single", 0), **other)
+        return Work(single=operations + other.pop("single", 0) + other.pop("parts", 0), **other)
     return Work(half=operations, **other)
 
 
@@ -258,8 +273,13 @@ def _matrices(m: int, n: int) -> int:
 
 
 def _basis_numbers(m: int, n: int, full: bool) -> int:
-    k = min(m, n) if full else largest_rank(m, n)
+    k = _directions(m, n, full)
     return k * (m + n) + m + k + min(m, n)
+
+
+def _directions(m: int, n: int, full: bool) -> int:
+    """k."""
+    return min(m, n) if full else largest_rank(m, n)
 
 
 def _basis_work(m: int, n: int) -> float:

@@ -124,9 +124,11 @@ class Mlps:
     def _pairs_of_all(self, layer: int, choice: Choice) -> dict[str, Replacement]:
         """The layers of a block that keeps all neurons; those that have a rank."""
         modules = self._structure.modules(layer, self._structure.mlp)
-        bases = self._task.required_bases()
+        bases, model = self._task.required_bases(), self._task.model
         return {
-            module.name: _in_single(bases.of(layer, module.type.name).factors(rank))
+            module.name: _in_single(
+                bases.of(layer, module.type.name, model.get_submodule(module.name).weight).factors(rank)
+            )
             for module, rank in zip(modules, choice.ranks, strict=True)
             if rank is not None
         }
@@ -184,7 +186,7 @@ class Mlps:
 
     def _losses_of_all(self, module: LinearModule) -> torch.Tensor:
         """What leaving out directions costs where all neurons stay."""
-        losses = self._task.required_bases().of(module.layer, module.type.name).losses
+        losses = self._task.required_bases().losses(module.layer, module.type.name)
         assert losses is not None  # the covariance of the preset names gradients
         return losses
 

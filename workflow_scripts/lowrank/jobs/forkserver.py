@@ -302,11 +302,7 @@ def _look_after(connection: socket.socket, files: list[int]) -> None:
     os.close(gate)
     for file in files:
         os.close(file)
-    try:
-        ended = os.pidfd_open(fork)
-    except OSError:
-        os.kill(fork, signal.SIGKILL)
-        raise
+    ended = os.pidfd_open(fork)  # or this process ends, and with it the gate
     with suppress(OSError):
         connection.sendall(f"{fork}\n".encode())
     with suppress(OSError):  # it was killed already

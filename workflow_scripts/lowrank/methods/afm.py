@@ -37,4 +37,6 @@ def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     from lowrank.search.uniform import uniform_layers
 
     layers = uniform_layers(task.budget, task.ratio, task.settings.uncompressed, task.settings.rounding)
-    return sliced_factors(task.required_bases(), task.budget, {module.name: rank for module, rank in layers})
+    return sliced_factors(
+        task.required_bases(), task.model, task.budget, {module.name: rank for module, rank in layers}
+    )

@@ -43,4 +43,4 @@ def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
 
     if task.allocation is None:
         raise RankwiseError("bolaco: no allocation was given; its preset needs `search` and `validation`")
-    return sliced_factors(task.required_bases(), task.budget, task.allocation)
+    return sliced_factors(task.required_bases(), task.model, task.budget, task.allocation)

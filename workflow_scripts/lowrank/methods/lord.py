@@ -63,4 +63,4 @@ def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     """Slice the bases at LoRD's ranks."""
     from lowrank.search.allocation import sliced_factors
 
-    return sliced_factors(task.required_bases(), task.budget, task.settings.ranks(task.budget, task.ratio))
+    return sliced_factors(task.required_bases(), task.model, task.budget, task.settings.ranks(task.budget, task.ratio))

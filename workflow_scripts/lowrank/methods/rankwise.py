@@ -168,7 +168,7 @@ def compress(task: CompressionTask) -> Replacements:
     log.info(
         "predicted rise of the loss: %.4f nats per token (%s; expect more of other text)", allocation.loss, MEANING
     )
-    factors = sliced_factors(bases, task.budget, allocation.ranks)
+    factors = sliced_factors(bases, task.model, task.budget, allocation.ranks)
     if mlps is None:
         return factors
     _tell(task, mlps.chosen(allocation.picked))

@@ -45,7 +45,12 @@ _GGUF_KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "vocab_size": "vocab_size",
 }
-_GGUF_HEAD_DIM = {"llama": "rope.dimension_count", "mistral": "rope.dimension_count", "qwen3": "attention.key_length"}
+_GGUF_HEAD_DIM = {
+    **dict.fromkeys(("llama", "mistral"), "rope.dimension_count"),
+    **dict.fromkeys(("qwen3", "gemma3_text"), "attention.key_length"),
+}
+_GGUF_FAMILY = {"gemma3": "gemma3_text"}
+"""Architectures of llama.cpp that transformers gives another name."""
 
 
 def shape_numbers(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +176,8 @@ def _gguf_config(file: Path, changed: int, size: int) -> dict[str, Any]:
         raise RankwiseError(f"{file}: truncated, or no GGUF file ({error}).") from error
     architecture = fields.get("general.architecture")
     # llama.cpp calls Mistral's architecture by that of Llama; transformers goes by the model's name.
-    family = "mistral" if architecture == "llama" and fields.get("general.name") == "mistral" else architecture
+    by_name = architecture == "llama" and fields.get("general.name") == "mistral"
+    family = "mistral" if by_name else _GGUF_FAMILY.get(str(architecture), architecture)
     keys = _GGUF_KEYS | ({_GGUF_HEAD_DIM[family]: "head_dim"} if family in _GGUF_HEAD_DIM else {})
     found = {name: fields[f"{architecture}.{key}"] for key, name in keys.items() if f"{architecture}.{key}" in fields}
     vocabulary = {"vocab_size": len(tokens.data)} if tokens else {}

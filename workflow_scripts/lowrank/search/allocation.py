@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from lowrank.bases.principal import Bases
 from lowrank.errors import RankwiseError
@@ -25,13 +26,21 @@ def lord_point(space: SearchSpace) -> np.ndarray:
     return np.array([by_variable[name.split("/")[0]] for name in space.names])
 
 
-def sliced_factors(bases: Bases, budget: Budget, ranks: Ranks) -> Deferred[LowRankFactors]:
-    """The factors of every layer that an allocation does not leave dense, sliced when they are asked for."""
+def sliced_factors(bases: Bases, model: PreTrainedModel, budget: Budget, ranks: Ranks) -> Deferred[LowRankFactors]:
+    """The factors of every layer that an allocation does not leave dense, sliced when they are asked for.
+
+    Args:
+        bases: of the model.
+        model: in which a layer is dense as long as its factors may be asked for.
+        budget: of the model.
+        ranks: of the allocation.
+    """
     modules = {module.name: module for module in budget.modules if ranks.get(module.name) is not None}
 
     def sliced(name: str) -> LowRankFactors:
         rank = ranks[name]
         assert rank is not None
-        return bases.of(modules[name].layer, modules[name].type.key).factors(rank)
+        weight = model.get_submodule(name).weight
+        return bases.of(modules[name].layer, modules[name].type.key, weight).factors(rank)
 
     return Deferred(modules, sliced)

@@ -33,7 +33,7 @@ def predicted_losses(bases: Bases, budget: Budget) -> dict[str, npt.NDArray[np.f
     """
     losses = {}
     for module in budget.free(()):
-        predicted = bases.of(module.layer, module.type.key).losses
+        predicted = bases.losses(module.layer, module.type.key)
         if predicted is None:
             raise RankwiseError(
                 f"{module.name}: its basis says nothing of the loss. The method's preset of `covariance` must name "

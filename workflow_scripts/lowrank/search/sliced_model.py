@@ -93,7 +93,9 @@ class SlicedModel:
         self.layers: dict[str, SlicedLinear] = {}
         for module in budget.free(()):  # those of experts that are left dense have no basis
             parent, _, child = module.name.rpartition(".")
-            layer = SlicedLinear(model.get_submodule(module.name), bases.of(module.layer, module.type.key), module.name)
+            dense: nn.Linear = model.get_submodule(module.name)
+            basis = bases.of(module.layer, module.type.key, dense.weight)
+            layer = SlicedLinear(dense, basis, module.name)
             setattr(model.get_submodule(parent), child, layer)
             self.layers[module.name] = layer
 

@@ -71,7 +71,7 @@ def choose_truncations(
     chosen, found = set(in_turn[:matrices]), []
     for module in budget.modules:
         if module.name in chosen:
-            losses = bases.of(module.layer, module.type.key).losses
+            losses = bases.losses(module.layer, module.type.key)
             if losses is None:
                 raise RankwiseError(f"{module.name}: its basis predicts no loss; its `covariance` needs `gradients`")
             for rank in _ranks(min(module.out_features, module.in_features), kept):
