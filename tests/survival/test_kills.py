@@ -90,7 +90,8 @@ def test_damage_is_told_and_mended(undisturbed: tuple[Path, float], warm: Warm) 
     failed = warm.run(again, small.environment())
     said = failed.stdout + failed.stderr
     assert failed.returncode == 1
-    assert "layer_001.safetensors: damaged or replaced: not the file that results/small/bases" in said
+    assert "layer_001.safetensors: damaged or replaced: not the file that " in said
+    assert f"{bases.relative_to(folder).with_name('manifest.json')} describes. " in said
     assert "Delete the folder results/small/bases/tiny/c/pooled/layers and run the workflow again." in said
     assert "Traceback" not in said
     shutil.rmtree(bases)

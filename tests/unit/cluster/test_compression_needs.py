@@ -38,13 +38,12 @@ def test_every_kind_of_method_is_estimated() -> None:
     from lowrank.methods import method_modules
 
     study = study_of(LLAMA_7B)
-    estimator = Estimator(study)
     for kind, module in method_modules().items():
         names = {"calibration": "c4", "covariance": "pooled", "validation": "top", "search": "bo"}
         fields = module.Settings.model_fields
         needed = {name: value for name, value in names.items() if name in fields and fields[name].is_required()}
         study.methods["one"] = module.Settings(kind=kind, **needed)
-        need = estimator.need("compress_model", BOLACO | {"method": "one"})
+        need = Estimator(study).need("compress_model", BOLACO | {"method": "one"})
         assert need.host_bytes(0) > 13e9, kind
         assert need.gpu == computes_on_device(study.methods["one"]), kind
 
