@@ -35,6 +35,11 @@ from lowrank.progress.words import WITHOUT_A_WORD, duration, named
 
 TARGETS = ("all", "data", "checkpoints", "total")
 """What Snakemake counts beside jobs."""
+ANSWERS = (
+    *("dryrun", "summary", "detailed_summary", "list_rules", "list_target_rules", "list_changes", "list_untracked"),
+    *("dag", "rulegraph", "filegraph", "d3dag", "lint", "print_compilation", "unlock"),
+)
+"""Options by which Snakemake runs no job and prints an answer."""
 LINES = 10
 """Printed in the course of a run where there is no terminal, for the steps that are done."""
 SILENT = 120.0
@@ -171,17 +176,23 @@ def live(watch: Watch, console: Console) -> contextlib.AbstractContextManager[ob
     )
 
 
-def log_file(arguments: Sequence[str]) -> Path:
+def log_file(directory: str | None) -> Path:
     """Where the output goes: beside the logs that Snakemake writes by itself."""
-    options, _ = snakemake.cli.get_argument_parser().parse_known_args(list(arguments))
-    folder = Path(options.directory or ".").absolute() / ".snakemake/log"
+    folder = Path(directory or ".").absolute() / ".snakemake/log"
     return folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}.{os.getpid()}.rankwise.log"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run Snakemake; returns its exit code."""
-    log = log_file(arguments)
+    options, _ = snakemake.cli.get_argument_parser().parse_known_args(list(arguments))
     sys.argv = ["snakemake", *arguments]  # the rules look targets up in it
+    if any(getattr(options, name) not in (None, False) for name in ANSWERS):
+        snakemake.cli.main(list(arguments))  # ends this process
+    return run_with_progress(arguments, log_file(options.directory))
+
+
+def run_with_progress(arguments: Sequence[str], log: Path) -> int:
+    """Run Snakemake, with all that it says in a log file; returns its exit code."""
     with output_to(log) as console:
         console.print(f"log: {log}", soft_wrap=True)
         watch = Watch(console)

@@ -62,6 +62,23 @@ def test_a_run_is_few_lines_and_all_else_is_in_the_log(tmp_path: Path) -> None:
     assert (code, shown.splitlines()[1:]) == (0, ["nothing to be done"])
 
 
+@pytest.mark.parametrize(
+    ("option", "answer"),
+    [
+        ("--dry-run", "This was a dry-run"),
+        ("--list-rules", "second"),
+        ("--summary", "results/x/b"),
+        ("--dag", "digraph"),
+    ],
+)
+def test_what_only_answers_is_shown(option: str, answer: str, tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(RULES.format(first="touch {output}"))
+    done = subprocess.run(command(tmp_path, "--cores", "1", option), capture_output=True, text=True, check=True)
+    assert answer in done.stdout + done.stderr
+    assert "nothing to be done" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_on_a_terminal_there_is_one_line_and_nothing_of_snakemake(tmp_path: Path) -> None:
     (tmp_path / "Snakefile").write_text(RULES.format(first="sleep 3; touch {output}"))
     ours, theirs = pty.openpty()
