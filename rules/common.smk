@@ -221,8 +221,9 @@ def processes_of(rule, wildcards):
 
 def memory_of(rule, wildcards, attempt):
     """What a job asks of a node's main memory, in MB."""
-    node = of_node(rule, gpus(rule, wildcards)), processes_of(rule, wildcards)
-    return memory_request(ESTIMATOR.need(rule, wildcards), node[0], attempt, SITE.max_mem_mb, node[1])
+    need, node = ESTIMATOR.need(rule, wildcards), (of_node(rule, gpus(rule, wildcards)), processes_of(rule, wildcards))
+    checked(SITE.check_memory, rule, need, *node)
+    return memory_request(need, node[0], attempt, SITE.max_mem_mb, node[1])
 
 
 def computing(rule, wildcards):

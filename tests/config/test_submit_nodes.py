@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank.cluster.needs import memory_request
+from lowrank.cluster.dealing import Dealing
+from lowrank.cluster.needs import GIB, memory_request
 from lowrank.cluster.resources import Estimator
 from lowrank.config.load import load_study
-from tests.config.test_submit import jobs_of, plan_small, small_study
+from tests.config.test_submit import jobs_of, plan, plan_small, small_study
 from tests.config.wrong import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,45 @@ def test_processes_on_processors_ask_for_the_memory_of_all(tmp_path: Path) -> No
             assert job["resources"]["mem_mb"] == memory_request(need, 0, processes=processes)
             assert memory_request(need, 0, processes=2) > memory_request(need, 0)
     assert {alone, several} <= {job["rule"] for job in planned}
+
+
+LARGE = ("all", "--profile", "slurm", "--configfile", "config/large.yaml", "--default-resources")
+NODES = ("gpus_per_job=auto", "gpu_memory=80", "gpus_per_node=8")
+
+
+def test_by_auto_every_job_of_a_large_model_gets_the_gpus_that_hold_it(tmp_path: Path) -> None:
+    """Through Snakemake and the plugin what the plan says (`test_plan` holds the page to that)."""
+    study, dealing = load_study(REPOSITORY / "config/large.yaml"), Dealing(None, 80 * GIB, 8)
+    estimator, seen = Estimator(study, dealing.memory), dict[str, int]()
+    for job, _ in jobs_of(plan(tmp_path, *LARGE, *NODES)):
+        if job["local"]:
+            continue
+        given = dealing.given(job["rule"], estimator.need(job["rule"], job["wildcards"])).gpus
+        assert job["resources"].get("gpu", 0) == given, job
+        assert (f" --gpus={given}" in job["line"]) == bool(given), job
+        seen[job["rule"]] = max(given, seen.get(job["rule"], 0))
+    assert (seen["post_train"], seen["evaluate_perplexity"], seen["compute_bases"]) == (8, 2, 1)
+    assert seen["sample_calibration"] == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [
+        (("gpus_per_job=auto", "gpu_memory=24", "gpus_per_node=4"), r"\w+ needs \d+ GiB on a GPU \(.*\(`gpu_memory`\)"),
+        (
+            (*NODES, "max_mem_mb=150000"),
+            r"\w+ needs \d+ GiB of main memory \(.*\(`max_mem_mb`\)\. Take nodes with more",
+        ),
+    ],
+)
+def test_what_fits_nowhere_is_refused_before_anything_is_submitted(
+    nodes: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    refused = plan(tmp_path, *LARGE, *nodes)
+    assert refused.returncode == 1
+    assert "JOBS" not in refused.stdout
+    assert re.search(says, refused.stderr + refused.stdout)
+    assert "Traceback" not in refused.stderr
 
 
 def test_several_gpus_go_to_those_who_share_and_nodes_to_post_training(tmp_path: Path) -> None:

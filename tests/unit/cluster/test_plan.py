@@ -305,6 +305,16 @@ def test_what_no_gpu_holds_is_marked_and_says_what_helps(tmp_path: Path) -> None
     assert "! smollm2" not in run(path, "--gpus-per-job", "0").stdout
 
 
+def test_nodes_with_too_little_main_memory_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path, **LARGE)
+    found = " ".join(run(path, "--node-memory", "100").stdout.split())
+    assert re.search(
+        r"! smollm2-135m: evaluate_perplexity needs 1\d\d GiB of main memory \(.*100 \(`--node-memory`\)", found
+    )
+    assert "! smollm2-135m: compute_bases" not in found
+    assert "--node-memory" not in run(path, "--node-memory", "1000").stdout
+
+
 def test_by_itself_it_gives_each_rule_the_gpus_that_hold_the_model(tmp_path: Path) -> None:
     shown = run(write(tmp_path, **LARGE)).stdout
     gpus = {

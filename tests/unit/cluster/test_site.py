@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowrank.cluster.dealing import Dealing
-from lowrank.cluster.needs import GIB
+from lowrank.cluster.needs import GIB, Need
 from lowrank.cluster.site import Site, check_rules, site_of, whole_number
 from lowrank.errors import RankwiseError
 
@@ -22,6 +22,21 @@ def test_what_a_profile_may_say() -> None:
     assert site_of(defaults | limits, "8") == Site(4, "a100_80.sxm", 180000, 1440, 8)
     assert site_of({"jobs_per_gpu": "2"}, None) == Site(jobs_per_gpu=2)
     assert site_of({}, None) == Site()
+
+
+def test_what_no_node_holds_is_refused() -> None:
+    need = Need(gpu=True, device={"weights": 30 * GIB}, host={"program": 0, "bases": 20 * GIB}, loading=30 * GIB)
+    held = need.host_bytes(1)
+    for site in (Site(), Site(max_mem_mb=int(held / 1e6) + 1)):
+        site.check_memory("compress_model", need, 1, 1)
+    with pytest.raises(RankwiseError) as refused:
+        Site(max_mem_mb=int(held / 1e6)).check_memory("compress_model", need, 1, 1)
+    assert str(refused.value).startswith(
+        "compress_model needs 33 GiB of main memory (weights on their way to a GPU: 30 "
+    )
+    assert str(refused.value).endswith("and a node has 33 (`max_mem_mb`). Take nodes with more memory.")
+    with pytest.raises(RankwiseError, match=r"in 2 processes \(weights: 30 GiB.*fewer GPUs or processes a node"):
+        Site(max_mem_mb=90_000).check_memory("collect_statistics", need, 0, 2)
 
 
 def test_every_wrong_value_is_named() -> None:

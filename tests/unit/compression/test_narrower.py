@@ -15,7 +15,7 @@ from lowrank.compression.narrower import Mlps
 from lowrank.config.presets import Covariance
 from lowrank.methods import rankwise
 from lowrank.model.factors import LowRankFactors
-from lowrank.model.replacements import SmallerLinear
+from lowrank.model.replacements import Deferred, SmallerLinear
 from lowrank.ranks.budget import Budget
 from tests import tiny
 from tests.unit.methods.rankwise_samples import bases_of, eliminations_of
@@ -103,7 +103,9 @@ def test_what_waits_is_as_small_as_what_is_written() -> None:
     dtypes = set()
     for index in range(max(len(group.losses) for group in groups.values())):
         picked = {name: min(index, len(group.losses) - 1) for name, group in groups.items()}
-        for layer in mlps.replacements(picked).values():
+        made = mlps.replacements(picked)
+        assert isinstance(made, Deferred)
+        for layer in made.values():
             assert isinstance(layer, SmallerLinear | LowRankFactors)
             weight = layer.weight if isinstance(layer, SmallerLinear) else layer.up
             dtypes.add((type(layer), weight.dtype))

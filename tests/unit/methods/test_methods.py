@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from lowrank.bases.principal import Bases
+from lowrank.cluster.compression_needs import ALL_AT_ONCE
 from lowrank.compression.compress import compress_model
 from lowrank.config.sources import ModelShape
 from lowrank.errors import RankwiseError
+from lowrank.jobs.state import Parts
+from lowrank.methods import method_modules
+from lowrank.model.checkpoint import replace_modules
 from lowrank.model.parameters import count_parameters
+from lowrank.model.replacements import Deferred, Replacements
 from lowrank.ranks.budget import Budget, Ranks
 from lowrank.ranks.by_type import lord_ranks, uniform_ranks
 from tests import tiny
@@ -94,3 +99,29 @@ def test_a_method_without_what_it_reads_says_so() -> None:
         compressed("lord", "llama", calibration="c", covariance="v")
     with pytest.raises(RankwiseError, match="no allocation was given"):
         compressed("bolaco", "llama", **NAMES)
+
+
+OF_TWO_BLOCKS: dict[str, dict[str, Any]] = {
+    "asvd": {"allocation": "uniform"},
+    "llm-pruner": {"skip_first": 0, "skip_last": 0, "sequences": 4, "length": 32},
+    "svd-llm": {"update": True},
+    "llrc": {"steps": 400, "batch_size": 4, "learning_rate": 0.1, "growth": 0.05},
+}
+
+
+@pytest.mark.parametrize("method", sorted(set(method_modules()) - {"bolaco", "dense", "lord", "rankwise"}))
+def test_new_layers_are_there_as_the_plan_says(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, but for the methods that it names; of those left out, bases decide or another test tells."""
+    seen = []
+
+    def replaced(model: torch.nn.Module, replacements: Replacements) -> dict[str, int]:
+        seen.append(replacements)
+        return replace_modules(model, replacements)
+
+    monkeypatch.setattr("lowrank.compression.compress.replace_modules", replaced)
+    options, parts = OF_TWO_BLOCKS.get(method, {}), Parts(tmp_path)
+    gradients = factor_samples.output_gradients("llama-gqa")
+    factor_samples.compressed(method, "llama-gqa", 25, gradients=gradients, finished_parts=parts, **options)
+    (replacements,) = seen
+    assert len(replacements) > tiny.LAYERS
+    assert isinstance(replacements, Deferred) == (method not in ALL_AT_ONCE)

@@ -60,6 +60,29 @@ def test_deferred_replacements_are_a_mapping() -> None:
         deferred["c"]
 
 
+def test_groups_are_made_once_each_and_only_the_last_is_held() -> None:
+    live: list[weakref.ref[Any]] = []
+    asked, most = [], [0]
+
+    def made(layer: int) -> dict[str, LowRankFactors]:
+        asked.append(layer)
+        found = {name: pair(name) for name, module in MODULES.items() if module.layer == layer}
+        live.extend(weakref.ref(each.up) for each in found.values())
+        most[0] = max(most[0], sum(ref() is not None for ref in live))
+        return found
+
+    layers = sorted({module.layer for module in MODULES.values()})
+    groups = [(layer, [name for name, module in MODULES.items() if module.layer == layer]) for layer in layers]
+    one, all_at_once = tiny.model("llama"), tiny.model("llama")
+    ranks = replace_modules(one, Deferred.of_groups(groups, made))
+    assert ranks == replace_modules(all_at_once, {name: pair(name) for name in MODULES})
+    assert asked == layers
+    assert len(layers) > 1
+    assert most[0] <= 2 * len(MODULES) // len(layers)
+    for (name, ours), (_, theirs) in zip(one.named_parameters(), all_at_once.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def test_large_checkpoints_are_written_in_parts_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "LARGEST_FILE", "100KB")
     model = tiny.model("llama")

@@ -29,11 +29,11 @@ ON_PROCESSORS = ("dense", "flap")
 TAKE_GRADIENTS = ("fwsvd", "llm-pruner", "obd-llm", "zs-svd")
 """Kinds of methods that take loss gradients of weights, if they read calibration windows."""
 
-STORE_AS_WRITTEN = ("modegpt", "slicegpt")
-"""Kinds of methods whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
+ALL_AT_ONCE = ("llrc", "slicegpt", "zs-svd")
+"""Kinds of methods that have all new layers before one takes its place; others make a layer or a block each time."""
 
-MADE_IN_PLACE = ("asvd", "flap", "llm-pruner", "svd", "svd-llm")
-"""Kinds of methods whose new layers are made one at a time, in the place of the old ones, unless they are updated."""
+STORE_AS_WRITTEN = ("slicegpt",)
+"""Those whose new layers wait in the model's dtype; factors of the others do in float64, not yet cut."""
 
 TRAIN_MASKS = ("llrc",)
 """Kinds of methods that train masks over all directions of all matrices."""
@@ -148,7 +148,8 @@ def _with_neurons(sliced: Need, method: MethodSettings, dense: Sizes) -> Need:
     shape = dense.shape
     pairs = dense.narrow_decompositions(shape.intermediate) if method.eliminates != ANY_MULTIPLE else 0
     read = dense.statistics(0) + dense.output_moments(SINGLE)
-    host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "narrower weights": dense.weights}
+    narrower = SINGLE * dense.linears / shape.layers
+    host = {"a block's statistics": read + 2 * dense.moments(DOUBLE), "a block's narrower weights": narrower}
     return replace(
         sliced,
         gpu=True,
@@ -187,14 +188,16 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
     if method.kind in INVERT_NEURONS:  # the moment, what damps it, its root and its inverse, with room for each
         device["a decomposition"] = max(device["a decomposition"], 7 * DOUBLE * dense.shape.intermediate**2)
     host = {"program": PROGRAM, "weights": dense.weights}
-    in_place = method.kind in MADE_IN_PLACE and not getattr(method, "update", False)
-    as_written = method.kind in STORE_AS_WRITTEN
-    if not in_place:
+    in_place, as_written = method.kind not in ALL_AT_ONCE, method.kind in STORE_AS_WRITTEN
+    blocks_together = getattr(method, "blocks_together", 1)
+    if in_place:
+        host |= {"a block's new layers": DOUBLE * dense.linears / dense.shape.layers * blocks_together}
+    else:
         host |= {"new weights": sizes.weights} if as_written else {"factors": DOUBLE * dense.linears}
     work = Work(disk=dense.weights + 2 * sizes.weights, seconds=120)
     work = plus(work, double=method.decompositions * dense.decompositions() if on_device else 0)
     if "statistics" in method.needs:
-        host["a block's statistics"] = 2 * dense.moments(DOUBLE) * getattr(method, "blocks_together", 1)
+        host["a block's statistics"] = 2 * dense.moments(DOUBLE) * blocks_together
         work = plus(work, disk=dense.shape.layers * dense.statistics_file(0))
     if "gradients" in method.needs:
         host["a block's gradients"] = dense.output_moments(SINGLE)

@@ -100,3 +100,28 @@ class Dealing:
             return f"{told}. {enough} hold it: say `gpus_per_job: {AUTO}`, or set the rule's `gpu: {enough}`."
         node = f"a node has {self.most} (`gpus_per_node`). Take larger nodes."
         return f"{told}; {enough} would hold it, and {node} {otherwise}"
+
+
+def require_memory(rule: str, need: Need, gpus: int, processes: int, memory: float, name: str) -> None:
+    """See that a node has the main memory of a job.
+
+    Args:
+        rule: of the job.
+        need: what it needs.
+        gpus, processes: of one node, as in `Need.host_bytes`.
+        memory: bytes of a node.
+        name: what says how many there are, for errors.
+
+    Raises:
+        RankwiseError: it needs more; with both numbers and what takes most.
+    """
+    needed = need.host_bytes(gpus, processes)
+    if needed <= memory:
+        return
+    part, size = need.largest_in_main_memory(gpus)
+    several = f", in {processes} processes" if processes > 1 else ""
+    fewer = "Give it fewer GPUs or processes a node, or take" if processes > 1 else "Take"
+    raise RankwiseError(
+        f"{rule} needs {needed / GIB:.0f} GiB of main memory{several} ({part}: {size / GIB:.0f} GiB), and a node has "
+        f"{memory / GIB:.0f} (`{name}`). {fewer} nodes with more memory."
+    )

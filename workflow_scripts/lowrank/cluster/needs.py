@@ -155,6 +155,13 @@ class Need:
         parts = self.device if gpus and self.device else {**self.host, **self.together, **self.device}
         return max(parts.items(), key=lambda part: part[1])
 
+    def largest_in_main_memory(self, gpus: int) -> tuple[str, float]:
+        """The largest part of `host_bytes` and its bytes."""
+        there = {} if gpus else self.device
+        passing = {"weights on their way to a GPU": self.loading, "what comes back from a GPU": self.returning}
+        parts = {**self.host, **self.together, **there, **(passing if gpus else {})}
+        return max(parts.items(), key=lambda part: part[1])
+
     def seconds(self, gpus: int, threads: int) -> float:
         """Expected time on so many GPUs that compute at the same time."""
         return GPU.seconds(self.work, gpus) if gpus else THREAD.seconds(self.work, threads)
@@ -174,12 +181,12 @@ def memory_request(
 ) -> int:
     """MB to ask for: a quarter and 1 GiB (Snakemake's own processes) on top, half as much again at each further try.
 
-    Further tries ask for no more than `most`, the first one for what it needs whatever the site has. GPUs and
+    No more than `most`, for which a job that needs more than that is refused (`dealing.require_memory`). GPUs and
     processes are those of one machine.
     """
     needed = 1.25 * need.host_bytes(gpus, processes) + GIB
-    wanted = [500 * math.ceil(needed * grown / 1e6 / 500) for grown in _growth(attempt)]
-    return wanted[-1] if most is None else max(wanted[0], min(wanted[-1], most))
+    wanted = 500 * math.ceil(needed * (1 + 0.5 * (attempt - 1)) / 1e6 / 500)
+    return wanted if most is None else min(wanted, most)
 
 
 def runtime_request(need: Need, gpus: int, threads: int, attempt: int = 1, most: int | None = None) -> int:
@@ -190,8 +197,3 @@ def runtime_request(need: Need, gpus: int, threads: int, attempt: int = 1, most:
     minutes = 30 + 3 * need.seconds(gpus, threads) / 60
     wanted = 10 * math.ceil(attempt * minutes / 10)
     return wanted if most is None else min(wanted, most)
-
-
-def _growth(attempt: int) -> tuple[float, float]:
-    """Of the first try and of this one."""
-    return 1.0, 1 + 0.5 * (attempt - 1)

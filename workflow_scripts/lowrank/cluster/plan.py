@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from lowrank.cluster.dealing import AUTO, Dealing, Given
+from lowrank.cluster.dealing import AUTO, Dealing, Given, require_memory
 from lowrank.cluster.needs import GIB, Need
 from lowrank.cluster.planned_jobs import Job, Jobs, planned_jobs
 from lowrank.cluster.resources import LAYERS_PER_PASS, Estimator
@@ -52,6 +52,7 @@ class Entry:
         cpu_hours: of those that do not.
         largest: what takes most of the memory of the largest job (of the GPU's, if it has one).
         unfit: why a job of them cannot run on the site's GPUs; empty if all can.
+        crowded: why the site's nodes have too little main memory for one; empty if they do not.
     """
 
     rule: str
@@ -67,6 +68,7 @@ class Entry:
     cpu_hours: float
     largest: str
     unfit: str
+    crowded: str
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Dealt:
-    """A job's need and what it gets; `unfit` says why it cannot have what it needs."""
+    """A job's need and what it gets; `unfit` and `crowded` say why it cannot have what it needs."""
 
     need: Need
     given: Given
     unfit: str = ""
+    crowded: str = ""
 
     @property
     def hours(self) -> float:
@@ -129,12 +132,13 @@ class Dealt:
         return self.need.host_bytes(self.given.gpus, self.given.processes)
 
 
-def make_plan(study: Study, dealing: Dealing = ONE, **held: int) -> Plan:
+def make_plan(study: Study, dealing: Dealing = ONE, node_memory: float | None = None, **held: int) -> Plan:
     """Estimate all jobs of a study.
 
     Args:
         study: the config.
         dealing: the GPUs that the site hands out.
+        node_memory: bytes of main memory of its largest node; None: not said, so that nothing is too much.
         held: blocks a pass of the rules that work layer by layer, as in `Estimator`.
     """
     estimator, jobs, layout = Estimator(study, dealing.memory, **held), planned_jobs(study), Layout(study)
@@ -143,7 +147,7 @@ def make_plan(study: Study, dealing: Dealing = ONE, **held: int) -> Plan:
     passing = [job for job in jobs if folders[job] in layout.given_up]
     given_up = sorted((needs[job].disk for job in passing), reverse=True)
     needs |= {job: replace(needs[job], disk=0) for job in passing}
-    dealt = {job: _dealt(dealing, job.rule, need) for job, need in needs.items()}
+    dealt = {job: _dealt(dealing, job.rule, need, node_memory) for job, need in needs.items()}
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.rule, _model_of(study, job)), []).append(job)
@@ -174,12 +178,18 @@ def _model_of(study: Study, job: Job) -> str:
     return wildcards.get("model", ELSEWHERE)
 
 
-def _dealt(dealing: Dealing, rule: str, need: Need) -> Dealt:
+def _dealt(dealing: Dealing, rule: str, need: Need, node_memory: float | None) -> Dealt:
     """What a job gets, or why it cannot."""
     try:
-        return Dealt(need, dealing.given(rule, need))
+        dealt = Dealt(need, dealing.given(rule, need))
     except RankwiseError as error:
-        return Dealt(need, Given(1), str(error))
+        dealt = Dealt(need, Given(1), str(error))
+    try:
+        if node_memory is not None:
+            require_memory(rule, need, dealt.given.gpus, dealt.given.processes, node_memory, "--node-memory")
+    except RankwiseError as error:
+        return replace(dealt, crowded=str(error))
+    return dealt
 
 
 def _entry(key: tuple[str, str], mine: list[Dealt]) -> Entry:
@@ -198,6 +208,7 @@ def _entry(key: tuple[str, str], mine: list[Dealt]) -> Entry:
         cpu_hours=sum(one.hours for one in mine if not one.given.gpus),
         largest=f"{part} {_gib(size)}",
         unfit=next((one.unfit for one in mine if one.unfit), ""),
+        crowded=next((one.crowded for one in mine if one.crowded), ""),
     )
 
 
@@ -230,6 +241,10 @@ def _hours(hours: float) -> str:
     return "-" if hours == 0 else f"{hours:.1f}" if hours < 100 else f"{hours:,.0f}"
 
 
+def _marked(size: str, wrong: str) -> str:
+    return f"[bold red]{size} ![/]" if wrong else size
+
+
 def as_table(plan: Plan, title: str) -> Table:
     """The plan, one line a rule and model; jobs that write texts and tables only are one line."""
     table = Table(title=title, title_justify="left", show_footer=True)
@@ -255,8 +270,8 @@ def as_table(plan: Plan, title: str) -> Table:
             entry.model,
             str(entry.jobs),
             str(entry.gpus or "-"),
-            f"[bold red]{_gib(entry.gpu)} ![/]" if entry.unfit else _gib(entry.gpu),
-            _gib(entry.host),
+            _marked(_gib(entry.gpu), entry.unfit),
+            _marked(_gib(entry.host), entry.crowded),
             _gib(entry.disk) + (f" (+{_gib(entry.scratch)})" if entry.scratch >= 0.05 * GIB else ""),
             _hours(entry.gpu_hours if on_gpus else entry.cpu_hours),
             entry.largest,
@@ -292,8 +307,9 @@ def remarks(plan: Plan) -> Iterable[str]:
     spread = sorted({entry.rule for entry in plan.entries if entry.over > 1})
     if spread:
         yield f"One process has its model on several GPUs in {', '.join(spread)}: one of them computes at a time."
-    for unfit in dict.fromkeys(f"{entry.model}: {entry.unfit}" for entry in plan.entries if entry.unfit):
-        yield f"! {unfit}"
+    reasons = [(entry.model, reason) for entry in plan.entries for reason in (entry.unfit, entry.crowded) if reason]
+    for model, reason in dict.fromkeys(reasons):
+        yield f"! {model}: {reason}"
     if plan.gpu_hours:
         speed = "for an A100; for a machine without GPUs: make plan CONFIG=... GPUS=0, or --gpus-per-job 0"
     else:
@@ -328,6 +344,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--gpus-per-node", type=int, default=8, metavar="N", help="what one job can have at most; 8 if left out"
     )
+    parser.add_argument("--node-memory", type=float, metavar="GIB", help="main memory of the largest node")
     parser.add_argument(
         "--layers-per-pass", type=int, metavar="N", help="of the collect_* rules; without it, those of the rules"
     )
@@ -338,7 +355,8 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     held = dict.fromkeys(LAYERS_PER_PASS, options.layers_per_pass) if options.layers_per_pass else {}
-    plan = make_plan(study, Dealing(options.gpus_per_job, options.gpu_memory * GIB, options.gpus_per_node), **held)
+    dealing = Dealing(options.gpus_per_job, options.gpu_memory * GIB, options.gpus_per_node)
+    plan = make_plan(study, dealing, options.node_memory and options.node_memory * GIB, **held)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(as_table(plan, f"Plan of {options.config}, run '{study.run}'"))
     for line in remarks(plan):

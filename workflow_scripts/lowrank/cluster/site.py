@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lowrank.cluster.dealing import AUTO, Dealing
-from lowrank.cluster.needs import GIB
+from lowrank.cluster.dealing import AUTO, Dealing, require_memory
+from lowrank.cluster.needs import GIB, Need
 from lowrank.config.study import suggestion
 from lowrank.errors import RankwiseError
 from lowrank.jobs.crew import LAUNCHERS
@@ -34,7 +34,7 @@ class Site:
         gpu_memory: of one GPU, GiB.
         gpus_per_node: what one job can have at most, by `AUTO`.
         gpu_type: as the cluster calls it.
-        max_mem_mb, max_runtime: what no further try asks more than: MB, minutes.
+        max_mem_mb, max_runtime: what no try asks more than: MB of a node, minutes.
         in_flight: GPUs that all jobs together may hold.
         jobs_per_gpu: jobs that may hold one GPU of the head's own machine at the same time.
     """
@@ -53,6 +53,15 @@ class Site:
         """How many GPUs each job gets; none where the profile says nothing."""
         each = None if self.gpus_per_job == "auto" else self.gpus_per_job or 0
         return Dealing(each, None if self.gpu_memory is None else self.gpu_memory * GIB, self.gpus_per_node or 1)
+
+    def check_memory(self, rule: str, need: Need, gpus: int, processes: int) -> None:
+        """See that a node holds a job, if the profile says how much memory the largest has.
+
+        Raises:
+            RankwiseError: see `require_memory`.
+        """
+        if self.max_mem_mb is not None:
+            require_memory(rule, need, gpus, processes, self.max_mem_mb * 1e6, "max_mem_mb")
 
     def check_gpus(self, rule: str, gpus: int) -> int:
         """The GPUs of a job of a rule, if all in flight are as many: Snakemake would cut them without a word.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -16,11 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.calibration.gram import add_gram
+from lowrank.errors import RankwiseError
 from lowrank.jobs.state import Parts
 from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors, pairs_of, tensors_of
 from lowrank.model.families import LinearModule
 from lowrank.model.partial_forward import block_input, exchanged, input_of, output_of
+from lowrank.model.replacements import Deferred
 from lowrank.ranks.budget import Budget
 
 log = logging.getLogger(__name__)
@@ -82,8 +85,8 @@ def factors_in_order(
     target: Literal["dense", "inputs"],
     refine: Refine | None = None,
     parts: Parts | None = None,
-) -> dict[str, LowRankFactors]:
-    """Make the pairs of some layers.
+) -> Mapping[str, LowRankFactors]:
+    """Make the pairs of some layers; where they are kept in files, they are read again when they are asked for.
 
     Args:
         model: the dense model; changed, and changed back.
@@ -101,6 +104,7 @@ def factors_in_order(
     """
     batches = list(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
     made: dict[str, LowRankFactors] = {}
+    changed_in: dict[int, list[str]] = {}
     last = budget.dimensions.layers - 1
     with torch.no_grad():
         dense = [block_input(model, ids.to(device)).cpu() for ids in batches]
@@ -126,9 +130,21 @@ def factors_in_order(
             if layer < last:
                 with exchanged(model, _running(model, pairs)):
                     compressed = _outputs(model, layer, batches, compressed, device)
-            made |= pairs
+            changed_in[layer] = list(pairs)
+            if parts is None:
+                made |= pairs
             log.info("made block %d of %d on the inputs of the compressed model", layer + 1, last + 1)
-    return made
+    if parts is None:
+        return made
+    return Deferred.of_groups(changed_in.items(), partial(_kept, parts))
+
+
+def _kept(parts: Parts, layer: int) -> dict[str, LowRankFactors]:
+    """The pairs of a finished block."""
+    kept = parts.load(f"block_{layer}")
+    if kept is None:
+        raise RankwiseError(f"block {layer}: the pairs that were made of it are gone. Run the workflow again.")
+    return pairs_of(kept)
 
 
 def _running(model: PreTrainedModel, pairs: Mapping[str, LowRankFactors]) -> dict[str, nn.Module]:

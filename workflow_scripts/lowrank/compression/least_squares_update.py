@@ -41,7 +41,7 @@ def refit_up_factors(
     device: torch.device,
     target: Literal["dense", "inputs"],
     parts: Parts | None = None,
-) -> dict[str, LowRankFactors]:
+) -> Mapping[str, LowRankFactors]:
     """Refit the up factor of every low-rank pair, site by site in the order of the forward pass.
 
     Args:

@@ -20,7 +20,7 @@ from lowrank.compression.narrow_block import NarrowBlock, narrow
 from lowrank.compression.neurons import Elimination
 from lowrank.model.factors import LowRankFactors
 from lowrank.model.families import LinearModule
-from lowrank.model.replacements import Replacement, SmallerLinear
+from lowrank.model.replacements import Deferred, Replacement, SmallerLinear
 from lowrank.model.runtime import pick_device
 from lowrank.ranks.curves import Curve, Group, choices_of
 from lowrank.ranks.groups import combined, worth_having
@@ -89,23 +89,34 @@ class Mlps:
         """
         return {layer: self._choices[name][picked[name]] for name, layers in self._names.items() for layer in layers}
 
-    def replacements(self, picked: Mapping[str, int]) -> dict[str, Replacement]:
-        """The layers of the MLPs that do not stay as they are.
+    def replacements(self, picked: Mapping[str, int]) -> Deferred[Replacement]:
+        """The layers of the MLPs that do not stay as they are, made block by block when they are asked for.
 
         Plain ones are in the dtype of the model, pairs in float32, as bases are stored.
 
         Args:
             picked: as of `chosen`.
 
-        Raises:
+        Raises (when they are made):
             RankwiseError: an input that is missing or damaged, no gradient, or a decomposition that fails; the layer is
                 named.
         """
-        changed: dict[str, Replacement] = {}
-        for layer, choice in self.chosen(picked).items():
-            narrower = choice.neurons < self._structure.mlp.units
-            changed |= self._narrower_layers(layer, choice) if narrower else self._pairs_of_all(layer, choice)
-        return changed
+        chosen = self.chosen(picked)
+
+        def made(layer: int) -> dict[str, Replacement]:
+            choice = chosen[layer]
+            return self._narrower_layers(layer, choice) if self._narrows(choice) else self._pairs_of_all(layer, choice)
+
+        return Deferred.of_groups(((layer, self._changed(layer, choice)) for layer, choice in chosen.items()), made)
+
+    def _narrows(self, choice: Choice) -> bool:
+        return choice.neurons < self._structure.mlp.units
+
+    def _changed(self, layer: int, choice: Choice) -> list[str]:
+        """The layers of a block that do not stay as they are: all of fewer neurons, else those that have a rank."""
+        modules = self._structure.modules(layer, self._structure.mlp)
+        ranked = zip(modules, choice.ranks, strict=True)
+        return [module.name for module, rank in ranked if self._narrows(choice) or rank is not None]
 
     def _narrower_layers(self, layer: int, choice: Choice) -> dict[str, Replacement]:
         """The layers of a block that loses neurons."""

@@ -21,7 +21,7 @@ import torch
 from lowrank.bases.whitening import cholesky_factor, whitened_factors
 from lowrank.config.presets import Covariance
 from lowrank.model.factors import IdentityColumnsFactors, LowRankFactors, SharedDownFactors
-from lowrank.model.replacements import IdentityBlockFactors, Pair
+from lowrank.model.replacements import Deferred, IdentityBlockFactors, Pair
 from lowrank.ranks.stacks import Stack
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ BOUND = 2.0
 
 def shared_pairs(
     task: CompressionTask, stacks: Sequence[tuple[Stack, int]], device: torch.device, identity_columns: bool = False
-) -> dict[str, Pair]:
-    """Decompose stacks of matrices.
+) -> Deferred[Pair]:
+    """Decompose stacks of matrices, each when the first of its members is asked for.
 
     Args:
         task: whose statistics are read.
@@ -42,7 +42,7 @@ def shared_pairs(
         device: where to decompose.
         identity_columns: put an identity block into every first factor.
 
-    Raises:
+    Raises (when they are asked for):
         RankwiseError: inputs are all zero, a decomposition fails, or a factor has not its full rank; named.
     """
     most = max((len(stack.members) for stack, _ in stacks), default=1)
@@ -56,8 +56,10 @@ def shared_pairs(
         blocks = f"block {layers[0]}" if len(layers) == 1 else f"blocks {layers[0]} to {layers[-1]}"
         return cholesky_factor(total.to(device), f"{blocks}, input '{site}'")
 
-    pairs: dict[str, Pair] = {}
-    for stack, rank in stacks:
+    ranks = {tuple(member.name for member in stack.members): (stack, rank) for stack, rank in stacks}
+
+    def decomposed(names: tuple[str, ...]) -> dict[str, Pair]:
+        (stack, rank), pairs = ranks[names], dict[str, Pair]()
         layers = [task.model.get_submodule(member.name) for member in stack.members]
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(device)
         read = tuple(dict.fromkeys(member.layer for member in stack.members))
@@ -72,7 +74,9 @@ def shared_pairs(
             pairs[first] = LowRankFactors(whole.down, ups[0], layers[0].bias)
         for member, layer, up in list(zip(stack.members, layers, ups, strict=True))[1:]:
             pairs[member.name] = SharedDownFactors(first, up, layer.bias)
-    return pairs
+        return pairs
+
+    return Deferred.of_groups(((names, names) for names in ranks), decomposed)
 
 
 def with_identity_columns(

@@ -66,7 +66,7 @@ class Settings(UniformSettings):
         return self.refine > 0
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
     """Make the layers of all blocks in order, at the rank that the uniform ratio buys.
 
     Raises:

@@ -7,6 +7,7 @@ square root of the row's share of the diagonal of the empirical Fisher informati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -32,8 +33,8 @@ class Settings(UniformSettings):
     )
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Decompose every matrix with weighted rows, at the rank that the uniform ratio buys.
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
+    """Decompose every matrix with weighted rows, at the rank that the uniform ratio buys, as it is asked for.
 
     Raises:
         RankwiseError: the loss depends on no weight of a layer, a gradient is not finite, or a decomposition fails;
@@ -43,6 +44,7 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     from lowrank.calibration.corpora import first_windows
     from lowrank.calibration.gradients import sum_gradients
     from lowrank.model.devices import pick_devices
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
     from lowrank.search.uniform import uniform_layers
 
@@ -53,10 +55,11 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     tokens = first_windows(task.required_tokens(), task.settings.sequences, "sequences")
     names = [module.name for module, _ in layers]
     squares = sum_gradients(task.model, tokens, names, pick_devices(), squared=True)
-    factors: dict[str, LowRankFactors] = {}
-    for module, rank in layers:
-        layer = task.model.get_submodule(module.name)
-        importance = squares.pop(module.name).double().sum(dim=1).sqrt()
-        ordered = weigh_rows(layer.weight.to(device), importance, module.name)
-        factors[module.name] = ordered.factors(rank, layer.bias)
-    return factors
+    importance = {name: squares.pop(name).double().sum(dim=1).sqrt() for name in names}
+    ranks = {module.name: rank for module, rank in layers}
+
+    def truncated(name: str) -> LowRankFactors:
+        layer = task.model.get_submodule(name)
+        return weigh_rows(layer.weight.to(device), importance[name], name).factors(ranks[name], layer.bias)
+
+    return Deferred(ranks, truncated)

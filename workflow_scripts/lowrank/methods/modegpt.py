@@ -89,13 +89,14 @@ class Settings(MethodSettings):
 
 
 def compress(task: CompressionTask) -> Replacements:
-    """Choose the widths of all blocks, then decompose block by block.
+    """Choose the widths of all blocks; each block is decomposed when it is asked for.
 
     Raises:
         RankwiseError: a part that is not defined for the family, a ratio out of reach, or damaged statistics; named.
     """
     from lowrank.compression.influence import block_influence
     from lowrank.model.devices import pick_devices
+    from lowrank.model.replacements import Deferred
     from lowrank.model.runtime import pick_device
 
     if task.ratio == 0:
@@ -105,11 +106,14 @@ def compress(task: CompressionTask) -> Replacements:
     influence = block_influence(task.model, task.required_tokens(), pick_devices())
     blocks = steps.blocks(shares_of(influence, settings.temperature), settings.most, task.ratio)
     _tell(task, influence, blocks)
-    replacements: dict[str, Replacement] = {}
-    for layer, widths in enumerate(blocks):
-        replacements |= Block(task, layer, device).narrower(widths)
+
+    def narrower(layer: int) -> dict[str, Replacement]:
+        made = Block(task, layer, device).narrower(blocks[layer])
         log.info("decomposed block %d of %d", layer + 1, len(blocks))
-    return replacements
+        return made
+
+    groups = [(layer, Block(task, layer, device).changed(widths)) for layer, widths in enumerate(blocks)]
+    return Deferred.of_groups(groups, narrower)
 
 
 def undefined(settings: Settings, budget: Budget) -> Iterator[tuple[str, str]]:
@@ -168,13 +172,23 @@ class Block:
         from lowrank.compression.branches import Structure
         from lowrank.model.families import FAMILIES
 
-        self._task, self._device = task, device
+        self._task, self._layer_number, self._device = task, layer, device
         self._structure = Structure.of(task.budget)
-        self._moments = task.required_statistics().of(layer)
         family = FAMILIES[task.budget.dimensions.family]
         self._rotary = bool(family.rotary)
         self._where = f"{family.blocks}.{layer}"
         self._names = {linear.name: self._structure.layer_name(layer, linear) for linear in family.types}
+
+    def changed(self, widths: Widths) -> list[str]:
+        """The names of what does not stay as it is."""
+        from lowrank.compression.widths import Widths
+
+        dense, branch = Widths.dense(self._task.budget.dimensions), self._structure.mlp
+        types = [linear.name for linear in (*branch.writers, branch.reader)] if widths.mlp < dense.mlp else []
+        types += ["q", "k"] if widths.qk < dense.qk else []
+        types += ["v", "o"] if widths.vo < dense.vo else []
+        attention = [self._attention] if (widths.qk, widths.vo) != (dense.qk, dense.vo) else []
+        return [self._names[name] for name in types] + attention
 
     def narrower(self, widths: Widths) -> dict[str, Replacement]:
         """The layers of what does not stay as it is."""
@@ -193,8 +207,7 @@ class Block:
             found |= self._value_output(widths.vo)
         changed: dict[str, Replacement] = {name: layer.stored(self._task.model.dtype) for name, layer in found.items()}
         if (widths.qk, widths.vo) != (dense.qk, dense.vo):
-            attention = self._names["q"].rpartition(".")[0]
-            changed[attention] = NarrowedHeads(shape.heads, shape.kv_heads, pairs)
+            changed[self._attention] = NarrowedHeads(shape.heads, shape.kv_heads, pairs)
         return changed
 
     def _mlp(self, count: int) -> dict[str, SmallerLinear]:
@@ -231,6 +244,14 @@ class Block:
         groups = self._task.budget.dimensions.kv_heads
         block = ValueOutput.of(self._layer("v"), self._layer("o"), groups, self._read, self._where)
         return dict(zip((self._names["v"], self._names["o"]), block.narrower(width), strict=True))
+
+    @property
+    def _attention(self) -> str:
+        return self._names["q"].rpartition(".")[0]
+
+    @cached_property
+    def _moments(self) -> dict[str, Moments]:
+        return self._task.required_statistics().of(self._layer_number)
 
     @cached_property
     def _read(self) -> Inputs:

@@ -82,14 +82,15 @@ class Settings(UniformSettings):
         return True
 
 
-def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
-    """Whiten every matrix on both sides, and truncate it.
+def compress(task: CompressionTask) -> Mapping[str, LowRankFactors]:
+    """Whiten every matrix on both sides, and truncate it, as it is asked for.
 
     Raises:
         RankwiseError: the ratio is out of reach, the loss has no gradient at an output, or a decomposition fails; the
             layer is named.
     """
     from lowrank.bases.weighted_svd import balanced
+    from lowrank.model.replacements import Deferred
     from lowrank.search.uniform import layers_with_ranks, uniform_layers
 
     if not task.ratio:
@@ -99,12 +100,14 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         layers = uniform_layers(task.budget, task.ratio, settings.uncompressed, settings.rounding)
     else:
         layers = layers_with_ranks(task.budget, _first_order_ranks(task, decompose))
-    factors: dict[str, LowRankFactors] = {}
-    for module, rank in layers:
-        layer, basis = task.model.get_submodule(module.name), decompose(module)
-        ordered = balanced(basis.directions, basis.projection, layer.weight.dtype)
-        factors[module.name] = ordered.factors(rank, layer.bias)
-    return factors
+    chosen = {module.name: (module, rank) for module, rank in layers}
+
+    def truncated(name: str) -> LowRankFactors:
+        (module, rank), layer = chosen[name], task.model.get_submodule(name)
+        basis = decompose(module)
+        return balanced(basis.directions, basis.projection, layer.weight.dtype).factors(rank, layer.bias)
+
+    return Deferred(chosen, truncated)
 
 
 def _first_order_ranks(task: CompressionTask, decompose: Decompose) -> Ranks:

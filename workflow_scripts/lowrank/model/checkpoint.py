@@ -131,21 +131,18 @@ def replace_modules(model: PreTrainedModel, replacements: Replacements) -> dict[
         RankwiseError: a new weight is not finite; the module is named.
     """
     ranks: dict[str, int] = {}
-    sharing: list[tuple[str, SharedDownFactors]] = []
     for name in replacements:
         replacement = replacements[name]
         if isinstance(replacement, Pair):
             ranks[name] = replacement.rank
         if isinstance(replacement, SharedDownFactors):
-            sharing.append((name, replacement))  # until the layer whose factor it shares is there
+            owner: Any = model.get_submodule(replacement.shares)  # which comes before those that share with it
+            _put(model, name, replacement.as_module(owner, model.dtype, model.device))
         elif isinstance(replacement, ChangedModule):
             replacement.change(model.get_submodule(name), model.dtype, model.device)
             _require_finite(model, name)
         else:
             _put(model, name, replacement.as_module(model.dtype, model.device))
-    for name, shared in sharing:
-        owner: Any = model.get_submodule(shared.shares)
-        _put(model, name, shared.as_module(owner, model.dtype, model.device))
     return ranks
 
 

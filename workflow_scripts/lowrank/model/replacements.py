@@ -7,8 +7,9 @@ checkpoint's recipe says is read off the changed model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -209,6 +210,7 @@ Pair = LowRankFactors | IdentityBlockFactors | IdentityColumnsFactors | SharedDo
 Replacement = Pair | SmallerLinear | NormWithoutGain | ChangedModule
 Replacements = Mapping[str, Replacement]
 Kind = TypeVar("Kind", bound=Replacement)
+Group = TypeVar("Group", bound=Hashable)
 
 
 class Deferred(Mapping[str, Kind]):
@@ -229,6 +231,23 @@ class Deferred(Mapping[str, Kind]):
 
     def __len__(self) -> int:
         return len(self._make)
+
+    @classmethod
+    def of_groups(
+        cls, groups: Iterable[tuple[Group, Iterable[str]]], make: Callable[[Group], Mapping[str, Kind]]
+    ) -> Deferred[Kind]:
+        """Replacements that are made together, when the first of a group is asked for, from what is in the model then.
+
+        The last group is held: when its second is asked for, what it would be made of has been replaced. So all of one
+        are to be asked for before the next.
+
+        Args:
+            groups: what tells a group, and the names in it.
+            make: all of a group.
+        """
+        made = lru_cache(maxsize=1)(make)
+        group_of = {name: group for group, names in groups for name in names}
+        return cls(group_of, lambda name: made(group_of[name])[name])
 
 
 def _linear(
