@@ -22,6 +22,7 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_name, load_tensors, publish_layers, save_tensors, sha256_file, write_json
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.model.stored_blocks import StoredBlocks
 from lowrank.ranks.budget import Budget
 from lowrank.sources.models import fetch_model
 from lowrank.sources.texts import fetch_corpus
@@ -77,7 +78,9 @@ def build(root: Path) -> None:
         save_tensors(bases / layer_name(layer), bases_of_block(linears, moments, NAIVE, CPU, f"block {layer}"))
     neurons, parts = run / "neurons/layers", Parts(root / ".state")
     calibrated = Statistics(statistics, SHAPE), OutputGradients(gradients, SHAPE)
-    eliminate_neurons(model, Budget.of(SHAPE), *calibrated, NAIVE, CPU, parts)
+    eliminate_neurons(
+        StoredBlocks(run / "models/tiny", SHAPE, torch.float32).layers, Budget.of(SHAPE), *calibrated, NAIVE, CPU, parts
+    )
     publish_layers(parts.folder, neurons)
     for folder in (statistics, gradients, bases, neurons):
         layers = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}

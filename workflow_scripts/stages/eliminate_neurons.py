@@ -17,8 +17,8 @@ def work(job: Snakemake) -> None:
     from lowrank.files import publish_layers, write_json
     from lowrank.jobs.state import Parts, resumable_state
     from lowrank.manifest import checksums_of
-    from lowrank.model.checkpoint import load_checkpoint
     from lowrank.model.runtime import describe_environment, limit_threads, parse_dtype, pick_device
+    from lowrank.model.stored_blocks import StoredBlocks
     from lowrank.ranks.budget import Budget
 
     settings = job.params.settings
@@ -30,7 +30,7 @@ def work(job: Snakemake) -> None:
     with resumable_state(settings["state"], job.rule, key, inputs) as state:
         parts = Parts(state)
         eliminate_neurons(
-            load_checkpoint(job.input.model, parse_dtype(settings["dtype"]), "cpu"),
+            StoredBlocks(job.input.model, shape, parse_dtype(settings["dtype"])).layers,
             Budget.of(shape),
             Statistics(job.input.statistics, shape),
             OutputGradients(job.input.gradients, shape),

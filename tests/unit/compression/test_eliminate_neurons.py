@@ -38,7 +38,8 @@ def eliminate(kind: str, folder: Path, multiple: int | None, found: Eliminations
     """All blocks of a tiny model, into the folder of unfinished work."""
     calibrated = samples.statistics(kind), samples.output_gradients(kind)
     budget, parts = Budget.of(samples.shape_of(kind)), Parts(folder)
-    eliminate_neurons(tiny.model(kind), budget, *calibrated, PRESET, samples.CPU, parts, multiple, found)
+    dense = samples.layers_in(tiny.model(kind))
+    eliminate_neurons(dense, budget, *calibrated, PRESET, samples.CPU, parts, multiple, found)
     return Eliminations(folder, tiny.LAYERS)
 
 
@@ -46,7 +47,8 @@ def block_of(kind: str, layer: int) -> NarrowBlock:
     structure = Structure.of(Budget.of(samples.shape_of(kind)))
     moments, gradients = samples.statistics(kind).of(layer), samples.output_gradients(kind).of(layer)
     modules = structure.modules(layer, structure.mlp)
-    return NarrowBlock(tiny.model(kind), modules, moments, gradients, PRESET, samples.CPU)
+    dense = samples.layers_in(tiny.model(kind))(modules)
+    return NarrowBlock(modules, dense, moments, gradients, PRESET, samples.CPU)
 
 
 class InOneGo(Eliminations):

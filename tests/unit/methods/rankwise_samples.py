@@ -21,7 +21,7 @@ from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of
 from lowrank.ranks.budget import Budget
 from tests import tiny
-from tests.unit.model.factor_samples import CPU, TOKENS, shape_of
+from tests.unit.model.factor_samples import CPU, TOKENS, layers_in, shape_of
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="rankwise-samples-")
 _LENGTH, _STEPS = 32, 150
@@ -59,7 +59,7 @@ def eliminations_of(
     """What removing neurons of a tiny model costs, with pairs at multiples, by the library's own stage."""
     folder, shape = Path(tempfile.mkdtemp(dir=_FOLDER.name)), shape_of(kind)
     parts = Parts(folder / "layers")
-    eliminate_neurons(model, Budget.of(shape), *calibrated, settings, CPU, parts, multiple)
+    eliminate_neurons(layers_in(model), Budget.of(shape), *calibrated, settings, CPU, parts, multiple)
     return Eliminations(folder / "layers", shape.layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,9 @@ from lowrank.config.sources import ModelShape
 from lowrank.files import layer_name, save_tensors
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.model.families import LinearModule
 from lowrank.model.parameters import count_parameters
+from lowrank.model.stored_blocks import Layer
 from lowrank.ranks.budget import ALIGNMENT, Budget, Ranks
 from lowrank.ranks.reach import largest_rank_worth_it
 from tests import tiny
@@ -71,6 +74,11 @@ def bases(kind: str, estimator: str) -> Bases:
         stored = bases_of_block(linears, moments, Covariance(estimator=estimator), CPU, "block")
         save_tensors(folder / layer_name(layer), stored | about_experts(file, family))
     return Bases(folder, tiny.LAYERS)
+
+
+def layers_in(model: PreTrainedModel) -> Callable[[Sequence[LinearModule]], list[Layer]]:
+    """From layers to their weights and biases in a model."""
+    return lambda modules: [(each.weight, each.bias) for each in (model.get_submodule(m.name) for m in modules)]
 
 
 def compressed(

@@ -84,10 +84,10 @@ def bases_in(folder: Path, kind: str, device: torch.device) -> Bases:
 
 def eliminated_in(folder: Path, kind: str, multiple: int | None, device: torch.device) -> Eliminations:
     folder.mkdir()
-    model = tiny.model(kind)
+    dense = samples.layers_in(tiny.model(kind))
     budget = Budget.of(samples.shape_of(kind))
     moments, gradients = samples.statistics(kind, double=True), samples.output_gradients(kind)
-    eliminate_neurons(model, budget, moments, gradients, COVARIANCE, device, Parts(folder), multiple)
+    eliminate_neurons(dense, budget, moments, gradients, COVARIANCE, device, Parts(folder), multiple)
     return Eliminations(folder, tiny.LAYERS)
 
 

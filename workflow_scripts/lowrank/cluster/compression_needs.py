@@ -127,7 +127,11 @@ def elimination_need(dense: Sizes, multiple: int | None, windows: int) -> Need:
     return Need(
         gpu=True,
         device=device,
-        host={"program": PROGRAM, "weights": dense.weights, "a block's statistics": read + 2 * dense.moments(DOUBLE)},
+        host={
+            "program": PROGRAM,
+            "a block's weights": dense.block_weights / layers,
+            "a block's statistics": read + 2 * dense.moments(DOUBLE),
+        },
         disk=layers * stored,
         work=Work(
             double=double + len(widths) * layers * cube,  # a refit each

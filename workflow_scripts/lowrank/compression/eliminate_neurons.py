@@ -8,12 +8,11 @@ themselves are large, and few of them are picked: `narrower` makes those anew.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from lowrank.calibration.output_gradients import OutputGradients
 from lowrank.calibration.statistics import Statistics
@@ -25,6 +24,8 @@ from lowrank.errors import RankwiseError
 from lowrank.files import layer_files, layer_name
 from lowrank.jobs.state import Parts
 from lowrank.manifest import load_layer
+from lowrank.model.families import LinearModule
+from lowrank.model.stored_blocks import Layer
 from lowrank.ranks.budget import Budget
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def direction_name(neurons: int, type_name: str) -> str:
 
 
 def eliminate_neurons(
-    model: PreTrainedModel,
+    dense: Callable[[Sequence[LinearModule]], Sequence[Layer]],
     budget: Budget,
     statistics: Statistics,
     gradients: OutputGradients,
@@ -96,7 +97,7 @@ def eliminate_neurons(
     """Remove the neurons of all blocks, one block after another; each one that is finished is kept in `parts`.
 
     Args:
-        model: the dense model.
+        dense: weight and bias of some layers of the dense model.
         budget: its linear layers.
         statistics, gradients: what calibration says of them.
         settings: how covariances are estimated, and bases made.
@@ -116,7 +117,8 @@ def eliminate_neurons(
             log.info("neurons: block %d of %d was finished before", layer + 1, budget.dimensions.layers)
             continue
         modules = structure.modules(layer, structure.mlp)
-        block = NarrowBlock(model, modules, statistics.of(layer), gradients.of(layer), settings, device)
+        calibrated = statistics.of(layer), gradients.of(layer)
+        block = NarrowBlock(modules, dense(modules), *calibrated, settings, device)
         elimination = found.of(layer).elimination if found else block.neurons.eliminate()
         parts.save(name, _tensors(block, elimination, widths))
         log.info("neurons: block %d of %d", layer + 1, budget.dimensions.layers)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lowrank.bases.block import basis_of, estimate
 from lowrank.bases.principal import PrincipalBasis
@@ -19,6 +17,7 @@ from lowrank.calibration.moments import Moments
 from lowrank.compression.neurons import Neurons
 from lowrank.config.presets import Covariance
 from lowrank.model.families import LinearModule
+from lowrank.model.stored_blocks import Layer as DenseLayer
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class NarrowBlock:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         modules: Sequence[LinearModule],
+        dense: Sequence[DenseLayer],
         moments: Mapping[str, Moments],
         gradients: Mapping[str, torch.Tensor],
         settings: Covariance,
@@ -50,8 +49,8 @@ class NarrowBlock:
         """Read a block's weights and statistics onto a device, where all is computed.
 
         Args:
-            model: the dense model.
             modules: the linear layers of the block's MLP, in the order of the forward pass.
+            dense: weight and bias of each.
             moments: input site -> its moments.
             gradients: type -> second moment of the loss gradient at its output.
             settings: how covariances are estimated, and bases made.
@@ -61,17 +60,15 @@ class NarrowBlock:
             RankwiseError: too few windows, damaged numbers, or no gradient; the layer is named.
         """
         self.modules, self._gradients, self._settings, self._device = list(modules), gradients, settings, device
-        self._linears: list[Any] = [model.get_submodule(module.name) for module in self.modules]
-        self._weights = [linear.weight.detach().to(device).double() for linear in self._linears]
+        self._weights = [weight.detach().to(device).double() for weight, _ in dense]
+        self._biases = [bias for _, bias in dense]
         self._inputs = []
         for module in (self.modules[0], self.modules[-1]):
             covariance, mean = estimate(moments[module.type.site], settings, module.name)
             self._inputs.append((covariance.to(device), None if mean is None else mean.to(device)))
         last = self.modules[-1]
         gradient, damping = self._gradient_at(last), settings.damping
-        self.neurons = Neurons.of(
-            self._weights[-1], self._linears[-1].bias, *self._inputs[1], gradient, damping, last.name
-        )
+        self.neurons = Neurons.of(self._weights[-1], self._biases[-1], *self._inputs[1], gradient, damping, last.name)
 
     def parts(self, kept: torch.Tensor) -> list[Layer]:
         """The layers of the neurons that stay.
@@ -81,9 +78,9 @@ class NarrowBlock:
         """
         parts = []
         on_device = kept.to(self._device)
-        for module, linear, weight in zip(self.modules[:-1], self._linears, self._weights, strict=False):
-            bias = None if linear.bias is None else linear.bias.detach().to(weight)[on_device]
-            parts.append(Layer(narrow(module, self.modules[-1], len(kept)), weight[on_device], bias))
+        for module, weight, bias in zip(self.modules[:-1], self._weights, self._biases, strict=False):
+            left = None if bias is None else bias.detach().to(weight)[on_device]
+            parts.append(Layer(narrow(module, self.modules[-1], len(kept)), weight[on_device], left))
         return [*parts, Layer(narrow(self.modules[-1], self.modules[-1], len(kept)), *self.neurons.refit(kept))]
 
     def basis(self, part: Layer, kept: torch.Tensor) -> PrincipalBasis:

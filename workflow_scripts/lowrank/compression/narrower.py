@@ -123,7 +123,8 @@ class Mlps:
         task, changed = self._task, dict[str, Replacement]()
         moments, gradients = task.required_statistics().of(layer), task.required_gradients().of(layer)
         modules = self._structure.modules(layer, self._structure.mlp)
-        block = NarrowBlock(task.model, modules, moments, gradients, task.required_covariance(), self._device)
+        dense = [(layer.weight, layer.bias) for layer in (task.model.get_submodule(each.name) for each in modules)]
+        block = NarrowBlock(modules, dense, moments, gradients, task.required_covariance(), self._device)
         kept = self._eliminations[layer].kept(choice.neurons)
         for part, rank in zip(block.parts(kept), choice.ranks, strict=True):
             if rank is None:

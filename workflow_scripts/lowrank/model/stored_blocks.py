@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lowrank.errors import RankwiseError
 from lowrank.manifest import check_manifest
 from lowrank.model.checkpoint import stored_name
-from lowrank.model.families import Dimensions, Family, LinearType, family_for, linear_modules
+from lowrank.model.families import Dimensions, Family, LinearModule, LinearType, family_for, linear_modules
 
 Layer = tuple[torch.Tensor, torch.Tensor | None]
 """Weight, m x n, and bias, m, of a dense layer."""
@@ -56,17 +56,27 @@ class StoredBlocks:
         Raises:
             RankwiseError: a tensor is missing or damaged; it is named.
         """
-        block = f"{self.family.blocks}.{layer}"
-        where = {name: path for path, names in self.family.fused.items() for name in names}
         with ExitStack() as opened:
             return {
-                linear: (
-                    self._weight(f"{block}.{where.get(linear.name, linear.path)}.weight", layer, linear, opened),
-                    self._tensor(f"{block}.{linear.path}.bias", opened),
-                )
+                linear: self._layer(layer, linear, opened)
                 for linear in self.family.types
                 if sites is None or linear.site in sites
             }
+
+    def layers(self, modules: Sequence[LinearModule]) -> list[Layer]:
+        """Weight and bias of some layers.
+
+        Raises:
+            RankwiseError: as `of`.
+        """
+        with ExitStack() as opened:
+            return [self._layer(module.layer, module.type, opened) for module in modules]
+
+    def _layer(self, layer: int, linear: LinearType, opened: ExitStack) -> Layer:
+        block = f"{self.family.blocks}.{layer}"
+        fused = {name: path for path, names in self.family.fused.items() for name in names}
+        weight = self._weight(f"{block}.{fused.get(linear.name, linear.path)}.weight", layer, linear, opened)
+        return weight, self._tensor(f"{block}.{linear.path}.bias", opened)
 
     def _names(self) -> Iterator[tuple[str, Path]]:
         for path in sorted(self._folder.glob("*.safetensors")):
