@@ -58,8 +58,12 @@ check: setup
 # Of the tests that are not marked as slow, those that run no whole model: the others are for `make test`.
 FAST := project config $(addprefix unit/, bases calibration cluster compression config jobs paper progress ranks reruns sources)
 
+# Tests call make as a user does, not as a part of this one; an environment that was named is still theirs.
+NAMED := $(if $(filter command,$(firstword $(origin VENV))),VENV='$(abspath $(VENV))')
+PYTEST := env -u MAKELEVEL -u MAKEFLAGS -u MFLAGS $(NAMED) OMP_NUM_THREADS=1 python -m pytest
+
 fast: setup
-	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_*.py
+	$(PYTEST) -n 2 -m "not slow and not slurm" $(addprefix tests/, $(FAST)) tests/unit/test_*.py
 
 # The long ones first. One process more than processors, since the one with SLURM's tests mostly waits.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
@@ -69,7 +73,7 @@ test: setup
 	$(MAKE) --jobs 3 style types all-tests
 
 all-tests: setup
-	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config tests/docs tests/project
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LONG) tests/unit tests/config tests/docs tests/project
 
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
