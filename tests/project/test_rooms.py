@@ -152,3 +152,69 @@ def test_the_tests_of_a_module_are_found_by_its_path() -> None:
         modules = [module.stem for module in room.glob("*.py")] + [room.name]
         name = path.stem.removeprefix("test_")
         assert any(name == each or name.startswith(f"{each}_") for each in modules), f"{path} tests no module of {room}"
+
+
+# --- where the tests of a module are, by tests/README.md ---
+
+
+def table(heading: str) -> dict[str, Path]:
+    """First column -> the file of tests in the second, of a table of the page."""
+    page = (REPOSITORY / "tests/README.md").read_text(encoding="utf-8").partition(f"| {heading} | tests |")[2]
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)` \|$", page.partition("\n## ")[0], re.MULTILINE)
+    assert len(dict(rows)) == len(rows)
+    return {name: REPOSITORY / "tests" / file for name, file in rows}
+
+
+def names_module(path: Path, module: str) -> bool:
+    """Whether a file imports a module, or something of it."""
+    return any(name == module or name.startswith(f"{module}.") for name in imports(path))
+
+
+def reached(path: Path) -> set[str]:
+    """All modules that a file of tests reaches by imports, through the library and other files of tests."""
+    library, seen, todo = {module_name(each): each for each in LIBRARY}, set[str](), [path]
+    while todo:
+        for name in imports(todo.pop()):
+            while name and name not in seen:
+                if name in library:
+                    seen.add(name)
+                    todo.append(library[name])
+                elif name.startswith("tests.") and (REPOSITORY / name.replace(".", "/")).with_suffix(".py").is_file():
+                    seen.add(name)
+                    todo.append((REPOSITORY / name.replace(".", "/")).with_suffix(".py"))
+                name = name.rpartition(".")[0]
+    return seen
+
+
+def test_the_page_says_where_the_tests_of_each_module_are() -> None:
+    unit, listed, needed = REPOSITORY / "tests/unit", table("module"), set()
+    for path in LIBRARY:
+        relative, module = path.relative_to(SCRIPTS / "lowrank"), module_name(path)
+        room = unit / relative.parent
+        if path.name == "__init__.py" or list(room.glob(f"test_{path.stem}.py")) + list(
+            room.glob(f"test_{path.stem}_*")
+        ):
+            continue
+        if not any(names_module(test, module) for test in room.glob("*.py")):
+            needed.add(relative.as_posix())
+    assert needed == set(listed)
+    for name, file in listed.items():
+        module = module_name(SCRIPTS / "lowrank" / name)
+        run = file.parent.name == "e2e" or module.startswith("lowrank.methods.")  # loaded by their kind
+        assert file.is_file(), name
+        assert run or module in reached(file), f"{file} does not reach {name}"
+
+
+def test_the_page_says_where_the_tests_of_each_step_are() -> None:
+    """Unit tests reach what the stage calls in their room; those that run Snakemake name the rule."""
+    listed = table("rule")
+    assert set(listed) == set(rules())
+    for name, file in listed.items():
+        room = file.parent.relative_to(REPOSITORY / "tests").parts
+        if room[0] != "unit":
+            assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{file} does not name {name}"
+            continue
+        called = {
+            each.rpartition(".")[0] for each in imports(SCRIPTS / f"stages/{name}.py") if room_of(each) == room[1]
+        }
+        assert called & reached(file), f"{file} reaches nothing of {sorted(called)}, which {name} calls"
