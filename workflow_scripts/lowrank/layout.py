@@ -257,7 +257,7 @@ class Layout:
                 "row": row.plain(),
                 "evaluations": self.judged(row, table.suites),
                 "manifests": self.manifests(row),
-                "allocations": self.searches(row) if table.kind == "times" else [],
+                "allocations": self.searches(row) if table.kind in ("times", "differences") else [],
             }
             for row in table.rows
         ]

@@ -202,7 +202,9 @@ def with_speed(results: RowResults, *tokens_per_second: float) -> RowResults:
         {"kind": "cost", "subject": subject, "measured": {"prefill_tokens_per_second": speed}}
         for speed in tokens_per_second
     ]
-    return replace(results, evaluations={**results.evaluations, "cost": costs})
+    made = [manifest | {"seconds": 10.0} for manifest in results.manifests]
+    searched = [{"variables": [], "seconds": 5.0}] if results.row.method == "second" else []
+    return replace(results, evaluations={**results.evaluations, "cost": costs}, manifests=[*made, *searched])
 
 
 def test_perplexities_and_speeds_against_the_dense_model_stand_beside() -> None:
@@ -213,15 +215,19 @@ def test_perplexities_and_speeds_against_the_dense_model_stand_beside() -> None:
         with_speed(results_of("second", [3.1, 3.7], [3.3, 3.9]), 90.0, 110.0),
     ]
     table = RowTable(kind="differences", title="T", suites=["ppl", "cost"], rows=[results.row for results in rows])
-    built = build_table(table, rows, context(suites={"ppl": PERPLEXITY, "cost": COST}))
+    suites = {"ppl": PERPLEXITY, "cost": COST}
+    built = build_table(table, rows, context(suites=suites))
     shown = [[cell.text for cell in line.cells][3:] for line in built.lines]
     perplexities = [math.exp(mean) for mean in (3.25, 2.25)]
     assert shown[0][:3] == ["reference", "reference", f"{perplexities[0]:.2f}"]
     assert shown[1][:3] == ["–", "–", f"{perplexities[1]:.2f}"]  # nothing else stands at its ratio
-    assert [cells[-1] for cells in shown] == ["1.20", "1.00", "0.50"]
+    assert [cells[-2:] for cells in shown] == [["1.20", "10"], ["1.00", "–"], ["0.50", "15"]]
     first, *_, second = built.frame.to_dict(orient="records")
     assert (first["cost_prefill_of_dense"], second["cost_prefill_tokens_per_second"]) == (1.2, 100.0)
+    assert (first["seconds"], second["seconds"]) == (10.0, 15.0)
+    with pytest.raises(RankwiseError, match="manifest of the compression lacks `seconds`"):
+        build_table(table, [replace(rows[0], manifests=kept_by(20)), *rows[1:]], context(suites=suites))
     corpus = PERPLEXITY.corpora[0]
     assert second[f"{corpus}_perplexity"] == pytest.approx((math.exp(3.4) + math.exp(3.6)) / 2)
-    assert [column.group for column in built.columns[-2:]] == ["Perplexity", "Prefill (× dense)"]
+    assert [column.group for column in built.columns[-3:-1]] == ["Perplexity", "Prefill (× dense)"]
     assert "against the dense model; above 1 is faster" in to_markdown(built)

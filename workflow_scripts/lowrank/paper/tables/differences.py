@@ -1,7 +1,7 @@
 """Tables of differences: each method against the first of its model and ratio, or against the dense model.
 
 All are judged on the same windows and documents. Perplexities stand beside the differences of their logarithms; and how
-fast a prompt is read, against the dense model, if the table names a suite of costs.
+fast a prompt is read, against the dense model, and what compressing took, if the table names a suite of costs.
 
 Most of the spread between windows, and between a task's documents, is common to two methods. So the standard error of
 a difference is that of the paired differences, and much smaller than two separate errors suggest.
@@ -44,6 +44,13 @@ PREFILL_NOTE = (
     "they were measured."
 )
 PREFILL = "prefill_tokens_per_second"
+TOOK_NOTE = (
+    "Seconds: search, compression and post-training, the last including what a checkpoint takes to be written. "
+    "Statistics, gradients, bases, eliminations and validation windows, which methods and ratios share, are not in it: "
+    "the report has them job by job."
+)
+TOOK = ("search", "compression", "tuning")
+"""Stages that are a row's own."""
 ERROR_NOTE = (
     "± is the standard error of the mean of paired differences, of the same windows and the same documents, with the "
     "spread between seeds where there are several; * marks more than two of them."
@@ -103,6 +110,9 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             *(shared.number_text(perplexity, 2) for perplexity in perplexities.values()),
             *(f"{of_rows[number].of_dense:.2f}" for of_rows in speeds.values()),
         ]
+        took = _seconds(results) if speeds else None
+        if speeds:
+            texts.append(MISSING if took is None else f"{took:.0f}")
         lines.append(Line(tuple(map(Cell, texts)), starts_block=starts_block))
         record: dict[str, Any] = shared.record_start(results, number) | {"kept_percent": kept.value}
         record["reference"] = reference.row.title
@@ -120,6 +130,8 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
         for suite, of_rows in speeds.items():
             record[f"{suite}_{PREFILL}"] = of_rows[number].value
             record[f"{suite}_prefill_of_dense"] = of_rows[number].of_dense
+        if speeds:
+            record["seconds"] = took
         records.append(record | shared.evidence_record(results))
     leading = shared.leading_columns(rows)
     return TableData(
@@ -129,7 +141,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             *([LOSS_NOTE.format(**REFERENCES[table.reference])] if corpora else []),
             *([ACCURACY_NOTE.format(**REFERENCES[table.reference])] if tasks else []),
             ERROR_NOTE,
-            *([PREFILL_NOTE] if speeds else []),
+            *([PREFILL_NOTE, TOOK_NOTE] if speeds else []),
             *shared.seeds_note(rows),
         ),
         frame=shared.frame_of(records),
@@ -140,6 +152,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             *(Column(suite, group="Difference of the accuracy (points)") for suite in tasks),
             *(Column(corpus, group="Perplexity") for _, corpus in corpora),
             *(Column(suite, group="Prefill (× dense)") for suite in speeds),
+            *([Column("Seconds")] if speeds else []),
         ),
         lines=tuple(lines),
         heading=len(leading),
@@ -159,6 +172,12 @@ class _Speed:
 
     value: float
     of_dense: float
+
+
+def _seconds(results: RowResults) -> float | None:
+    """What a row's own stages took; None for the dense model, whose files are linked."""
+    found = [shared.seconds_of(results, stage) for stage in TOOK] if results.row.ratio else []
+    return math.fsum(each for each in found if each is not None) if found else None
 
 
 def _speeds(rows: Sequence[RowResults], suite: str) -> list[_Speed]:

@@ -83,6 +83,18 @@ def manifests_of(results: RowResults, stage: str) -> list[Json]:
     return [manifest for manifest in results.manifests if stage_of(manifest) == stage]
 
 
+def seconds_of(results: RowResults, stage: str) -> float | None:
+    """What a stage took, mean over seeds; None where there is no such stage.
+
+    Raises:
+        RankwiseError: a manifest does not say.
+    """
+    manifests = manifests_of(results, stage)
+    if any("seconds" not in manifest for manifest in manifests):
+        raise RankwiseError(f"{results.place}: the manifest of the {stage} lacks `seconds`. Delete it and run again.")
+    return over_seeds([manifest["seconds"] for manifest in manifests]).value if manifests else None
+
+
 def checkpoints_of(results: RowResults) -> list[Json]:
     """The manifests of the row's checkpoints, one a seed: the post-trained ones where there are any.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from lowrank.config.outputs import RowTable
 from lowrank.config.suites import CostSuite
-from lowrank.errors import RankwiseError
 from lowrank.paper.tables import rows as shared
 from lowrank.paper.tables.data import MISSING, Cell, Column, Context, Line, RowResults, TableData
 
@@ -57,13 +56,7 @@ def build_times(table: RowTable, rows: Sequence[RowResults], context: Context) -
 def _measured(results: RowResults, suite: str) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for stage in STAGES:
-        manifests = shared.manifests_of(results, stage)
-        for manifest in manifests:
-            if "seconds" not in manifest:
-                raise RankwiseError(
-                    f"{results.place}: the manifest of the {stage} lacks `seconds`. Delete it and run again."
-                )
-        values[stage] = shared.over_seeds([m["seconds"] for m in manifests]).value if manifests else None
+        values[stage] = shared.seconds_of(results, stage)
     shared.kept_percent(results)  # refuses a row that missed its ratio
     evaluations = [e["measured"] for e in shared.evaluations_of(results, suite, "cost")]
     for key in SPEEDS:
