@@ -30,6 +30,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("fwsvd", {}),
     ("zs-svd", {"sequences": 4, "corrections": 1}),
     ("modegpt", {}),
+    ("llrc", {"steps": 60, "learning_rate": 0.3, "growth": 0.5, "settle": 5}),
 ]
 
 

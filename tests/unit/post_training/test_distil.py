@@ -17,9 +17,11 @@ from lowrank.errors import RankwiseError
 from lowrank.files import read_json, save_tensors, sha256_file
 from lowrank.jobs.state import Parts
 from lowrank.model.checkpoint import load_checkpoint, replace_modules, save_checkpoint
+from lowrank.model.devices import device_of
 from lowrank.model.factors import LowRankFactors
 from lowrank.post_training import distil
 from lowrank.post_training.distil import distil_checkpoint, distil_model
+from tests import pretended
 from tests.unit.post_training.post_training_samples import write_manifest
 from tests.unit.post_training.test_distillation import halves, preset
 from tests.unit.post_training.test_launch import a_tokenizer
@@ -162,6 +164,25 @@ def test_inputs_decide_which_stream_is_read(tmp_path: Path, monkeypatch: pytest.
                 states = whole(WINDOWS, output_hidden_states=True).hidden_states[2]
             assert torch.allclose(read, states, atol=1e-5)
     assert len(seen) == 3
+
+
+def test_both_models_over_two_devices_train_as_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, dense = saved(tmp_path / "source", compressed_model()), saved(tmp_path / "dense", dense_model())
+    short = preset(**{**SETTINGS, "epochs": 1})
+    one, other = compressed_model().double(), dense_model().double()
+    expected = distil_model(one, other, WINDOWS, short, 0, parts_in(tmp_path / "one"))
+    with pretended.Pretended() as here:
+        monkeypatch.setattr(distil, "pick_devices", lambda: pretended.devices(2))
+        opened, model = distil._opened(dense, source, torch.float64)
+        assert {device_of(block) for block in model.model.layers} == set(pretended.devices(2))
+        assert [device_of(block) for block in opened.model.layers] == [device_of(block) for block in model.model.layers]
+        found = distil_model(model, opened, WINDOWS, short, 0, parts_in(tmp_path / "two"))
+    assert set(here.used) == {"lazy:0", "lazy:1"}
+    for layer, block in expected.items():
+        assert found[layer].best == block.best
+        assert found[layer].loss == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in block.loss]
+        for name, weight in block.weights.items():
+            assert torch.allclose(found[layer].weights[name], weight, rtol=0, atol=1e-6)
 
 
 def saved(folder: Path, model: PreTrainedModel) -> Path:

@@ -219,7 +219,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
         device["weights"] = dense.block_weights / dense.shape.layers if block_by_block else dense.weights
         if method.kind in TRAIN_MASKS:
             device |= _masks(method, dense, length)
-        elif not block_by_block:
+        if not block_by_block:
             split = _split(method, dense, device)
         if rounds > 1:  # the dense weights, their gradients and factors wait for the next truncation
             host |= {"gradients": SINGLE * dense.linears, "next factors": DOUBLE * dense.linears}
@@ -254,7 +254,9 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
 
 def _split(method: MethodSettings, dense: Sizes, device: Mapping[str, float]) -> dict[str, float]:
     """What lies with the blocks where they lie on several GPUs; who takes gradients keeps their sums there."""
-    with_blocks = ("sums", "activations") if method.kind in TAKE_GRADIENTS else ()
+    with_blocks: tuple[str, ...] = ("sums", "activations") if method.kind in TAKE_GRADIENTS else ()
+    if method.kind in TRAIN_MASKS:
+        with_blocks = ("all directions", "activations")
     return {"weights": dense.block_weights} | {part: device[part] for part in with_blocks}
 
 

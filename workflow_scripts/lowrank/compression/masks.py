@@ -62,6 +62,12 @@ class MaskedLinear(nn.Module):
         super().__init__()
         self.down, self.up, self.bias, self.mask = down, up, bias, torch.ones_like(up[0])
 
+    def placed(self, device: torch.device | str) -> MaskedLinear:
+        """The same on another device."""
+        return MaskedLinear(
+            self.down.to(device), self.up.to(device), None if self.bias is None else self.bias.to(device)
+        )
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         return functional.linear(functional.linear(x, self.down) * self.mask.to(x.dtype), self.up, self.bias)
@@ -121,12 +127,12 @@ def trained_masks(
     """The logits of every matrix's directions, k each, float32 on the CPU.
 
     Args:
-        model: the dense model, on `device`; changed, and changed back.
+        model: the dense model; its embeddings are on `device`; changed, and changed back.
         tokens: windows x length token ids.
-        layers: what stands in the place of its matrices, on `device`.
+        layers: what stands in the place of its matrices, each where that is.
         enough: whether so many directions of each matrix meet the budget.
         training: how.
-        device: where.
+        device: of the logits.
         parts: where the state is kept from time to time, and found again; it must be of the same call.
 
     Raises:
@@ -207,7 +213,7 @@ def _draw_masks(
         soft = torch.sigmoid((logits + gumbel) / temperature)
         masks = (soft > 0.5).to(soft) + (soft - soft.detach())
         for layer, mask in zip(layers.values(), torch.split(masks, sizes), strict=True):
-            layer.mask = mask
+            layer.mask = mask.to(layer.up.device)
 
 
 def _distance(model: PreTrainedModel, ids: torch.Tensor, layers: Mapping[str, MaskedLinear]) -> torch.Tensor:
@@ -220,7 +226,7 @@ def _distance(model: PreTrainedModel, ids: torch.Tensor, layers: Mapping[str, Ma
         (one.float() - other.float()).square().sum(-1) / other.float().square().sum(-1)
         for one, other in zip(found, right, strict=True)
     ]
-    return torch.stack([share.mean() for share in shares]).sum()
+    return torch.stack([share.mean().to(model.device) for share in shares]).sum()
 
 
 def _gradient(loss: torch.Tensor, logits: torch.Tensor, course: _Course) -> torch.Tensor:

@@ -72,14 +72,15 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
         RankwiseError: the ratio is out of reach or not met within `steps`, or a decomposition fails; named.
     """
     from lowrank.compression.masks import MaskTraining, trained_masks
+    from lowrank.model.devices import device_of, pick_devices
     from lowrank.model.factors import LowRankFactors
     from lowrank.model.partial_forward import on_devices
-    from lowrank.model.runtime import pick_device
     from lowrank.ranks.rounding import pair_or_dense, rounded_ranks
 
     if not task.ratio:
         return {}
-    settings, device, budget = task.settings, pick_device(), task.budget
+    settings, devices, budget = task.settings, pick_devices(), task.budget
+    device = devices[0]
     free = budget.free(settings.uncompressed)
     allowed = budget.allowed(task.ratio) - budget.dense_parameters + sum(module.parameters for module in free)
     rounded_ranks(budget, task.ratio, dict.fromkeys((module.name for module in free), 1))  # an error if out of reach
@@ -87,12 +88,14 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     def enough(counts: dict[str, int]) -> bool:
         return sum(pair_or_dense(budget, module, counts[module.name]) for module in free) <= allowed
 
-    layers = _masked(task, device)
+    layers = _masked(task, device, "cpu" if len(devices) > 1 else device)
     training = MaskTraining(
         settings.steps, settings.batch_size, settings.learning_rate, settings.temperature, settings.pressure,
         settings.growth, settings.settle, task.seed,
     )  # fmt: skip
-    with on_devices(task.model, device):
+    directions = sum(layer.down.nbytes + layer.up.nbytes for layer in layers.values())
+    with on_devices(task.model, devices, directions / budget.dimensions.layers):
+        layers = {name: each.placed(device_of(task.model.get_submodule(name))) for name, each in layers.items()}
         logits = trained_masks(task.model, task.required_tokens(), layers, enough, training, device, task.parts)
     ranks = rounded_ranks(budget, task.ratio, {name: int((each > 0).sum()) for name, each in logits.items()})
     factors, first = {}, 0
@@ -110,8 +113,8 @@ def compress(task: CompressionTask) -> dict[str, LowRankFactors]:
     return factors
 
 
-def _masked(task: CompressionTask, device: torch.device) -> dict[str, MaskedLinear]:
-    """Every matrix with all of its directions, in the model's dtype."""
+def _masked(task: CompressionTask, device: torch.device, waiting: torch.device | str) -> dict[str, MaskedLinear]:
+    """Every matrix with all of its directions, in the model's dtype, decomposed on one device and put on another."""
     from lowrank.bases.weighted_svd import weigh_columns
     from lowrank.compression.masks import MaskedLinear
 
@@ -121,6 +124,6 @@ def _masked(task: CompressionTask, device: torch.device) -> dict[str, MaskedLine
         layer = task.model.get_submodule(module.name)
         scale = moments(module.layer)[module.type.site].absolute_mean.double() ** task.settings.alpha + _LEAST_SCALE
         whole = weigh_columns(layer.weight.to(device), scale, module.name)
-        bias = None if layer.bias is None else layer.bias.to(device)
-        layers[module.name] = MaskedLinear(whole.down.to(layer.weight.dtype), whole.up.to(layer.weight.dtype), bias)
+        down, up = whole.down.to(layer.weight.dtype), whole.up.to(layer.weight.dtype)
+        layers[module.name] = MaskedLinear(down, up, layer.bias).placed(waiting)
     return layers

@@ -47,7 +47,9 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def spread(model: PreTrainedModel, path: str, devices: Devices, beside: float = 0) -> PreTrainedModel:
+def spread(
+    model: PreTrainedModel, path: str, devices: Devices, beside: float = 0, around_beside: float = 0
+) -> PreTrainedModel:
     """Put a model on its devices, in place; on several, each gets neighbouring blocks.
 
     Args:
@@ -55,6 +57,7 @@ def spread(model: PreTrainedModel, path: str, devices: Devices, beside: float = 
         path: of its blocks, as its family has it.
         devices: where it goes; on the first one is all that is no block.
         beside: bytes that will lie beside each block.
+        around_beside: bytes that will lie on the first device besides.
     """
     for handle in _MOVES.pop(model, []):
         handle.remove()
@@ -65,7 +68,8 @@ def spread(model: PreTrainedModel, path: str, devices: Devices, beside: float = 
     blocks: Any = model.get_submodule(path)
     inside = {module for block in blocks for module in block.modules()}
     around = [module for module in model.modules() if module not in inside]
-    places = placed_blocks([_bytes(block.modules()) + beside for block in blocks], _bytes(around), len(chosen))
+    sizes, outside = weights_of(model, path)
+    places = placed_blocks([size + beside for size in sizes], outside + around_beside, len(chosen))
     for module in around:
         module._apply(lambda tensor: tensor.to(chosen[0]), recurse=False)
     for block, place in zip(blocks, places, strict=True):
@@ -78,6 +82,13 @@ def spread(model: PreTrainedModel, path: str, devices: Devices, beside: float = 
     _MOVES[model] = handles
     log.info("blocks on each device: %s", ", ".join(f"{chosen[k]}: {n}" for k, n in sorted(Counter(places).items())))
     return model
+
+
+def weights_of(model: PreTrainedModel, path: str) -> tuple[list[float], float]:
+    """Bytes of each block, and of all that is no block."""
+    blocks: Any = model.get_submodule(path)
+    inside = {module for block in blocks for module in block.modules()}
+    return [_bytes(block.modules()) for block in blocks], _bytes(set(model.modules()) - inside)
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -22,8 +22,9 @@ from lowrank.files import Record, load_tensors, read_record
 from lowrank.jobs.state import Parts, resumable_state
 from lowrank.model.card import model_card
 from lowrank.model.checkpoint import family_of, load_checkpoint, save_checkpoint
+from lowrank.model.devices import pick_devices, spread, weights_of
 from lowrank.model.partial_forward import block_input, output_of
-from lowrank.model.runtime import describe_environment, parse_dtype, pick_device
+from lowrank.model.runtime import describe_environment, parse_dtype
 from lowrank.post_training.distillation import Distilled, Features, distil_block, factor_weights
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def distil_checkpoint(
     key = {name: value for name, value in settings.items() if name != "state"}
     inputs = {"manifest": manifest, "model_manifest": model_manifest, "tokens": tokens}
     with resumable_state(settings["state"], "distil_features", key, inputs) as folder:
-        parts, device, dtype = Parts(folder), pick_device(), parse_dtype(settings["dtype"])
-        dense, compressed = (load_checkpoint(each, dtype, device) for each in (model, checkpoint))
+        parts = Parts(folder)
+        dense, compressed = _opened(model, checkpoint, parse_dtype(settings["dtype"]))
         windows = load_tensors(tokens, ("tokens",))["tokens"].long()
         blocks = distil_model(compressed, dense, windows, tuning, settings["subject"]["seed"], parts)
         parameters = sum(parameter.numel() for parameter in compressed.parameters())
@@ -80,6 +81,16 @@ def distil_checkpoint(
         )
 
 
+def _opened(model: str | Path, checkpoint: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The dense model and the compressed one on the devices of this job, over which both are spread alike."""
+    dense, compressed = load_checkpoint(model, dtype), load_checkpoint(checkpoint, dtype)
+    path, devices = family_of(dense).blocks, pick_devices()
+    for one, other in ((dense, compressed), (compressed, dense)):
+        blocks, around = weights_of(other, path)
+        spread(one, path, devices, sum(blocks) / len(blocks), around)
+    return dense, compressed
+
+
 def distil_model(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -92,7 +103,7 @@ def distil_model(
 
     Args:
         model: the compressed model.
-        dense: the model that it was made from, on the same device.
+        dense: the model that it was made from.
         windows: token ids, windows x length, on the CPU.
         tuning: the preset.
         seed: of the order of windows.

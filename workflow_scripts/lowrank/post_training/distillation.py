@@ -180,10 +180,11 @@ class _Trainer:
     def _losses(self, features: Features, backward: bool = False) -> float:
         """The sum over the block's inputs; gradients add up, one input after the other, so that one graph is held."""
         device, dtype = self.weights[0].device, self.weights[0].dtype
-        ids, leaving = features.ids.to(device), features.leaving.to(device, dtype)
+        ids = features.ids.to(self.model.device)
         total = 0.0
         for entering in features.entering:
-            loss = feature_loss(output_of(self.model, ids, self.layer, entering.to(device, dtype)), leaving)
+            outputs = output_of(self.model, ids, self.layer, entering.to(device, dtype))
+            loss = feature_loss(outputs, features.leaving.to(outputs.device, dtype))  # the last block's come back
             if backward:
                 torch.autograd.backward([loss])
             total += float(loss.detach())
