@@ -43,6 +43,7 @@ PREFILL_NOTE = (
     "run to run and with what else the machine does. The CSV has the tokens a second, a table of times says on what "
     "they were measured."
 )
+SPEED = "Prefill (× dense)"
 PREFILL = "prefill_tokens_per_second"
 TOOK_NOTE = (
     "Seconds: search, compression and post-training, the last including what a checkpoint takes to be written. "
@@ -151,7 +152,7 @@ def build_differences(table: RowTable, rows: Sequence[RowResults], context: Cont
             *(Column(corpus, group="Difference of the loss (nats per token)") for _, corpus in corpora),
             *(Column(suite, group="Difference of the accuracy (points)") for suite in tasks),
             *(Column(corpus, group="Perplexity") for _, corpus in corpora),
-            *(Column(suite, group="Prefill (× dense)") for suite in speeds),
+            *([Column(SPEED)] if len(speeds) == 1 else [Column(suite, group=SPEED) for suite in speeds]),
             *([Column("Seconds")] if speeds else []),
         ),
         lines=tuple(lines),
