@@ -131,19 +131,30 @@ def replace_modules(model: PreTrainedModel, replacements: Replacements) -> dict[
         RankwiseError: a new weight is not finite; the module is named.
     """
     ranks: dict[str, int] = {}
+    waiting: list[tuple[str, SharedDownFactors]] = []  # for the layer whose factor they share
     for name in replacements:
         replacement = replacements[name]
         if isinstance(replacement, Pair):
             ranks[name] = replacement.rank
         if isinstance(replacement, SharedDownFactors):
-            owner: Any = model.get_submodule(replacement.shares)  # which comes before those that share with it
-            _put(model, name, replacement.as_module(owner, model.dtype, model.device))
+            if replacement.shares in ranks:
+                _put_shared(model, name, replacement)
+            else:
+                waiting.append((name, replacement))
         elif isinstance(replacement, ChangedModule):
             replacement.change(model.get_submodule(name), model.dtype, model.device)
             _require_finite(model, name)
         else:
             _put(model, name, replacement.as_module(model.dtype, model.device))
+    for name, shared in waiting:
+        _put_shared(model, name, shared)
     return ranks
+
+
+def _put_shared(model: PreTrainedModel, name: str, shared: SharedDownFactors) -> None:
+    """Have a layer beside the one whose factor it shares, which is there."""
+    owner: Any = model.get_submodule(shared.shares)
+    _put(model, name, shared.as_module(owner, model.dtype, model.device))
 
 
 def _put(model: PreTrainedModel, name: str, module: torch.nn.Module) -> None:
