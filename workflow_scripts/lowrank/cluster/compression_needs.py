@@ -227,7 +227,7 @@ def _decomposed(method: MethodSettings, dense: Sizes, sizes: Sizes, calibration:
             del host["weights"]
             if in_place or as_written:  # factors in float64 leave room for what comes back
                 returning = device["weights"] + device.get("sums", 0.0)
-        if method.kind not in TRAIN_MASKS:  # which makes them anew in each step
+        if method.kind not in (*TRAIN_MASKS, *TAKE_GRADIENTS):  # which make them anew in each pass
             host["hidden states"] = 2 * dense.hidden(tokens)
         # A search by single layers (ASVD) runs the blocks from a layer's own on: half of them on average.
         trials = len(getattr(method, "kept", ())) * dense.shape.layers * len(dense.block)
